@@ -1,0 +1,509 @@
+"""Baichuan 与 Baichuan2 的模型：旋转位置编码（7B）或 ALiBi（13B），普通或归一化的词表投影（NormHead）。
+
+张量名、配置键与官方检查点相同，数值与官方代码一致（tests/test_modeling.py 对照官方代码算出的结果）。
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from baichuan.configuration_baichuan import BaichuanConfig
+from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
+from baichuan.packed_attention import packed_attention
+
+IGNORE_INDEX = -100
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 位置
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """旋转位置编码的 cos、sin：position_ids [..., L] → 各 [..., L, 1, head_dim]，fp32，前后两半相同。
+
+    每次前向现算：不是缓冲区，所以在 meta 设备上加载不会坏，长度也不受预训练长度限制。
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
+    angles = position_ids[..., None, None].float() * (1.0 / base**exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """states [..., L, heads, d] 乘旋转位置编码；结果与 states 同类型。
+
+    cos、sin 是 fp32 时先升到 fp32 再转回（Baichuan2 的做法），是 states 的类型时直接在该类型里算（Baichuan 的做法）。
+    """
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(states * cos, rotated, sin).to(states.dtype)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """各注意力头的 ALiBi 斜率，[num_heads] fp32（Press 等，2021；头数不是 2 的幂时与官方代码相同地取偶数项补齐）。"""
+
+    def power_of_two_slopes(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
+
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = power_of_two_slopes(power)
+    if power < num_heads:
+        slopes += power_of_two_slopes(2 * power)[0::2][: num_heads - power]
+    return torch.tensor(slopes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 一次前向里各层共用的东西
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """一次前向里各层注意力共用的张量，只算一遍。
+
+    rotary: (cos, sin)，旋转位置编码；ALiBi 时为 None。
+    bias: 加在注意力分数上的偏置（ALiBi + 因果 + 填充）。批形式 [b | 1, heads | 1, q, kv]，
+        并排形式 [heads | 1, S, V + S]；None 表示不需要。
+    is_causal: bias 为 None 时，是否还要因果掩码。
+    document_lengths: 并排样本的各自长度；None 表示批形式。
+    """
+
+    rotary: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+    is_causal: bool
+    document_lengths: list[int] | None = None
+    output_attentions: bool = False
+
+
+def allowed_mask(attention_mask: Tensor | None, query_length: int, key_length: int, device: torch.device) -> Tensor:
+    """哪个位置可以看哪个位置：bool，[q, kv] 或 [b, 1, q, kv]。
+
+    attention_mask: None；[b, kv] 的 0/1 或段号（1、2、3…：同段才互相可见，0 为填充）；
+    [b, q, kv] 或 [b, 1, q, kv] 的 0/1。最后 q 个键就是各查询自己。
+    """
+    causal = torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril(key_length - query_length)
+    if attention_mask is None:
+        return causal
+    if attention_mask.dim() == 2:
+        segments = attention_mask[:, None, None, :]  # [b, 1, 1, kv]
+        own_segments = segments[..., -query_length:].transpose(2, 3)  # [b, 1, q, 1]
+        return causal & (segments != 0) & ((segments == own_segments) | (own_segments == 0))
+    if attention_mask.dim() == 3:
+        attention_mask = attention_mask[:, None]
+    return causal & (attention_mask != 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 层
+
+
+class BaichuanRMSNorm(nn.Module):
+    """RMSNorm：方差用 fp32；权重是半精度时先转回权重的类型再相乘。"""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        inverse_rms = torch.rsqrt(hidden_states.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        normalized = hidden_states * inverse_rms  # 与 fp32 相乘，结果是 fp32
+        if self.weight.dtype in (torch.float16, torch.bfloat16):
+            normalized = normalized.to(self.weight.dtype)
+        return self.weight * normalized
+
+
+class BaichuanMLP(nn.Module):
+    """SwiGLU：down(silu(gate(x)) · up(x))。"""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class BaichuanAttention(nn.Module):
+    """自注意力。W_pack 的输出前 H 列是 q，中间 H 列是 k，最后 H 列是 v，各自再按头切分。"""
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.W_pack = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: AttentionContext,
+        past_key_values=None,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [b, L, H] → ([b, L, H], 注意力概率或 None)；prefix_* [b, heads, V, d]。"""
+        batch_size, length, hidden_size = hidden_states.shape
+        packed_states = self.W_pack(hidden_states)
+        packed_states = packed_states.view(batch_size, length, 3, self.config.num_attention_heads, self.config.head_dim)
+        query, key, value = packed_states.unbind(dim=2)  # 各 [b, L, heads, d]
+        if context.rotary is not None:
+            query, key = apply_rotary(query, *context.rotary), apply_rotary(key, *context.rotary)
+
+        attentions = None
+        if context.document_lengths is not None:
+            prefix = (None, None) if prefix_key is None else (prefix_key[0], prefix_value[0])
+            output = packed_attention(query[0], key[0], value[0], context.document_lengths, context.bias, *prefix)
+        else:
+            query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [b, heads, L, d]
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+            elif prefix_key is not None:
+                key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
+            if context.output_attentions:
+                output, attentions = eager_attention(query, key, value, context.bias)
+            else:
+                output = nn.functional.scaled_dot_product_attention(
+                    query, key, value, attn_mask=context.bias, is_causal=context.is_causal
+                )
+            output = output.transpose(1, 2)
+        return self.o_proj(output.reshape(batch_size, length, hidden_size)), attentions
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """写开的注意力，只在要输出概率时用：→ ([b, heads, q, d], 概率 [b, heads, q, kv])。"""
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    attentions = scores.float().softmax(dim=-1).to(query.dtype)
+    return attentions @ value, attentions
+
+
+class BaichuanDecoderLayer(nn.Module):
+    """前置归一化的一层：注意力与 SwiGLU，各加残差。"""
+
+    def __init__(self, config: BaichuanConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = BaichuanAttention(config, layer_idx)
+        self.mlp = BaichuanMLP(config)
+        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        context: AttentionContext,
+        past_key_values=None,
+        prefix_key: Tensor | None = None,
+        prefix_value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        attention_output, attentions = self.self_attn(
+            self.input_layernorm(hidden_states), context, past_key_values, prefix_key, prefix_value
+        )
+        hidden_states = hidden_states + attention_output
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), attentions
+
+
+class BaichuanHead(nn.Module):
+    """词表投影。Baichuan2 的 NormHead 把各行归一化，这里是前向里的一个系数：参数从不被改写。"""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__()
+        self.norm_head = config.norm_head
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self._frozen_scale: tuple[tuple, Tensor] | None = None
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, norm_head={self.norm_head}"
+
+    def row_scale(self) -> Tensor | None:
+        """NormHead 各行范数的倒数 [V]；普通投影为 None。权重冻结时只算一次。"""
+        if not self.norm_head:
+            return None
+        if self.weight.requires_grad:
+            return inverse_row_norms(self.weight.detach())
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.device)
+        if self._frozen_scale is None or self._frozen_scale[0] != key:
+            self._frozen_scale = (key, inverse_row_norms(self.weight))
+        return self._frozen_scale[1]
+
+    def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
+        """没有 targets：[..., H] → logits [..., V]；有：hidden [N, H] 与 targets [N] → 交叉熵之和（标量 fp32）。"""
+        if targets is not None:
+            return LinearCrossEntropy.apply(hidden_states, self.weight, self.row_scale(), targets)
+        if not self.norm_head:
+            return nn.functional.linear(hidden_states, self.weight)
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight))
+        return nn.functional.linear(hidden_states, self.weight) * self.row_scale().to(hidden_states.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 模型
+
+
+class BaichuanPreTrainedModel(PreTrainedModel):
+    config_class = BaichuanConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BaichuanDecoderLayer"]  # noqa: RUF012（transformers 的约定写法）
+    _skip_keys_device_placement = "past_key_values"
+    _supports_sdpa = True
+    # Baichuan-7B 的官方文件存有 rotary_emb.inv_freq；这里由位置现算
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)  # Linear、Embedding：N(0, initializer_range)；RMSNorm：1
+        if isinstance(module, BaichuanHead):
+            if self.config.norm_head:
+                init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            else:
+                init.normal_(module.weight, std=self.config.initializer_range)
+
+
+class BaichuanModel(BaichuanPreTrainedModel):
+    """词嵌入、各层与最后的归一化；输出隐藏状态。"""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(BaichuanDecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        document_lengths: list[int] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """前向。
+
+        Args:
+            input_ids: [b, L]；或用 inputs_embeds [b, L, H]。
+            attention_mask: 见 allowed_mask；长度含 past。
+            position_ids: [b, L]；缺省按 attention_mask 数出（左填充也对），并排样本各自从头数。
+            past_key_values: transformers 的 Cache。训练与并排时视为固定的前缀（P-Tuning）：不追加，不返回。
+            document_lengths: 并排样本的各自长度（此时 b = 1，L 为其和）；各样本只看自己。
+
+        Raises:
+            ValueError: input_ids 与 inputs_embeds 没有恰好给一个，或 document_lengths 与输入不符。
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids 与 inputs_embeds 必须恰好给一个")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if document_lengths is not None and (len(hidden_states) != 1 or sum(document_lengths) != hidden_states.shape[1]):
+            raise ValueError(
+                f"并排的输入必须是 [1, {sum(document_lengths)}]（document_lengths 之和），得到 {list(hidden_states.shape[:2])}"
+            )
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        prefixes = None
+        if document_lengths is not None or self.training:
+            # 训练时前缀以普通张量交给各层：重算（gradient checkpointing）不会把它追加两次
+            if past_length:
+                prefixes = [(layer.keys, layer.values) for layer in past_key_values.layers]
+            past_key_values = None
+        elif past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache()
+
+        context = self._attention_context(
+            hidden_states, attention_mask, position_ids, past_length, document_lengths, bool(output_attentions)
+        )
+        all_hidden_states, all_attentions = [], []
+        for index, layer in enumerate(self.layers):
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            prefix = (None, None) if prefixes is None else prefixes[index]
+            if self._checkpoints(layer, hidden_states, prefix[0]):
+                hidden_states, attentions = self._gradient_checkpointing_func(
+                    layer.__call__, hidden_states, context, None, *prefix
+                )
+            else:
+                hidden_states, attentions = layer(hidden_states, context, past_key_values, *prefix)
+            all_attentions.append(attentions)
+        hidden_states = self.norm(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache is not False else None,
+            hidden_states=(*all_hidden_states, hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+
+    def _checkpoints(self, layer: nn.Module, hidden_states: Tensor, prefix_key: Tensor | None) -> bool:
+        """这一层要不要重算：只有会被反向经过的层才值得（freeze 的底层没有计算图，不必重算）。"""
+        if not (self.gradient_checkpointing and self.training):
+            return False
+        needs_graph = hidden_states.requires_grad or (prefix_key is not None and prefix_key.requires_grad)
+        return needs_graph or any(parameter.requires_grad for parameter in layer.parameters())
+
+    def _attention_context(
+        self, hidden_states, attention_mask, position_ids, past_length, document_lengths, output_attentions
+    ) -> AttentionContext:
+        """位置与偏置。hidden_states [b, L, H] 只用来取形状、类型与设备。"""
+        device, dtype, length = hidden_states.device, hidden_states.dtype, hidden_states.shape[1]
+        is_rope = self.config.position_embedding == "rope"
+
+        rotary = None
+        if is_rope:
+            if document_lengths is not None and position_ids is None:
+                position_ids = torch.cat([torch.arange(n) for n in document_lengths])[None].to(device) + past_length
+            elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+            elif position_ids is None:
+                position_ids = torch.arange(past_length, past_length + length, device=device)[None]
+            rotary = rotary_tables(position_ids, self.config.head_dim)
+            if not self.config.norm_head:  # Baichuan-7B 在半精度里旋转，Baichuan2-7B 在 fp32 里
+                rotary = tuple(table.to(dtype) for table in rotary)
+
+        if document_lengths is not None:
+            # 整包只需要最长样本那么大的一块偏置，各样本裁取左上角
+            longest = max(document_lengths)
+            needs_bias = not is_rope or past_length > 0 or device.type == "cpu"
+            bias = self._bias(None, longest, past_length + longest, device, dtype)[0] if needs_bias else None
+            return AttentionContext(rotary, bias, bias is None, document_lengths)
+
+        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.is_floating_point():
+            return AttentionContext(rotary, attention_mask.to(dtype), False, None, output_attentions)  # 已是加性掩码
+        if attention_mask is not None and not self.training and bool((attention_mask == 1).all()):
+            attention_mask = None  # 没有填充：注意力可以走不带掩码的快路
+        if is_rope and attention_mask is None and not output_attentions and (past_length == 0 or length == 1):
+            return AttentionContext(rotary, None, length > 1)
+        bias = self._bias(attention_mask, length, past_length + length, device, dtype)
+        return AttentionContext(rotary, bias, False, None, output_attentions)
+
+    def _bias(self, attention_mask, query_length: int, key_length: int, device, dtype) -> Tensor:
+        """ALiBi 与掩码之和，[b | 1, heads | 1, q, kv]；看不到的位置是该类型的最小值（全被遮住的填充行因此不会出 NaN）。"""
+        allowed = allowed_mask(attention_mask, query_length, key_length, device)
+        allowed = allowed[None, None] if allowed.dim() == 2 else allowed
+        lowest = torch.finfo(dtype).min
+        if self.config.position_embedding == "rope":
+            return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, lowest)
+        slopes = alibi_slopes(self.config.num_attention_heads).to(device)[:, None, None]
+        distances = torch.arange(key_length, device=device, dtype=torch.float32)[None]  # 键的位置 j
+        if self.config.norm_head:
+            # Baichuan2 用 j - i，Baichuan 用 j：softmax 相同，半精度的舍入不同，各随其官方形式
+            distances = distances - torch.arange(key_length - query_length, key_length, device=device)[:, None]
+        return (slopes * distances).to(dtype)[None].masked_fill(~allowed, lowest)
+
+    def get_input_embeddings(self):
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value):
+        self.embed_tokens = value
+
+
+class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
+    """带词表投影与损失的 Baichuan。"""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config)
+        self.model = BaichuanModel(config)
+        self.lm_head = BaichuanHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        raise ValueError("Baichuan 的词表不能改变大小：词表投影按行归一化，官方分词器的 id 也是固定的")
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        document_lengths: list[int] | None = None,
+        target_rows: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        return_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """前向；labels [b, L] 未移位，移位只在这里发生一次。
+
+        损失是各目标 token 交叉熵之和除以 num_items_in_batch（缺省为本批的目标数）。训练模式下只有目标行进入词表投影，
+        logits 为 None；评估模式，或 return_logits=True 时，给出完整的 logits [b, L, V]。
+
+        Args:
+            target_rows: [N]，展平后的行号 t，其下一个 label 是目标；由 data_set.collate 在主机上算好，
+                免去设备同步；缺省由 labels 算出。
+            logits_to_keep: 只算最后几行（或给定下标）的 logits，generate() 用。
+            其余见 BaichuanModel.forward。
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            document_lengths=document_lengths,
+        )
+        hidden_states = outputs.last_hidden_state
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+
+        logits = loss = None
+        if return_logits:
+            rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states if labels is not None else hidden_states[:, rows])
+        if labels is not None:
+            loss = self._loss(hidden_states, logits, labels, target_rows, num_items_in_batch)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _loss(self, hidden_states, logits, labels, target_rows, num_items_in_batch) -> Tensor:
+        """标量 fp32。z_loss_weight 不为 0 时需要所有行的 logits，其余只算目标行。"""
+        next_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()  # 第 t 行的目标是第 t+1 个 label
+        if target_rows is None:
+            target_rows = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
+        num_items = max(1, len(target_rows)) if num_items_in_batch is None else num_items_in_batch
+        targets = next_labels[target_rows]
+        if logits is None and not self.config.z_loss_weight:
+            return self.lm_head(hidden_states.flatten(0, 1)[target_rows], targets) / num_items
+        if logits is None:
+            logits = self.lm_head(hidden_states)
+        row_logits = logits.flatten(0, 1)[target_rows].float()
+        loss = nn.functional.cross_entropy(row_logits, targets, reduction="sum") / num_items
+        if self.config.z_loss_weight:
+            largest = logits[:, :-1].float().amax(dim=-1)
+            loss = loss + self.config.z_loss_weight * largest.square().mean()
+        return loss
+
+
+__all__ = ["BaichuanForCausalLM", "BaichuanModel", "BaichuanPreTrainedModel"]
