@@ -1,4 +1,4 @@
-"""Baichuan / Baichuan2 的分词器：直接调用 sentencepiece，编号与官方模型文件逐一相同，用户文本里的控制符号只当普通文字。"""
+"""Baichuan 与 Baichuan2 的分词器：编号与 sentencepiece 逐一相同，用户文本里的控制符号只当普通文字。"""
 
 import json
 import os
@@ -28,7 +28,9 @@ def _read_model_file(vocab_file: str | os.PathLike | None) -> bytes:
     if not content:
         raise ValueError(f"分词器文件 {vocab_file} 是空的（0 字节），请重新下载 tokenizer.model")
     if content.startswith(_LFS_POINTER):
-        raise ValueError(f"分词器文件 {vocab_file} 只是 Git LFS 指针（{len(content)} 字节），请用 git lfs pull 取回真正的文件")
+        raise ValueError(
+            f"分词器文件 {vocab_file} 只是 Git LFS 指针（{len(content)} 字节），请用 git lfs pull 取回真正的文件"
+        )
     return content
 
 
@@ -44,6 +46,19 @@ def _load_processor(content: bytes, source: str, sp_model_kwargs: dict[str, Any]
     if num_pieces == 0:
         raise ValueError(f"{source} 不是可用的 sentencepiece 模型：其中没有任何片段，请重新下载 tokenizer.model")
     return processor
+
+
+def _check_text(text: str) -> None:
+    """text 不是字符串，或含有写不成 UTF-8 的字符时抛 ValueError。"""
+    if not isinstance(text, str):
+        raise ValueError(f"要编码的文本必须是字符串，收到的是 {type(text).__name__}：{text!r}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"文本第 {error.start + 1} 个字符 {text[error.start]!r} 是孤立的代理字符（不完整的 emoji），"
+            "无法写成 UTF-8，请删去或换成完整的字符"
+        ) from error
 
 
 class BaichuanTokenizer(PreTrainedTokenizer):
@@ -150,10 +165,10 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         """
         try:
             return self.sp_model.encode(text)
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"文本第 {error.start + 1} 个字符 {text[error.start]!r} 是孤立的代理字符，无法写成 UTF-8，请删去或换成完整的字符"
-            ) from error
+        except (UnicodeError, RuntimeError, TypeError):
+            # sentencepiece 各版本对孤立代理字符抛的异常不同，且都不说位置
+            _check_text(text)
+            raise
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """文本的片段；未知字符（没有字节回退的模型才有）记作 unk_token。"""
@@ -247,16 +262,19 @@ class BaichuanTokenizer(PreTrainedTokenizer):
                 run.append(index)
                 continue
             # 每一段普通编号单独交给 sentencepiece：它会去掉 v1 的句首空格，并拼好多字节字符
-            parts.append(self.sp_model.decode(run))
+            parts.append(self._decode_run(run))
             run = []
             unknown = not in_model and index not in self._added_tokens_decoder
             token = self.convert_ids_to_tokens(index)
             if not (skip_special_tokens and (unknown or index in special_ids)):
                 parts.append(token)
-        parts.append(self.sp_model.decode(run))
-        text = "".join(parts)
-        clean_up = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else None
-        return self.clean_up_tokenization(text) if clean_up or clean_up_tokenization_spaces else text
+        text = "".join([*parts, self._decode_run(run)])
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    def _decode_run(self, ids: list[int]) -> str:
+        return self.sp_model.decode(ids) if ids else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """片段还原成文字，规则同 `decode`。"""
@@ -280,10 +298,14 @@ class BaichuanTokenizer(PreTrainedTokenizer):
 
         transformers 5.x 保存时会丢掉这两项，而官方类的默认值是 add_bos_token=True：不写明，别处加载就会多出 bos。
         """
+        if Path(save_directory).is_file():
+            raise ValueError(f"保存分词器的位置 {save_directory} 是一个文件，请给出目录")
         files = super().save_pretrained(save_directory, *args, **kwargs)
         config_file = next(Path(file) for file in files if file.endswith("tokenizer_config.json"))
         config = json.loads(config_file.read_text(encoding="utf-8"))
         config = {key: value for key, value in config.items() if key not in _NOT_SAVED}
         config.update(add_bos_token=self.add_bos_token, add_eos_token=self.add_eos_token)
-        config_file.write_text(json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        config_file.write_text(
+            json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         return files

@@ -1,0 +1,228 @@
+"""一个优化步的样本怎样分给各 rank、装成 micro batch，并在后台备好下一步。
+
+哪些样本组成一步只由 (seed, epoch, step) 决定，与装箱（packing）无关；装箱既不改变一步算什么，也不改变步数。
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from prompting import IGNORE_INDEX, EncodedSample
+
+Dealt = list[list[list[int]]]  # [rank][micro batch][样本下标]
+
+
+def epoch_steps(num_samples: int, global_batch_size: int, seed: int | None, epoch: int = 0) -> list[list[int]]:
+    """一个 epoch 各优化步的样本下标：每个样本恰好出现一次，末尾不足一步的自成较小的一步。
+
+    每个 epoch 的次序不同，只由 seed 与 epoch 决定；seed=None 保持文件次序（评估用）。
+    """
+    if num_samples < 1 or global_batch_size < 1:
+        raise ValueError(f"样本数({num_samples})与全局 batch({global_batch_size})都必须至少为 1")
+    if seed is None:
+        order = list(range(num_samples))
+    else:
+        order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_samples).tolist()
+    return [order[begin : begin + global_batch_size] for begin in range(0, num_samples, global_batch_size)]
+
+
+def deal_step(
+    lengths: Sequence[int], indices: Sequence[int], world_size: int, batch_size: int, max_tokens: int, packing: bool
+) -> Dealt:
+    """把一步的样本分给各 rank 的各 micro batch，返回 [rank][micro batch][样本下标]；结果只由参数决定。
+
+    lengths[i] 是样本 i 的 token 数，indices 是这一步的样本。各 rank 的 micro batch 数相同（ZeRO-3 的集合通信要求），
+    空列表是没有样本的 micro batch，只在样本数少于 micro batch 总数时出现。
+    packing=False：rank r 的第 j 个 micro batch 是 indices[(j * world_size + r) * batch_size :][:batch_size]。
+    packing=True：用尽量少的 micro batch，各 rank 的 token 数尽量相等，每个 micro batch 不超过 max_tokens
+    （= batch_size * max_len，即用户按 batch_size 许可的显存），总数从不多于不装箱时。
+    """
+    num_unpacked = -(-len(indices) // (world_size * batch_size))
+    if not packing:
+        return [
+            [list(indices[(j * world_size + r) * batch_size :][:batch_size]) for j in range(num_unpacked)]
+            for r in range(world_size)
+        ]
+    too_long = [i for i in indices if lengths[i] > max_tokens]
+    if too_long:
+        raise ValueError(
+            f"样本 {too_long[0]} 有 {lengths[too_long[0]]} token，超过一个 micro batch 的上限 {max_tokens}"
+        )
+
+    longest_first = sorted(indices, key=lambda i: -lengths[i])  # 稳定排序：等长的保持一步之内的次序
+    at_least = -(-sum(lengths[i] for i in indices) // (world_size * max_tokens))
+    for num_micro in count(max(1, at_least)):
+        for deal in (_deal_balanced, _deal_first_fit, _deal_in_turn):
+            dealt = deal(lengths, longest_first, world_size, num_micro, max_tokens)
+            if dealt is not None:
+                return _fill_empty(dealt)
+    raise AssertionError("每箱一条时总放得下")
+
+
+def _deal_balanced(
+    lengths: Sequence[int], longest_first: list[int], world_size: int, num_micro: int, max_tokens: int
+) -> Dealt | None:
+    """最长的先放：放进 token 最少的 rank 里 token 最少的那一箱（LPT）；放不下返回 None。"""
+    dealt: Dealt = [[[] for _ in range(num_micro)] for _ in range(world_size)]
+    loads = [[0] * num_micro for _ in range(world_size)]
+    for i in longest_first:
+        for r in sorted(range(world_size), key=lambda r: sum(loads[r])):
+            j = min(range(num_micro), key=loads[r].__getitem__)
+            if loads[r][j] + lengths[i] <= max_tokens:
+                dealt[r][j].append(i)
+                loads[r][j] += lengths[i]
+                break
+        else:
+            return None
+    return dealt
+
+
+def _deal_first_fit(
+    lengths: Sequence[int], longest_first: list[int], world_size: int, num_micro: int, max_tokens: int
+) -> Dealt | None:
+    """首次适应递减（FFD）：装得更满，再把各箱从大到小分给 token 最少的 rank；放不下返回 None。"""
+    bins: list[list[int]] = [[] for _ in range(world_size * num_micro)]
+    loads = [0] * len(bins)
+    for i in longest_first:
+        b = next((b for b, load in enumerate(loads) if load + lengths[i] <= max_tokens), None)
+        if b is None:
+            return None
+        bins[b].append(i)
+        loads[b] += lengths[i]
+    dealt: Dealt = [[] for _ in range(world_size)]
+    rank_loads = [0] * world_size
+    for b in sorted(range(len(bins)), key=lambda b: -loads[b]):
+        r = min((r for r in range(world_size) if len(dealt[r]) < num_micro), key=rank_loads.__getitem__)
+        dealt[r].append(bins[b])
+        rank_loads[r] += loads[b]
+    return dealt
+
+
+def _deal_in_turn(
+    lengths: Sequence[int], longest_first: list[int], world_size: int, num_micro: int, max_tokens: int
+) -> Dealt | None:
+    """轮流放：每箱的条数相等，因此箱数等于不装箱时必定放得下；放不下返回 None。"""
+    num_bins = world_size * num_micro
+    dealt = [[longest_first[j * world_size + r :: num_bins] for j in range(num_micro)] for r in range(world_size)]
+    fits = all(sum(lengths[i] for i in micro) <= max_tokens for rank in dealt for micro in rank)
+    return dealt if fits else None
+
+
+def _fill_empty(dealt: Dealt) -> Dealt:
+    """给空箱从样本最多的箱里移来最短的一条；样本不够时空箱留下。"""
+    bins = [micro for rank in dealt for micro in rank]
+    for empty in (micro for micro in bins if not micro):
+        donor = max(bins, key=len)
+        if len(donor) > 1:
+            empty.append(donor.pop())
+    return dealt
+
+
+def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) -> dict[str, Any]:
+    """把一个 micro batch 的样本拼成张量（int64，在 CPU 上）。
+
+    packing=True：样本首尾相接成一行，T 为总 token 数：input_ids、labels、position_ids [1, T]（位置逐样本重新计），
+        document_lengths: list[int]，总和为 T。
+    packing=False：右侧补齐到最长的 L：input_ids、attention_mask、labels [b, L]。
+    两者都有 target_rows [N]：展平后的行号 i*L+t（packing 时为 t），该行的下一个标签 labels[i, t+1] 是目标；
+    模型由此不必向设备要数量。每个样本的首个标签都是 -100，移位不会跨过样本。
+    samples 为空时给出一个只有一个 pad、没有目标的样本：各 rank 的 micro batch 数因此总是相同。
+    """
+    rows = [(np.asarray(sample.input_ids), np.asarray(sample.labels)) for sample in samples]
+    rows = rows or [(np.array([pad_token_id]), np.array([IGNORE_INDEX]))]
+    lengths = [len(input_ids) for input_ids, _ in rows]
+    width = sum(lengths) if packing else max(lengths)
+    shape = (1, width) if packing else (len(rows), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    begin = 0
+    for i, (row_ids, row_labels) in enumerate(rows):
+        row, span = (0, slice(begin, begin + len(row_ids))) if packing else (i, slice(0, len(row_ids)))
+        input_ids[row, span] = row_ids
+        labels[row, span] = row_labels
+        labels[row, span.start] = IGNORE_INDEX
+        positions[row, span] = np.arange(len(row_ids))
+        mask[row, span] = 1
+        begin += len(row_ids)
+
+    # 首列总是 -100，所以展平后减一不会跑到上一行
+    target_rows = np.flatnonzero(labels != IGNORE_INDEX) - 1
+    batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
+    if packing:
+        batch |= {"position_ids": torch.from_numpy(positions), "document_lengths": lengths}
+    else:
+        batch["attention_mask"] = torch.from_numpy(mask)
+    return {**batch, "target_rows": torch.from_numpy(target_rows)}
+
+
+class StepBatch(NamedTuple):
+    """一个优化步里本 rank 的输入。"""
+
+    micro_batches: list[dict[str, Any]]  # collate 的结果；各 rank 个数相同
+    num_target_tokens: int  # 这一步所有 rank 的目标 token 数
+    num_tokens: int  # 这一步所有 rank 的非补齐 token 数
+    rows: list[tuple[str, int]]  # 本 rank 各样本的 (文件, 行号)，依 micro batch 的次序
+
+
+class StepLoader:
+    """按优化步产出本 rank 的 micro batch；这一步计算时，下一步已在后台线程里备好。
+
+    一步含 batch_size × gradient_accumulation_steps × world_size 个样本，装箱与否都一样。
+    次序只由 seed、epoch 与步数决定，从中间续训不必重放前面的步；seed=None 按文件次序（评估）。
+    有 CUDA 时张量放在锁页内存里，便于异步拷贝。
+    """
+
+    def __init__(
+        self,
+        dataset,
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        max_len: int,
+        seed: int | None,
+        world_size: int = 1,
+        rank: int = 0,
+        pad_token_id: int = 0,
+        packing: bool = True,
+    ):
+        self.dataset, self.seed, self.packing, self.pad_token_id = dataset, seed, packing, pad_token_id
+        self.world_size, self.rank, self.batch_size, self.max_len = world_size, rank, batch_size, max_len
+        self.global_batch_size = batch_size * gradient_accumulation_steps * world_size
+        self.steps_per_epoch = -(-len(dataset) // self.global_batch_size)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
+        """从第 start_step 步（从 0 起）起，依次产出第 epoch 个 epoch 的各步。"""
+        steps = epoch_steps(len(self.dataset), self.global_batch_size, self.seed, epoch)[start_step:]
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader") as background:
+            coming = background.submit(self.prepare, steps[0]) if steps else None
+            for following in [*steps[1:], None]:
+                if coming is None:
+                    return
+                ready = coming.result()
+                coming = background.submit(self.prepare, following) if following is not None else None
+                yield ready
+
+    def prepare(self, indices: Sequence[int]) -> StepBatch:
+        """备好由这些样本组成的一步。"""
+        max_tokens = self.batch_size * self.max_len
+        dealt = deal_step(self.dataset.lengths, indices, self.world_size, self.batch_size, max_tokens, self.packing)[
+            self.rank
+        ]
+        micro_batches = [collate([self.dataset[i] for i in micro], self.pad_token_id, self.packing) for micro in dealt]
+        if torch.cuda.is_available():
+            micro_batches = [
+                {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
+                for batch in micro_batches
+            ]
+        return StepBatch(
+            micro_batches=micro_batches,
+            num_target_tokens=sum(self.dataset.num_targets[i] for i in indices),
+            num_tokens=sum(self.dataset.lengths[i] for i in indices),
+            rows=[(self.dataset.path, self.dataset.lines[i]) for micro in dealt for i in micro],
+        )

@@ -1,0 +1,70 @@
+"""全部测试共用的夹具：共享资料目录、黄金值目录、现场生成的微型检查点。"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# 测试不联网；必须在第一次 import transformers 之前设好
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+LOCAL_GOLDENS = Path(__file__).resolve().parent / "goldens"
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def single_thread():
+    """微型模型上多线程只会添乱（两核上慢五倍）；单线程的求和次序也固定。测试拉起的进程不受影响。"""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """共享资料目录 ../shared；不存在时跳过，并在报告里写明。"""
+    if not SHARED.is_dir():
+        pytest.skip("没有 ../shared，跳过依赖共享资料的测试")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden_dir():
+    """返回 `golden_dir(name, shared_only=False) -> Path`：先找 tests/goldens，再找 ../shared/goldens，都没有则跳过。"""
+
+    def find(name: str, shared_only: bool = False) -> Path:
+        places = [SHARED / "goldens"] if shared_only else [LOCAL_GOLDENS, SHARED / "goldens"]
+        for place in places:
+            if (place / name / "golden.json").is_file():
+                return place / name
+        pytest.skip(f"黄金值 {name} 只在 ../shared/goldens 中，这里没有")
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    """返回 `tiny_checkpoint(arch="baichuan2-7b", **options) -> Path`；同样的参数只生成一次，勿改写其内容。"""
+    made: dict[tuple, Path] = {}
+
+    def build(arch: str = "baichuan2-7b", **options) -> Path:
+        key = (arch, *sorted((name, repr(value)) for name, value in options.items()))
+        if key not in made:
+            path = ROOT / "scripts" / "build_tiny_model.py"
+            spec = importlib.util.spec_from_file_location("build_tiny_model", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            target = tmp_path_factory.mktemp("tiny") / arch
+            made[key] = Path(module.build_tiny_model(arch, target, **options))
+        return made[key]
+
+    return build

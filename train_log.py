@@ -1,0 +1,151 @@
+"""训练过程的记录：控制台、train_log.jsonl、TensorBoard 与 loss.png；只在 0 号进程写。"""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from utils import global_rank, log_rank_0
+
+
+class TrainLog:
+    """累计每一步的数，到该显示的步写出一条：loss 是上一条以来各目标 token 的平均。
+
+    Args:
+        output_dir: train_log.jsonl 与 loss.png 写在这里。
+        logging_dir: TensorBoard 的目录。
+        num_steps: 优化器步的总数。
+        show_loss_step: 每隔多少步写一条；第一步与最后一步总写。
+        first_step: 从第几步之后开始（续训时不为 0）。
+    """
+
+    def __init__(self, output_dir: Path, logging_dir: Path, num_steps: int, show_loss_step: int, first_step: int = 0):
+        self.path = output_dir / "train_log.jsonl"
+        self.num_steps, self.show_loss_step = num_steps, show_loss_step
+        self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
+        self._elapsed_before = 0.0
+        self._started = time.perf_counter()
+        self._window_started = self._started
+        self._progress = self._writer = None
+        if global_rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            if first_step:
+                self._elapsed_before = cut_log(self.path, first_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            self._writer = SummaryWriter(str(logging_dir), purge_step=first_step + 1 if first_step else None)
+            self._progress = tqdm(total=num_steps, initial=first_step, desc="训练", unit="步", dynamic_ncols=True)
+
+    def step(
+        self, step: int, epoch: float, loss: float, num_targets: int, num_tokens: int, lr: float, grad_norm: float
+    ):
+        """记一步。loss 是这一步各目标 token 的平均，num_tokens 是所有进程的非填充 token 数。"""
+        self._loss_sum += loss * num_targets
+        self._num_targets += num_targets
+        self._num_tokens += num_tokens
+        if self._progress is not None:
+            self._progress.update(1)
+        if step != 1 and step != self.num_steps and step % self.show_loss_step:
+            return
+        now = time.perf_counter()
+        self._seconds += now - self._window_started
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": self._loss_sum / max(1, self._num_targets),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": self._num_tokens,
+            "tokens_per_second": self._num_tokens / max(self._seconds, 1e-9),
+            "elapsed_seconds": self._elapsed_before + now - self._started,
+            "memory_mb": peak_memory_mb(),
+        }
+        self.write(record, step)
+        self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
+        self._window_started = time.perf_counter()
+        if self._progress is not None:
+            self._progress.set_postfix_str(f"loss {record['loss']:.4f}")
+            log_rank_0(
+                f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  lr {lr:.3g}  "
+                f"梯度范数 {grad_norm:.3f}  {record['tokens_per_second']:.0f} token/s  内存 {record['memory_mb']:.0f} MB"
+            )
+
+    def write(self, record: dict, step: int):
+        """写一条到 train_log.jsonl 与 TensorBoard（键前加 train/；已带 / 的原样）。"""
+        if self._writer is None:
+            return
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+        for key, value in record.items():
+            if key not in ("step", "epoch") and isinstance(value, (int, float)):
+                self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+        self._writer.flush()
+
+    def pause(self):
+        """评估与保存之前调用：此后的时间不计入 tokens_per_second。"""
+        self._seconds += time.perf_counter() - self._window_started
+
+    def resume(self):
+        """评估与保存之后调用。"""
+        self._window_started = time.perf_counter()
+
+    def close(self):
+        """画 loss.png，关闭文件。"""
+        if self._writer is None:
+            return
+        self._progress.close()
+        self._writer.close()
+        self._file.close()
+        draw_loss(self.path)
+
+
+def cut_log(path: Path, last_step: int) -> float:
+    """把 train_log.jsonl 截到 last_step 为止（续训用），返回那时的 elapsed_seconds；写了一半的行去掉。"""
+    if not path.is_file():
+        return 0.0
+    kept, elapsed = [], 0.0
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= last_step:
+            kept.append(line)
+            elapsed = record.get("elapsed_seconds", elapsed)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
+    return elapsed
+
+
+def peak_memory_mb() -> float:
+    """峰值内存，MB：GPU 上是本进程分配过的显存，CPU 上是常驻内存。"""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def draw_loss(log_path: Path):
+    """把 train_log.jsonl 的损失曲线画成同目录下的 loss.png。"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
+    train = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    evaluated = [(record["step"], record["eval/nll"]) for record in records if "eval/nll" in record]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(*zip(*train, strict=True), label="train/loss", color="#1f77b4", linewidth=1.6, marker=".", markersize=5)
+    if evaluated:
+        axes.plot(
+            *zip(*evaluated, strict=True), label="eval/nll", color="#d62728", linewidth=1.6, marker="o", markersize=5
+        )
+    axes.set(xlabel="global_step", ylabel="loss (nats / target token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(log_path.with_name("loss.png"), dpi=150)
+    pyplot.close(figure)

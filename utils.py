@@ -1,0 +1,201 @@
+"""与模型和样本都无关的小工具：按 rank 输出、随机种子、JSON 文件、精度选择与 DeepSpeed 配置的填写。"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 进程
+
+
+def world_size() -> int:
+    """进程总数；没有分布式时为 1。"""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def global_rank() -> int:
+    """本进程的全局序号；没有分布式时取环境变量 RANK，再没有为 0。"""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def log_rank_0(message: str):
+    """只在 0 号进程打印一行，不打断 tqdm 进度条。"""
+    if global_rank() == 0:
+        tqdm.write(message)
+
+
+def raise_together(error: BaseException | None):
+    """任何一个进程有错，所有进程都抛出同样的原因，不留下别的进程空等；集合通信，所有进程都要调用。
+
+    Raises:
+        RuntimeError: 某个进程有错；本进程的错误作为 __cause__。
+    """
+    reasons = [None if error is None else f"{type(error).__name__}: {error}"]
+    if dist.is_initialized():
+        reasons = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, None if error is None else f"{type(error).__name__}: {error}")
+    for rank, reason in enumerate(reasons):
+        if reason is not None:
+            raise RuntimeError(f"rank {rank} 出错：{reason}") from error
+
+
+def seed_everything(seed: int):
+    """设定 random、numpy、torch（含 CUDA）的随机种子。"""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 文件
+
+
+def read_json(path: str | Path) -> Any:
+    """读一个 JSON 文件。
+
+    Raises:
+        ValueError: 文件不存在、不是 UTF-8 或不是合法的 JSON，信息里有路径与位置。
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"读不了 {path}：{error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} 不是合法的 JSON：{error}") from error
+
+
+def write_json(path: str | Path, value: Any):
+    """写一个 JSON 文件：先写临时文件再改名，读者看不到写了一半的内容。"""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 精度与 DeepSpeed 配置
+
+
+def cpu_has_native_bf16() -> bool:
+    """CPU 是否直接计算 bf16（avx512_bf16 或 AMX）；没有时 bf16 矩阵乘法比 fp32 慢约 7 倍。"""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def choose_precision(requested: str) -> tuple[str, str]:
+    """把 --precision 定为 bf16、fp16 或 fp32 之一，并说明理由 → (精度, 理由)。"""
+    if requested != "auto":
+        return requested, "由 --precision 指定"
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{torch.cuda.get_device_name()} 直接计算 bf16"
+        return "fp16", f"{torch.cuda.get_device_name()} 不直接计算 bf16，用 fp16 加损失缩放"
+    if cpu_has_native_bf16():
+        return "bf16", "CPU 有 avx512_bf16 或 AMX，直接计算 bf16"
+    return "fp32", "CPU 没有 avx512_bf16 或 AMX，它的 bf16 比 fp32 慢约 7 倍"
+
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def read_ds_config(path: str | Path) -> dict:
+    """读 DeepSpeed 的 JSON 并检查 DeepSpeed 自己不检查、会悄悄忽略的地方。
+
+    Raises:
+        ValueError: 不是合法的 JSON 对象；学习率调度的 type 或 warmup_type 不是 DeepSpeed 认得的值。
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} 应是一个 JSON 对象，得到 {type(config).__name__}")
+    scheduler = config.get("scheduler", {})
+    schedulers = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    if scheduler and scheduler.get("type") not in schedulers:
+        raise ValueError(f"{path}: scheduler.type={scheduler.get('type')!r} 不支持，可选：{' | '.join(schedulers)}")
+    warmup_type = scheduler.get("params", {}).get("warmup_type", "linear")
+    if warmup_type not in ("linear", "log"):
+        raise ValueError(
+            f"{path}: scheduler.params.warmup_type={warmup_type!r} 不是 DeepSpeed 认得的值（linear | log）；"
+            "想要余弦衰减，请把 scheduler.type 写成 WarmupCosineLR"
+        )
+    return config
+
+
+def has_cpp_compiler() -> bool:
+    """有没有 C++ 编译器：DeepSpeed 自带的 Adam 要在首次使用时编译。"""
+    compiler = os.environ.get("CXX") or "g++"
+    return any(shutil.which(name) for name in (compiler, "c++", "clang++"))
+
+
+def resolve_ds_config(
+    config: dict,
+    precision: str,
+    batch_size: int,
+    accumulation_steps: int,
+    num_ranks: int,
+    learning_rate: float,
+    weight_decay: float,
+    num_steps: int,
+    warmup_ratio: float,
+) -> dict:
+    """填好配置里的 "auto"，返回新的字典；原来写了具体值的地方不动。
+
+    学习率：第 s 步（从 1 起）预热时为 s/(W+1)，W 是预热步数；之后按调度衰减，最后一步为调度的下限。
+    DeepSpeed 的预热从 0 起且至少 2 步，所以这里把起点设为 1/(W+1)；W = 0 时起点为 1，即没有预热。
+
+    Args:
+        config: read_ds_config 的结果。
+        batch_size、accumulation_steps、num_ranks: 一个优化器步有三者之积个样本。
+        num_steps: 优化器步的总数；warmup_ratio: 预热步数占它的比例。
+    """
+    warmup_steps = round(num_steps * warmup_ratio)
+    warmup_start = 1.0 / (max(2, warmup_steps) + 1) if warmup_steps else 1.0
+    auto_values = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": batch_size * accumulation_steps * num_ranks,
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
+        "total_num_steps": num_steps,
+        "warmup_num_steps": max(1, warmup_steps),
+        "warmup_min_ratio": warmup_start,
+        "warmup_min_lr": learning_rate * warmup_start,
+        "warmup_max_lr": learning_rate,
+    }
+
+    def fill(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            return {name: fill(value, name) for name, value in node.items()}
+        if node == "auto":
+            if key not in auto_values:
+                raise ValueError(f'DeepSpeed 配置里的 "{key}": "auto" 不知道该填什么，请写具体的值')
+            return auto_values[key]
+        return node
+
+    resolved = {name: fill(value, name) for name, value in config.items() if name not in ("bf16", "fp16")}
+    resolved.setdefault("train_micro_batch_size_per_gpu", batch_size)
+    resolved.setdefault("gradient_accumulation_steps", accumulation_steps)
+    resolved["bf16"] = {"enabled": precision == "bf16", **_without_enabled(config.get("bf16", {}))}
+    resolved["fp16"] = {"enabled": precision == "fp16", **_without_enabled(config.get("fp16", {}))}
+    if resolved.get("optimizer", {}).get("type") in ("Adam", "AdamW") and not has_cpp_compiler():
+        log_rank_0("没有找到 C++ 编译器，DeepSpeed 自带的 Adam 编译不了：改用 torch 的 AdamW（同样的更新，稍慢）")
+        resolved["optimizer"]["params"]["torch_adam"] = True
+        resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved
+
+
+def _without_enabled(section: dict) -> dict:
+    return {name: value for name, value in section.items() if name != "enabled"}

@@ -1,0 +1,195 @@
+"""权重张量的读与写：逐个张量，不把整个模型再复制一份；ZeRO-3 下每个进程只读自己的那一段。"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from utils import global_rank, read_json, write_json
+
+INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
+# 官方文件里有、我们现算的张量
+IGNORED_SUFFIX = "rotary_emb.inv_freq"
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """检查点目录里的权重文件，官方布局：safetensors 或 bin，单个文件或带索引的分片；safetensors 优先。
+
+    Raises:
+        ValueError: 没有权重文件；索引指向目录之外，或缺了分片（列出缺的）。
+    """
+    directory = Path(directory)
+    for single, index in zip(SINGLE_NAMES, INDEX_NAMES, strict=True):
+        if (directory / single).is_file():
+            return [directory / single]
+        if (directory / index).is_file():
+            weight_map = read_json(directory / index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{directory / index} 没有 weight_map，请重新下载这个文件")
+            names = sorted(set(map(str, weight_map.values())))
+            outside = [name for name in names if Path(name).name != name]
+            if outside:
+                raise ValueError(f"{directory / index} 里的 {outside[0]!r} 不是本目录下的文件名，拒绝读取")
+            missing = [name for name in names if not (directory / name).is_file()]
+            if missing:
+                raise ValueError(f"{directory} 缺少权重分片 {missing}，请补全后再运行")
+            return [directory / name for name in names]
+    raise ValueError(f"{directory} 里没有权重文件（{'、'.join(SINGLE_NAMES + INDEX_NAMES)} 都不在）")
+
+
+class WeightFile:
+    """一个权重文件里的张量，按名字惰性读取；.bin 只按 weights_only 读，绝不执行其中的代码。
+
+    Raises:
+        ValueError: 文件损坏或不完整。
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            if path.suffix == ".safetensors":
+                self._file = safe_open(path, framework="pt")
+                self.names = set(self._file.keys())
+            else:
+                try:
+                    self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError as error:
+                    if "mmap" not in str(error):
+                        raise
+                    self._file = torch.load(path, map_location="cpu", weights_only=True)  # 旧式（非 zip）的 .bin
+                self.names = {name for name, value in self._file.items() if isinstance(value, Tensor)}
+        except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, MemoryError) as error:
+            raise ValueError(self._broken(error)) from error
+        except Exception as error:  # pickle 的 UnpicklingError 等：内容不可信，一律按损坏处理
+            raise ValueError(self._broken(error)) from error
+
+    def _broken(self, error: Exception) -> str:
+        size = self.path.stat().st_size if self.path.exists() else 0
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"{self.path}（{size} 字节）损坏或不完整，请重新下载并核对大小：{reason}"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """张量的形状，不读内容。"""
+        if self.path.suffix == ".safetensors":
+            return tuple(self._file.get_slice(name).get_shape())
+        return tuple(self._file[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        """整个张量，CPU。"""
+        return self._file.get_tensor(name) if self.path.suffix == ".safetensors" else self._file[name]
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """展平后第 start 到 stop 个元素，[stop - start]；只读到所在的行。"""
+        shape = self.shape(name)
+        row_elements = max(1, int(torch.Size(shape[1:]).numel()))
+        first_row, last_row = start // row_elements, -(-stop // row_elements)
+        if self.path.suffix == ".safetensors":
+            rows = self._file.get_slice(name)[first_row:last_row]
+        else:
+            rows = self._file[name][first_row:last_row]
+        return rows.reshape(-1)[start - first_row * row_elements : stop - first_row * row_elements]
+
+
+def check_weights(directory: str | Path, expected_shapes: dict[str, tuple[int, ...]]):
+    """只读文件头，核对名字与形状是否与模型一致。
+
+    Raises:
+        ValueError: 缺少、多出或形状不符的张量（各列出几个），或文件损坏。
+    """
+    found = {}
+    for path in weight_files(directory):
+        weight_file = WeightFile(path)
+        found.update({name: weight_file.shape(name) for name in weight_file.names})
+    problems = []
+    missing = sorted(expected_shapes.keys() - found.keys())
+    extra = sorted(name for name in found.keys() - expected_shapes.keys() if not name.endswith(IGNORED_SUFFIX))
+    wrong = sorted(name for name in found.keys() & expected_shapes.keys() if found[name] != expected_shapes[name])
+    if missing:
+        problems.append(f"缺少 {len(missing)} 个张量，如 {missing[:3]}")
+    if extra:
+        problems.append(f"多出 {len(extra)} 个不认识的张量，如 {extra[:3]}")
+    problems += [f"{name} 的形状是 {found[name]}，按 config.json 应为 {expected_shapes[name]}" for name in wrong[:3]]
+    if problems:
+        raise ValueError(f"{directory} 的权重与 config.json 不符：" + "；".join(problems))
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, directory: str | Path):
+    """把检查点的权重读进模型，按模型的类型转换。被 ZeRO-3 切分的参数只读本进程的一段，内存里最多多出一个张量。
+
+    Args:
+        model: 参数名与官方检查点相同的模型，已经分配好存储。
+    """
+    parameters = dict(model.named_parameters())
+    for path in weight_files(directory):
+        weight_file = WeightFile(path)
+        for name in sorted(weight_file.names & parameters.keys()):
+            parameter = parameters[name]
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.copy_(weight_file.read(name))
+                continue
+            # ZeRO-3：第 r 个进程持有展平后的 [r·k, (r+1)·k)，k 是本段长度，尾部补零
+            partition = parameter.ds_tensor
+            start = min(partition.numel() * global_rank(), parameter.ds_numel)
+            stop = min(start + partition.numel(), parameter.ds_numel)
+            partition.zero_()
+            if stop > start:
+                partition[: stop - start].copy_(weight_file.read_flat(name, start, stop))
+
+
+def gathered_tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor | None]]:
+    """逐个给出完整的参数：0 号进程得到 CPU 张量，其余进程得到 None；集合操作，所有进程按同样的顺序走完。"""
+    import deepspeed
+
+    for name, parameter in parameters:
+        is_partitioned = hasattr(parameter, "ds_tensor")
+        with deepspeed.zero.GatheredParameters([parameter]) if is_partitioned else nullcontext():
+            yield name, parameter.detach().cpu().clone() if global_rank() == 0 else None
+
+
+class ShardedWriter:
+    """把张量一个个收下，满一片就写盘；内存里最多一片。只在 0 号进程使用。"""
+
+    def __init__(self, directory: Path, stem: str = "model", max_shard_bytes: int = 5 * 10**9):
+        self.directory, self.stem, self.max_shard_bytes = directory, stem, max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor):
+        """收下一个张量；存储连续且不与别的张量共享。"""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+            self._write_shard()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def _write_shard(self):
+        number = len(self._shards) + 1
+        save_file(self._pending, self.directory / f"{self.stem}-{number:05d}.safetensors", metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
+
+    def close(self) -> int:
+        """写完最后一片；多于一片时按官方布局改名并写索引。返回张量总数。"""
+        if self._pending or not self._shards:
+            self._write_shard()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards, start=1):
+            suffix = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+            final_name = f"{self.stem}{suffix}.safetensors"
+            os.replace(self.directory / f"{self.stem}-{number:05d}.safetensors", self.directory / final_name)
+            weight_map.update(dict.fromkeys(names, final_name))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            write_json(self.directory / f"{self.stem}.safetensors.index.json", index)
+        return len(weight_map)
