@@ -61,50 +61,109 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
 
     base = parser.add_argument_group("模型与数据")
     add(base, "model_name_or_path", required=True, help="Baichuan 检查点的本地目录（必填）")
-    add(base, "mode", "baichuan", choices=list(MODEL_FAMILIES), help="模型族；结构以检查点的 config.json 为准（缺省 %(default)s）")
+    add(
+        base,
+        "mode",
+        "baichuan",
+        choices=list(MODEL_FAMILIES),
+        help="模型族；结构以检查点的 config.json 为准（缺省 %(default)s）",
+    )
     add(base, "train_path", required=True, help="训练数据，JSON Lines 或 JSON 数组（必填），格式见 data/README.md")
     add(base, "eval_path", help="评估数据，格式同训练数据；每轮结束时报告目标 token 的平均损失（缺省不评估）")
-    add(base, "prompt_format", "auto", choices=["auto", *PROMPT_FORMATS],
-        help="提示格式：plain 为基座模型，chat 为对话模型的角色标记，auto 由检查点决定（缺省 %(default)s）")
+    add(
+        base,
+        "prompt_format",
+        "auto",
+        choices=["auto", *PROMPT_FORMATS],
+        help="提示格式：plain 为基座模型，chat 为对话模型的角色标记，auto 由检查点决定（缺省 %(default)s）",
+    )
     add(base, "max_len", 1024, **typed(int), help="一个样本的最大长度，token（缺省 %(default)s）")
     add(base, "max_src_len", 768, **typed(int), help="提示部分的最大长度，token，须小于 max_len（缺省 %(default)s）")
     add(base, "is_skip", False, action=BoolFlag, help="超长的样本丢弃；缺省截断")
     add(base, "drop_duplicates", False, action=BoolFlag, help="内容完全相同的样本只留一个；缺省都保留")
     add(base, "cache_dir", help="分词结果的缓存目录，按内容、分词器与设置区分（缺省不缓存）")
-    add(base, "packing", True, action=BoolFlag,
-        help="把一步的样本并排放进尽量少的 micro batch，各看各的，结果与不并排相同（缺省开；P-Tuning 第 1 版不支持，自动关）")
+    add(
+        base,
+        "packing",
+        True,
+        action=BoolFlag,
+        help="把一步的样本并排放进尽量少的 micro batch，各看各的，结果与不并排相同（缺省开；P-Tuning 第 1 版不支持，自动关）",
+    )
 
     method = parser.add_argument_group("训练方法")
-    add(method, "train_type", "lora", choices=[*TRAIN_METHODS, *TRAIN_TYPE_ALIASES], help="训练方法；all 同 full（缺省 %(default)s）")
+    add(
+        method,
+        "train_type",
+        "lora",
+        choices=[*TRAIN_METHODS, *TRAIN_TYPE_ALIASES],
+        help="训练方法；all 同 full（缺省 %(default)s）",
+    )
     add(method, "freeze_module_name", help='freeze：要训练的参数名片段，逗号分隔，如 "layers.31.,layers.30."')
     add(method, "lora_dim", 8, **typed(int), help="lora：秩（缺省 %(default)s）")
     add(method, "lora_alpha", 30, **typed(int), help="lora：缩放系数的分子，实际缩放为 alpha / dim（缺省 %(default)s）")
     add(method, "lora_dropout", 0.1, **typed(float), help="lora：dropout 概率，[0, 1)（缺省 %(default)s）")
-    add(method, "lora_module_name", "W_pack", help="lora：套在哪些线性层上，逗号分隔；all-linear 为全部（缺省 %(default)s）")
+    add(
+        method,
+        "lora_module_name",
+        "W_pack",
+        help="lora：套在哪些线性层上，逗号分隔；all-linear 为全部（缺省 %(default)s）",
+    )
     add(method, "pre_seq_len", 16, **typed(int), help="ptuning：前缀的长度，token（缺省 %(default)s）")
     add(method, "prefix_projection", False, action=BoolFlag, help="ptuning：前缀经过一个两层 MLP 产生；缺省直接训练")
-    add(method, "prefix_hidden_size", 512, **typed(int),
-        help="ptuning：上述 MLP 的宽度（缺省 %(default)s：7B 约训练 1.4 亿参数；取模型宽度 4096 则约 10.9 亿）")
-    add(method, "ptuning_version", 2, **typed(int), choices=[1, 2],
-        help="ptuning：2 在每层放可训练的键值，1 只在词嵌入处放可训练的提示（缺省 %(default)s）")
+    add(
+        method,
+        "prefix_hidden_size",
+        512,
+        **typed(int),
+        help="ptuning：上述 MLP 的宽度（缺省 %(default)s：7B 约训练 1.4 亿参数；取模型宽度 4096 则约 10.9 亿）",
+    )
+    add(
+        method,
+        "ptuning_version",
+        2,
+        **typed(int),
+        choices=[1, 2],
+        help="ptuning：2 在每层放可训练的键值，1 只在词嵌入处放可训练的提示（缺省 %(default)s）",
+    )
 
     train = parser.add_argument_group("训练过程")
     add(train, "output_dir", required=True, help="检查点与日志的目录（必填）；已有上一次的结果会移到 previous-N/")
     add(train, "num_train_epochs", 3, **typed(int), help="轮数（缺省 %(default)s）")
     add(train, "max_steps", -1, **typed(int), help="优化器步数的上限，-1 为不限（缺省 %(default)s）")
-    add(train, "per_device_train_batch_size", 4, **typed(int), help="每个进程一个 micro batch 的样本数（缺省 %(default)s）")
+    add(
+        train,
+        "per_device_train_batch_size",
+        4,
+        **typed(int),
+        help="每个进程一个 micro batch 的样本数（缺省 %(default)s）",
+    )
     add(train, "gradient_accumulation_steps", 4, **typed(int), help="梯度累积的次数（缺省 %(default)s）")
-    add(train, "learning_rate", **typed(float), help="峰值学习率（缺省随方法：" + "，".join(
-        f"{name} {entry.learning_rate:g}" for name, entry in TRAIN_METHODS.items()) + "）")
+    add(
+        train,
+        "learning_rate",
+        **typed(float),
+        help="峰值学习率（缺省随方法："
+        + "，".join(f"{name} {entry.learning_rate:g}" for name, entry in TRAIN_METHODS.items())
+        + "）",
+    )
     add(train, "weight_decay", 0.1, **typed(float), help="权重衰减，只作用于矩阵，不作用于 RMSNorm（缺省 %(default)s）")
     add(train, "warmup_ratio", 0.1, **typed(float), help="预热占总步数的比例，[0, 1)（缺省 %(default)s）")
     add(train, "seed", 1234, **typed(int), help="随机种子（缺省 %(default)s）")
     add(train, "precision", "auto", choices=PRECISIONS, help="计算精度；auto 取设备直接支持的（缺省 %(default)s）")
     add(train, "ds_file", "ds_zero2_no_offload.json", help="DeepSpeed 配置（缺省 %(default)s）")
-    add(train, "gradient_checkpointing", "none", nargs="?", const="all", choices=["none", "all"],
-        help="反向时重算各层的激活以省显存；只写参数名即 all（缺省 %(default)s）")
+    add(
+        train,
+        "gradient_checkpointing",
+        "none",
+        nargs="?",
+        const="all",
+        choices=["none", "all"],
+        help="反向时重算各层的激活以省显存；只写参数名即 all（缺省 %(default)s）",
+    )
     add(train, "show_loss_step", 10, **typed(int), help="每隔多少步显示并记录一次（缺省 %(default)s）")
-    add(train, "save_model_step", 0, **typed(int), help="每隔多少步存一次检查点，0 为只在每轮结束时（缺省 %(default)s）")
+    add(
+        train, "save_model_step", 0, **typed(int), help="每隔多少步存一次检查点，0 为只在每轮结束时（缺省 %(default)s）"
+    )
     add(train, "logging_dir", help="TensorBoard 的目录（缺省 output_dir/runs）")
     add(train, "local_rank", -1, **typed(int), help="由 deepspeed 启动器传入，不必自己写")
     return parser
@@ -140,10 +199,23 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
         except ValueError as error:
             problems.append(str(error))
 
-    for name in ("max_len", "max_src_len", "num_train_epochs", "per_device_train_batch_size", "lora_dim", "lora_alpha",
-                 "gradient_accumulation_steps", "show_loss_step", "pre_seq_len", "prefix_hidden_size"):
+    for name in (
+        "max_len",
+        "max_src_len",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "lora_dim",
+        "lora_alpha",
+        "gradient_accumulation_steps",
+        "show_loss_step",
+        "pre_seq_len",
+        "prefix_hidden_size",
+    ):
         expect(getattr(args, name) >= 1, f"--{name}({getattr(args, name)}) 必须至少为 1")
-    expect(args.max_src_len < args.max_len, f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
+    expect(
+        args.max_src_len < args.max_len,
+        f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者",
+    )
     expect(args.max_steps == -1 or args.max_steps >= 1, f"--max_steps({args.max_steps}) 必须为 -1（不限）或至少为 1")
     expect(args.save_model_step >= 0, f"--save_model_step({args.save_model_step}) 必须为 0（每轮）或正数")
     expect(args.learning_rate > 0, f"--learning_rate({args.learning_rate}) 必须大于 0")
@@ -155,12 +227,18 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     for method, entry in TRAIN_METHODS.items():
         foreign = [f"--{flag}" for flag in entry.flags if flag in args.given and method != args.train_type]
         expect(not foreign, f"{'、'.join(foreign)} 属于 --train_type {method}，对 {args.train_type} 不起作用，请去掉")
-    expect(args.train_type != "freeze" or bool(freeze_parts(args)),
-           '--train_type freeze 需要 --freeze_module_name，如 "layers.31.,layers.30."（要训练的层）')
-    expect("prefix_hidden_size" not in args.given or args.prefix_projection or args.ptuning_version == 1,
-           "--prefix_hidden_size 只在 --prefix_projection 或 --ptuning_version 1 时起作用，请去掉或加上其一")
-    expect(args.ptuning_version == 2 or args.train_type != "ptuning" or not args.packing,
-           "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing")
+    expect(
+        args.train_type != "freeze" or bool(freeze_parts(args)),
+        '--train_type freeze 需要 --freeze_module_name，如 "layers.31.,layers.30."（要训练的层）',
+    )
+    expect(
+        "prefix_hidden_size" not in args.given or args.prefix_projection or args.ptuning_version == 1,
+        "--prefix_hidden_size 只在 --prefix_projection 或 --ptuning_version 1 时起作用，请去掉或加上其一",
+    )
+    expect(
+        args.ptuning_version == 2 or args.train_type != "ptuning" or not args.packing,
+        "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing",
+    )
 
     for path in (args.train_path, args.eval_path):
         if path is not None:

@@ -35,8 +35,9 @@ RUN_RESULTS = ("train_log.jsonl", "loss.png", RUN_CONFIG, "ds_config.json", "run
 # 保存
 
 
-def save_checkpoint(engine, tokenizer, run_config: dict, output_dir: Path, epoch: int,
-                    save_state: Callable[[Path], None] | None = None) -> Path:
+def save_checkpoint(
+    engine, tokenizer, run_config: dict, output_dir: Path, epoch: int, save_state: Callable[[Path], None] | None = None
+) -> Path:
     """把模型存为 output_dir/epoch-{epoch}-step-{global_steps}/；集合操作，所有进程都要调用。
 
     freeze、full 存完整模型（transformers 可读），lora、ptuning 只存适配器（peft 可读）；张量名与官方相同。

@@ -1,4 +1,7 @@
-"""训练数据：读取、编码、缓存与报告；样本怎样装成 micro batch 见 batching.py，提示词格式见 prompting.py。"""
+"""训练数据：读取、编码、缓存与报告；样本怎样装成 micro batch 见 batching.py，提示词格式见 prompting.py。
+
+python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/      # 数据体检，见 data_doctor.py
+"""
 
 import hashlib
 import multiprocessing
@@ -327,3 +330,11 @@ def _encode_chunks(
         raise RuntimeError(f"编码 {path} 的子进程意外退出（多半是内存不足），请减少 rank 数或增加内存后重试") from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from data_doctor import main
+
+    sys.exit(main())

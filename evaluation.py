@@ -34,8 +34,14 @@ def evaluate_nll(engine, dataset, batch_size: int, max_len: int, pad_token_id: i
         其余: 与训练相同。
     """
     loader = StepLoader(
-        dataset, batch_size=batch_size, max_len=max_len, seed=None, pad_token_id=pad_token_id, packing=packing,
-        world_size=world_size(), rank=global_rank(),
+        dataset,
+        batch_size=batch_size,
+        max_len=max_len,
+        seed=None,
+        pad_token_id=pad_token_id,
+        packing=packing,
+        world_size=world_size(),
+        rank=global_rank(),
     )
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # 损失之和、目标数（各进程相同）
     with evaluating(engine):

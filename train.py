@@ -49,9 +49,15 @@ def main():
     run_config = describe_run(args, prompting)
 
     loader = StepLoader(
-        train_set, batch_size=args.per_device_train_batch_size, max_len=args.max_len, seed=args.seed,
-        gradient_accumulation_steps=args.gradient_accumulation_steps, world_size=world_size(), rank=global_rank(),
-        pad_token_id=tokenizer.pad_token_id, packing=args.packing,
+        train_set,
+        batch_size=args.per_device_train_batch_size,
+        max_len=args.max_len,
+        seed=args.seed,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        world_size=world_size(),
+        rank=global_rank(),
+        pad_token_id=tokenizer.pad_token_id,
+        packing=args.packing,
     )
     num_steps = loader.steps_per_epoch * args.num_train_epochs
     if args.max_steps != -1:
@@ -67,8 +73,17 @@ def main():
     log_rank_0(f"训练结束：{engine.global_steps} 步，结果在 {output_dir}")
 
 
-def train(args: Namespace, engine, loader: StepLoader, eval_set, tokenizer, run_config: dict, output_dir: Path,
-          log: TrainLog, num_steps: int):
+def train(
+    args: Namespace,
+    engine,
+    loader: StepLoader,
+    eval_set,
+    tokenizer,
+    run_config: dict,
+    output_dir: Path,
+    log: TrainLog,
+    num_steps: int,
+):
     """训练循环：每轮一个新的次序，每个优化器步一次 train_step，每轮结束评估并保存。"""
     for epoch in range(args.num_train_epochs):
         for step in loader.epoch(epoch):
@@ -168,8 +183,14 @@ def load_data(args: Namespace, tokenizer, prompting) -> tuple[BaichuanDataSet, B
         if path is None:
             return None
         data_set = BaichuanDataSet(
-            path, tokenizer, max_len=args.max_len, max_src_len=args.max_src_len, is_skip=args.is_skip,
-            drop_duplicates=args.drop_duplicates, cache_dir=args.cache_dir, show_progress=global_rank() == 0,
+            path,
+            tokenizer,
+            max_len=args.max_len,
+            max_src_len=args.max_src_len,
+            is_skip=args.is_skip,
+            drop_duplicates=args.drop_duplicates,
+            cache_dir=args.cache_dir,
+            show_progress=global_rank() == 0,
             **prompting._asdict(),
         )
         log_rank_0(data_set.report())
@@ -195,9 +216,15 @@ def prepare_output_dir(args: Namespace) -> Path:
 def describe_run(args: Namespace, prompting) -> dict:
     """run_config.json 的内容：预测、合并与续训由此知道一切，不必再输入一遍。哈希在后台计算时训练照常准备。"""
     base = Path(args.model_name_or_path)
-    hashed = [p for p in sorted(base.iterdir()) if p.suffix in (".json", ".model", ".bin", ".safetensors") and p.is_file()]
+    hashed = [
+        p for p in sorted(base.iterdir()) if p.suffix in (".json", ".model", ".bin", ".safetensors") and p.is_file()
+    ]
     with ThreadPoolExecutor() as pool:
-        hashes = dict(zip([p.name for p in hashed], pool.map(file_sha256, hashed), strict=True)) if global_rank() == 0 else {}
+        hashes = (
+            dict(zip([p.name for p in hashed], pool.map(file_sha256, hashed), strict=True))
+            if global_rank() == 0
+            else {}
+        )
     return {
         "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank")},
         "train_type": args.train_type,
@@ -215,8 +242,15 @@ def build_engine(args: Namespace, config, ds_config: dict, num_steps: int):
     precision, reason = choose_precision(args.precision)
     log_rank_0(f"精度：{precision}（{reason}）；共 {num_steps} 步")
     ds_config = resolve_ds_config(
-        ds_config, precision, args.per_device_train_batch_size, args.gradient_accumulation_steps, world_size(),
-        args.learning_rate, args.weight_decay, num_steps, args.warmup_ratio,
+        ds_config,
+        precision,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        world_size(),
+        args.learning_rate,
+        args.weight_decay,
+        num_steps,
+        args.warmup_ratio,
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     device = torch.device(deepspeed.get_accelerator().current_device_name())
@@ -241,7 +275,9 @@ def parameter_groups(model, args: Namespace) -> list[dict]:
 
 def evaluate(args: Namespace, engine, eval_set, tokenizer, log: TrainLog, epoch: float):
     """在 --eval_path 上算目标 token 的平均损失，写进日志。"""
-    nll = evaluate_nll(engine, eval_set, args.per_device_train_batch_size, args.max_len, tokenizer.pad_token_id, args.packing)
+    nll = evaluate_nll(
+        engine, eval_set, args.per_device_train_batch_size, args.max_len, tokenizer.pad_token_id, args.packing
+    )
     log.write({"step": engine.global_steps, "epoch": round(epoch, 4), "eval/nll": nll}, engine.global_steps)
     log_rank_0(f"评估 {args.eval_path}：步 {engine.global_steps}，目标 token 的平均损失 {nll:.4f}")
 

@@ -22,7 +22,7 @@ class BaichuanConfig(PreTrainedConfig):
     """
 
     model_type = "baichuan"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012（transformers 的约定写法）
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  （transformers 的约定写法）
 
     vocab_size: int = 125696
     hidden_size: int = 4096
@@ -49,14 +49,24 @@ class BaichuanConfig(PreTrainedConfig):
             self.position_embedding = "alibi" if only_model_max_length else "rope"
         if self.norm_head is None:
             self.norm_head = self._infer_norm_head(kwargs.get("architectures") or self.architectures or [])
+        if not isinstance(self.norm_head, bool):
+            raise ValueError(f"norm_head={self.norm_head!r} 无效，只能是 true 或 false")
         if self.position_embedding not in POSITION_EMBEDDINGS:
-            raise ValueError(f"position_embedding={self.position_embedding!r} 无效，可选：{' | '.join(POSITION_EMBEDDINGS)}")
+            raise ValueError(
+                f"position_embedding={self.position_embedding!r} 无效，可选：{' | '.join(POSITION_EMBEDDINGS)}"
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size({self.hidden_size}) 必须能被 num_attention_heads({self.num_attention_heads}) 整除，"
                 "请检查 config.json"
             )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # from_pretrained(..., norm_head=True) 的值要在推断与检查之前生效
+        own = {name: kwargs.pop(name) for name in ("position_embedding", "norm_head") if name in kwargs}
+        return super().from_dict({**config_dict, **own}, **kwargs)
 
     def _infer_norm_head(self, architectures: list[str]) -> bool:
         if self.vocab_size == 125696:
@@ -68,7 +78,7 @@ class BaichuanConfig(PreTrainedConfig):
         if self.model_max_length is not None:
             logger.warning_once(
                 f"config.json 没有 norm_head，词表大小 {self.vocab_size} 也看不出是 Baichuan 还是 Baichuan2："
-                "按 norm_head=false 处理；若是 Baichuan2，请在 config.json 写入 \"norm_head\": true"
+                '按 norm_head=false 处理；若是 Baichuan2，请在 config.json 写入 "norm_head": true'
             )
         return False
 

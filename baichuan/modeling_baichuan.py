@@ -5,6 +5,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,13 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from baichuan.configuration_baichuan import BaichuanConfig
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
 from baichuan.packed_attention import packed_attention
+
+logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -78,9 +82,26 @@ class AttentionContext:
     is_causal: bool
     document_lengths: list[int] | None = None
     output_attentions: bool = False
+    is_exact: bool = False  # 写开的注意力：全被遮住的填充行也要有正确的梯度（z_loss 用到它们的输出）
 
 
-def allowed_mask(attention_mask: Tensor | None, query_length: int, key_length: int, device: torch.device) -> Tensor:
+def counted_positions(attention_mask: Tensor) -> Tensor:
+    """由 [b, kv] 的掩码数出位置：前面与中间的填充不占位置，末尾的填充接着数（与官方代码相同，z_loss 会用到那些行）。"""
+    present = attention_mask != 0
+    trailing = present.flip(-1).long().cumsum(-1).flip(-1) == 0
+    return ((present | trailing).long().cumsum(-1) - 1).clamp(min=0)
+
+
+def chosen_cache(past_key_values, cache):
+    """transformers 5.24 把 past_key_values 改名为 cache；peft 每步仍以旧名给出前缀，此时非空的 cache 已含前缀，以它为准。"""
+    if past_key_values is None or (cache is not None and cache.get_seq_length()):
+        return cache
+    return past_key_values
+
+
+def allowed_mask(
+    attention_mask: Tensor | None, query_length: int, key_length: int, device: torch.device, padding_sees_all: bool
+) -> Tensor:
     """哪个位置可以看哪个位置：bool，[q, kv] 或 [b, 1, q, kv]。
 
     attention_mask: None；[b, kv] 的 0/1 或段号（1、2、3…：同段才互相可见，0 为填充）；
@@ -92,7 +113,10 @@ def allowed_mask(attention_mask: Tensor | None, query_length: int, key_length: i
     if attention_mask.dim() == 2:
         segments = attention_mask[:, None, None, :]  # [b, 1, 1, kv]
         own_segments = segments[..., -query_length:].transpose(2, 3)  # [b, 1, q, 1]
-        return causal & (segments != 0) & ((segments == own_segments) | (own_segments == 0))
+        same = segments == own_segments
+        if padding_sees_all:
+            same = same | (own_segments == 0)
+        return causal & (segments != 0) & same
     if attention_mask.dim() == 3:
         attention_mask = attention_mask[:, None]
     return causal & (attention_mask != 0)
@@ -168,7 +192,7 @@ class BaichuanAttention(nn.Module):
                 key, value = past_key_values.update(key, value, self.layer_idx)
             elif prefix_key is not None:
                 key, value = torch.cat([prefix_key, key], dim=2), torch.cat([prefix_value, value], dim=2)
-            if context.output_attentions:
+            if context.output_attentions or context.is_exact:
                 output, attentions = eager_attention(query, key, value, context.bias)
             else:
                 output = nn.functional.scaled_dot_product_attention(
@@ -182,7 +206,8 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
     """写开的注意力，只在要输出概率时用：→ ([b, heads, q, d], 概率 [b, heads, q, kv])。"""
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
     if bias is not None:
-        scores = scores + bias
+        # 官方 13B 的写法：下限截断在相等处只传一半梯度
+        scores = torch.maximum(scores + bias, scores.new_tensor(torch.finfo(scores.dtype).min))
     attentions = scores.float().softmax(dim=-1).to(query.dtype)
     return attentions @ value, attentions
 
@@ -254,11 +279,38 @@ class BaichuanPreTrainedModel(PreTrainedModel):
     config_class = BaichuanConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["BaichuanDecoderLayer"]  # noqa: RUF012（transformers 的约定写法）
+    _no_split_modules = ["BaichuanDecoderLayer"]  # noqa: RUF012  （transformers 的约定写法）
     _skip_keys_device_placement = "past_key_values"
     _supports_sdpa = True
     # Baichuan-7B 的官方文件存有 rotary_emb.inv_freq；这里由位置现算
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, output_loading_info=False, **kwargs):
+        """与 transformers 相同，但权重与结构不符（缺张量、多张量）是错误，而不是随机初始化加一句警告。
+
+        目录里的 *.py 从不执行，有则提示一次。
+
+        Raises:
+            ValueError: 缺少张量，或有结构里没有的张量。
+        """
+        directory = Path(str(pretrained_model_name_or_path))
+        code = sorted(path.name for path in directory.glob("*.py")) if directory.is_dir() else []
+        if code:
+            logger.warning_once(f"{directory} 里有代码（{'、'.join(code)}）：本项目用自己的实现，不会执行它们")
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        problems = [
+            f"{kind} {len(names)} 个张量：{'、'.join(sorted(names)[:5])}"
+            for kind, names in (("缺少", info["missing_keys"]), ("多出", info["unexpected_keys"]))
+            if names
+        ]
+        if problems:
+            raise ValueError(
+                f"{directory} 的权重与结构不符：{'；'.join(problems)}；请检查文件是否完整、config.json 是否配套"
+            )
+        return (model, info) if output_loading_info else model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -292,6 +344,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         document_lengths: list[int] | None = None,
+        cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """前向。
@@ -306,15 +359,20 @@ class BaichuanModel(BaichuanPreTrainedModel):
         Raises:
             ValueError: input_ids 与 inputs_embeds 没有恰好给一个，或 document_lengths 与输入不符。
         """
+        past_key_values = chosen_cache(past_key_values, cache)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids 与 inputs_embeds 必须恰好给一个")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if document_lengths is not None and (len(hidden_states) != 1 or sum(document_lengths) != hidden_states.shape[1]):
+        if document_lengths is not None and (
+            len(hidden_states) != 1 or sum(document_lengths) != hidden_states.shape[1]
+        ):
             raise ValueError(
                 f"并排的输入必须是 [1, {sum(document_lengths)}]（document_lengths 之和），得到 {list(hidden_states.shape[:2])}"
             )
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         prefixes = None
@@ -368,7 +426,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             if document_lengths is not None and position_ids is None:
                 position_ids = torch.cat([torch.arange(n) for n in document_lengths])[None].to(device) + past_length
             elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-                position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+                position_ids = counted_positions(attention_mask)[:, -length:]
             elif position_ids is None:
                 position_ids = torch.arange(past_length, past_length + length, device=device)[None]
             rotary = rotary_tables(position_ids, self.config.head_dim)
@@ -389,21 +447,30 @@ class BaichuanModel(BaichuanPreTrainedModel):
         if is_rope and attention_mask is None and not output_attentions and (past_length == 0 or length == 1):
             return AttentionContext(rotary, None, length > 1)
         bias = self._bias(attention_mask, length, past_length + length, device, dtype)
-        return AttentionContext(rotary, bias, False, None, output_attentions)
+        # SDPA 的反向由 logsumexp 重算概率，全被遮住的行会差 kv 倍
+        is_exact = bool(self.training and self.config.z_loss_weight) and attention_mask is not None
+        return AttentionContext(rotary, bias, False, None, output_attentions, is_exact)
 
     def _bias(self, attention_mask, query_length: int, key_length: int, device, dtype) -> Tensor:
         """ALiBi 与掩码之和，[b | 1, heads | 1, q, kv]；看不到的位置是该类型的最小值（全被遮住的填充行因此不会出 NaN）。"""
-        allowed = allowed_mask(attention_mask, query_length, key_length, device)
+        allowed = allowed_mask(
+            attention_mask, query_length, key_length, device, self.config.position_embedding == "rope"
+        )
         allowed = allowed[None, None] if allowed.dim() == 2 else allowed
         lowest = torch.finfo(dtype).min
         if self.config.position_embedding == "rope":
             return torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, lowest)
         slopes = alibi_slopes(self.config.num_attention_heads).to(device)[:, None, None]
-        distances = torch.arange(key_length, device=device, dtype=torch.float32)[None]  # 键的位置 j
+        if attention_mask is not None and attention_mask.dim() == 2:
+            distances = counted_positions(attention_mask)[:, None, None, :].float()
+        else:
+            distances = torch.arange(key_length, device=device, dtype=torch.float32)[None, None, None]  # 键的位置 j
         if self.config.norm_head:
             # Baichuan2 用 j - i，Baichuan 用 j：softmax 相同，半精度的舍入不同，各随其官方形式
-            distances = distances - torch.arange(key_length - query_length, key_length, device=device)[:, None]
-        return (slopes * distances).to(dtype)[None].masked_fill(~allowed, lowest)
+            distances = distances - distances[..., -query_length:].transpose(-1, -2)
+        past_length = key_length - query_length
+        future = torch.ones(query_length, key_length, dtype=torch.bool, device=device).triu(past_length + 1)
+        return (slopes * distances).to(dtype).masked_fill(~allowed, lowest).masked_fill_(future, float("-inf"))
 
     def get_input_embeddings(self):
         return self.embed_tokens
@@ -444,6 +511,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool | None = None,
         return_dict: bool | None = None,
+        cache=None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """前向；labels [b, L] 未移位，移位只在这里发生一次。
@@ -461,7 +529,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=chosen_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -489,7 +557,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
 
     def _loss(self, hidden_states, logits, labels, target_rows, num_items_in_batch) -> Tensor:
         """标量 fp32。z_loss_weight 不为 0 时需要所有行的 logits，其余只算目标行。"""
-        next_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()  # 第 t 行的目标是第 t+1 个 label
+        next_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[
+            :, 1:
+        ].flatten()  # 第 t 行的目标是第 t+1 个 label
         if target_rows is None:
             target_rows = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
         num_items = max(1, len(target_rows)) if num_items_in_batch is None else num_items_in_batch
@@ -502,7 +572,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         loss = nn.functional.cross_entropy(row_logits, targets, reduction="sum") / num_items
         if self.config.z_loss_weight:
             largest = logits[:, :-1].float().amax(dim=-1)
-            loss = loss + self.config.z_loss_weight * largest.square().mean()
+            share = len(target_rows) / num_items  # 各微批按目标数加权，合起来仍是平均
+            loss = loss + self.config.z_loss_weight * share * largest.square().mean()
         return loss
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CPU_OPS = ("CPUAdamBuilder", "FusedAdamBuilder", "ShareMemCommBuilder")
-SHM_PATTERN = "deepspeed_allreduce_buffer_{uid}_*"
+SHM_NAME = "deepspeed_allreduce_buffer"
 
 
 def open_paths() -> Iterator[str]:
@@ -25,7 +25,7 @@ def open_paths() -> Iterator[str]:
             for descriptor in (process / "fd").iterdir():
                 yield os.readlink(descriptor)
             for line in (process / "maps").read_text(errors="replace").splitlines():
-                if "/dev/shm/" in line:
+                if SHM_NAME in line:
                     yield line.split(maxsplit=5)[-1]
         except OSError:
             continue  # 进程刚退出，或属于别的用户
@@ -52,7 +52,7 @@ def clean_shm(shm_dir: Path = Path("/dev/shm"), min_age_seconds: float = 60.0) -
 
     每个 CPU 进程占 69 MB；被杀的进程不会清理，积多了会耗尽内存。
     """
-    files = [path for path in shm_dir.glob(SHM_PATTERN.format(uid=os.getuid())) if path.stat().st_uid == os.getuid()]
+    files = [path for path in shm_dir.glob(f"{SHM_NAME}_{os.getuid()}_*") if path.stat().st_uid == os.getuid()]
     if not files:
         return []
     in_use = set(open_paths())

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup_env.sh
 setup_env requirements.txt
-trap 'python scripts/deepspeed_ops.py clean_shm || true' EXIT
+trap 'python scripts/deepspeed_ops.py clean_shm > /dev/null || true' EXIT
 
 WORK=.quickstart
 NUM_PREDICTIONS=8
@@ -32,10 +32,10 @@ deepspeed --num_gpus 1 --master_port "$PORT" train.py \
     --learning_rate 5e-3 \
     --per_device_train_batch_size 8 \
     --gradient_accumulation_steps 1 \
-    --max_len 512 \
-    --max_src_len 384 \
-    --num_train_epochs 2 \
-    --max_steps 80 \
+    --max_len 384 \
+    --max_src_len 256 \
+    --num_train_epochs 1 \
+    --max_steps 40 \
     --output_dir "$WORK/output"
 
 echo "== 3/3 预测，与参考答案对照"

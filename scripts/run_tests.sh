@@ -9,5 +9,5 @@ source scripts/setup_env.sh
 setup_env requirements-dev.txt
 
 # 被测试杀掉的训练进程会在 /dev/shm 留下文件；只删本用户的、已无进程使用的
-trap 'python scripts/deepspeed_ops.py clean_shm || true' EXIT
+trap 'python scripts/deepspeed_ops.py clean_shm > /dev/null || true' EXIT
 python -m pytest "$@"

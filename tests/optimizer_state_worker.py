@@ -57,7 +57,7 @@ def build_engine(task: dict, seed: int):
     config.update(case.get("config", {}))
     total = task.get("total_steps", 20)
     if case.get("scheduler") != "lambda":
-        params = {"total_num_steps": total, "warmup_num_steps": 3, "warmup_max_lr": 0.02, "warmup_min_lr": 0.001}
+        params = {"total_num_steps": total, "warmup_num_steps": 2, "warmup_max_lr": 0.02, "warmup_min_lr": 0.001}
         config["scheduler"] = {"type": "WarmupDecayLR", "params": params}
     if case.get("offload"):
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
@@ -135,21 +135,61 @@ def run_task(task: dict) -> None:
         report["losses"] = train(engine, 0, at, precision)
         write(folder / "state", snapshot(engine), optimizer_scalars(engine))
         report["losses"] += train(engine, at, STEPS, precision)
-    else:
-        scalars = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        with safe_open(folder / "state.safetensors", framework="pt") as file:
-            load_optimizer_state(
-                engine,
-                lambda name, start, stop: read_flat_slice(file.get_slice(name), start, stop),
-                scalars,
-                restore_lr=task.get("restore_lr", True),
-            )
+    elif task["action"] == "resume":
+        restore(engine, folder, restore_lr=task.get("restore_lr", True))
         report["lr"] = [group["lr"] for group in engine.optimizer.param_groups]
-        write(folder / f"{task['name']}.loaded", snapshot(engine), optimizer_scalars(engine))
+        write(folder / f"{task['name']}.loaded", snapshot(engine), {})
         report["losses"] = train(engine, at, STEPS, precision)
+    else:
+        write(folder / task["name"], {}, collect_errors(engine, task, folder))
+        return
     report["scalars"] = optimizer_scalars(engine)
     write(folder / task["name"], snapshot(engine), report)
     engine.destroy()
+
+
+def restore(engine, folder: Path, edit=None, fail_on_rank: int = -1, restore_lr: bool = True) -> None:
+    """从 folder/state.* 恢复；edit 改动标量，fail_on_rank 的进程读不到张量：这两个供错误测试用。"""
+    scalars = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if edit is not None:
+        edit(scalars)
+    with safe_open(folder / "state.safetensors", framework="pt") as file:
+
+        def read_slice(name, start, stop):
+            missing = "-missing" if dist.get_rank() == fail_on_rank else ""
+            return read_flat_slice(file.get_slice(name + missing), start, stop)
+
+        load_optimizer_state(engine, read_slice, scalars, restore_lr=restore_lr)
+
+
+def collect_errors(engine, task: dict, folder: Path) -> dict:
+    """返回各种错误用法在每个进程上的报错文字：{用法: [rank 0 的, rank 1 的, …]}。"""
+
+    def message(action, *args, **options) -> list[str]:
+        try:
+            action(*args, **options)
+            text = ""
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, text)
+        return everyone
+
+    if task["action"] == "unsupported":
+        return {"unsupported": message(lambda: next(iter(iter_optimizer_state(engine))))}
+
+    def reshape(scalars):
+        scalars["groups"][0]["params"]["up.weight"] = [7, 6]
+
+    errors = {
+        "groups": message(restore, engine, folder, edit=lambda scalars: scalars["groups"].pop()),
+        "shape": message(restore, engine, folder, edit=reshape),
+        "scheduler": message(restore, engine, folder, edit=lambda scalars: scalars.update(scheduler=None)),
+        "rank_1": message(restore, engine, folder, fail_on_rank=1),
+    }
+    train(engine, 0, 1, "fp32")
+    errors["not_fresh"] = message(restore, engine, folder)
+    return errors
 
 
 def write(path: Path, tensors: dict, report: dict) -> None:

@@ -196,7 +196,9 @@ def test_bool_flag_refuses_other_words(capsys):
     assert "--prefix_projection 只接受 True 或 False，得到 'maybe'" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("method", "learning_rate"), [("freeze", 1e-4), ("lora", 2e-4), ("ptuning", 5e-3), ("full", 1e-5)])
+@pytest.mark.parametrize(
+    ("method", "learning_rate"), [("freeze", 1e-4), ("lora", 2e-4), ("ptuning", 5e-3), ("full", 1e-5)]
+)
 def test_learning_rate_defaults_by_method(method, learning_rate):
     assert parse("--train_type", method).learning_rate == learning_rate
     assert parse("--train_type", method, "--learning_rate", "3e-4").learning_rate == 3e-4

@@ -72,7 +72,17 @@ def make(tiny_checkpoint):
     def build(arch: str, method: str, *flags: str):
         path = tiny_checkpoint(arch, **SIZES)
         args = parse_args(
-            ["--train_path", "-", "--output_dir", "-", "--model_name_or_path", str(path), "--train_type", method, *flags]
+            [
+                "--train_path",
+                "-",
+                "--output_dir",
+                "-",
+                "--model_name_or_path",
+                str(path),
+                "--train_type",
+                method,
+                *flags,
+            ]
         )
         return build_model(args, load_config(path, "baichuan"), torch.float32, CPU, None), args
 
@@ -124,7 +134,8 @@ def test_both_families_read_every_architecture(tiny_checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("method", "flags"), [("freeze", ["--freeze_module_name", "layers.1."]), ("lora", []), ("ptuning", []), ("full", [])]
+    ("method", "flags"),
+    [("freeze", ["--freeze_module_name", "layers.1."]), ("lora", []), ("ptuning", []), ("full", [])],
 )
 def test_gradient_checkpointing_is_on_and_changes_no_gradient(make, method, flags):
     gradients = []
@@ -220,7 +231,9 @@ def test_build_model_reports_the_share_trained(make, capsys):
     make("baichuan2-7b", "lora")
     # W_pack 32 → 96，秩 8：8 × (32 + 96) × 2 层；其余 2000 × 32 × 2 + 2 × (4·32² + 3·32·48 + 2·32) + 32
     total = 2000 * 32 * 2 + 2 * (4 * 32**2 + 3 * 32 * 48 + 2 * 32) + 32 + 2048
-    assert f"2 层，rope，norm_head=True；可训练 2,048 / {total:,}（{100 * 2048 / total:.4f}%）" in capsys.readouterr().out
+    assert (
+        f"2 层，rope，norm_head=True；可训练 2,048 / {total:,}（{100 * 2048 / total:.4f}%）" in capsys.readouterr().out
+    )
 
 
 # ---- check_trainable ----
@@ -247,7 +260,9 @@ def test_check_trainable_refuses_parameters_of_no_method(make, method, flags, in
         check_trainable(model, args)
 
 
-@pytest.mark.parametrize(("method", "flags", "expected"), [METHOD_ROWS[0], METHOD_ROWS[3], METHOD_ROWS[7], METHOD_ROWS[9]])
+@pytest.mark.parametrize(
+    ("method", "flags", "expected"), [METHOD_ROWS[0], METHOD_ROWS[3], METHOD_ROWS[7], METHOD_ROWS[9]]
+)
 def test_check_trainable_refuses_a_frozen_parameter_of_the_method(make, method, flags, expected):
     model, args = make("baichuan2-7b", method, *flags)
     frozen = sorted(expected)[0]
@@ -298,7 +313,9 @@ def test_a_truncated_weight_file(broken):
     path = broken / "model.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size // 2])
-    with pytest.raises(ValueError, match=rf"model\.safetensors（{size // 2} 字节）损坏或不完整，请重新下载并核对大小："):
+    with pytest.raises(
+        ValueError, match=rf"model\.safetensors（{size // 2} 字节）损坏或不完整，请重新下载并核对大小："
+    ):
         load(broken)
 
 
@@ -385,7 +402,9 @@ def test_the_tokenizer_of_another_model_in_a_real_checkpoint(tiny_checkpoint, tm
     """真实的弄错：把大词表的分词器放进小词表的检查点。"""
     path = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b", **SIZES, vocab_size=600), tmp_path / "m"))
     shutil.copy(tiny_checkpoint("baichuan2-7b", **SIZES) / "tokenizer.model", path)
-    with pytest.raises(ValueError, match=r"分词器有 2000 个词，config\.json 的 vocab_size 只有 600：分词器与权重不是一套"):
+    with pytest.raises(
+        ValueError, match=r"分词器有 2000 个词，config\.json 的 vocab_size 只有 600：分词器与权重不是一套"
+    ):
         load_tokenizer(path, "baichuan", load_config(path, "baichuan").vocab_size)
 
 
