@@ -164,6 +164,19 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
     add(
         train, "save_model_step", 0, **typed(int), help="每隔多少步存一次检查点，0 为只在每轮结束时（缺省 %(default)s）"
     )
+    add(
+        train,
+        "resume",
+        "no",
+        help="no 从头训练；auto 接着 output_dir 里最新的完整检查点；或给出检查点目录（缺省 %(default)s）",
+    )
+    add(
+        train,
+        "save_trainer_state",
+        True,
+        action=BoolFlag,
+        help="检查点里存续训所需的优化器状态（每个可训练参数 12 字节）；--no-save_trainer_state 只存模型（缺省存）",
+    )
     add(train, "logging_dir", help="TensorBoard 的目录（缺省 output_dir/runs）")
     add(train, "local_rank", -1, **typed(int), help="由 deepspeed 启动器传入，不必自己写")
     return parser

@@ -239,10 +239,14 @@ def remove_leftovers(output_dir: Path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def set_aside_previous_run(output_dir: Path):
-    """把 output_dir 里上一次训练的结果（只是我们写的那些）移进 previous-N/，不覆盖任何东西。"""
-    results = [output_dir / name for name in RUN_RESULTS if (output_dir / name).exists()]
-    results += [path for _, _, path in iter_checkpoints(output_dir)]
+def set_aside_previous_run(output_dir: Path, after_step: int | None = None):
+    """把 output_dir 里上一次训练的结果（只是我们写的那些）移进 previous-N/，不覆盖任何东西。
+
+    after_step: 续训的起点；此时只移走这一步之后的检查点，日志留下。
+    """
+    results = [path for step, _, path in iter_checkpoints(output_dir) if after_step is None or step > after_step]
+    if after_step is None:
+        results += [output_dir / name for name in RUN_RESULTS if (output_dir / name).exists()]
     if not results:
         return
     number = 1
@@ -252,7 +256,7 @@ def set_aside_previous_run(output_dir: Path):
     target.mkdir()
     for path in results:
         os.rename(path, target / path.name)
-    log_rank_0(f"{output_dir} 里有上一次训练的结果，已移到 {target}")
+    log_rank_0(f"{output_dir} 里已有的 {'、'.join(sorted(path.name for path in results))} 移到了 {target}")
 
 
 def main():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 TEST_BIT, FILE_SHIFT = 1 << 63, 48  # 位置：最高位是测试集，其次是文件的序号，低 48 位是行号
-BUFFER_RECORDS = 2**19
+BUFFER_RECORDS = 2**18
 NUM_PARTS = 64
 _RECORD = np.dtype([("key", "<u8"), ("answer", "<u8"), ("first", "<u8"), ("second", "<u8"), ("count", "<u8")])
 

@@ -230,7 +230,7 @@ def draw_picture(path: str | Path, reports: list, encoding) -> None:
             left.axvline(encoding.max_len, color="#e45756", linestyle="--", linewidth=1.2, label="max_len")
             left.axvline(encoding.max_src_len, color="#b279a2", linestyle=":", linewidth=1.4, label="max_src_len")
         left.set(title=f"file {index} ({kind}): lengths, {report.num_samples} rows", xlabel=unit, ylabel="rows")
-        left.legend(frameon=False)
+        left.legend(framealpha=0.9, edgecolor="none")
         if report.is_labelled:
             counts = [count for _, count in report.labels.most_common(20)]
             right.bar([f"#{rank}" for rank in range(1, len(counts) + 1)], counts, color="#4c78a8")

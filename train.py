@@ -3,13 +3,13 @@
     CUDA_VISIBLE_DEVICES=0 deepspeed train.py --train_path data/spo_0.json --model_name_or_path baichuan2-7B/ \
         --train_type lora --output_dir output-lora
 
-    没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。
+    没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。被打断后加 --resume auto 接着训练。
 """
 
+import os
 import sys
-import time
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -19,14 +19,19 @@ from torch import Tensor
 
 from arguments import parse_args, validate_args
 from batching import StepBatch, StepLoader
-from checkpoint import file_sha256, remove_leftovers, save_checkpoint, set_aside_previous_run
+from checkpoint import save_checkpoint
 from data_set import BaichuanDataSet
 from evaluation import batch_to_device, evaluate_nll
+from interruption import EXIT_INTERRUPTED, Interruption
+from leftovers import remove_dead_shared_memory, remove_stale_locks
 from model_factory import build_model, load_tokenizer
-from prompting import resolve_prompt_format
+from prompting import Prompting, resolve_prompt_format
+from resume import load_trainer_state, save_trainer_state
+from run_record import describe_run, open_run
 from train_log import TrainLog
 from utils import (
     TORCH_DTYPES,
+    broadcast_from_rank_0,
     choose_precision,
     global_rank,
     log_rank_0,
@@ -38,78 +43,123 @@ from utils import (
 )
 
 
-def main():
+@dataclass
+class Run:
+    """一次训练的全部零件。"""
+
+    args: Namespace
+    engine: deepspeed.DeepSpeedEngine
+    loader: StepLoader
+    eval_set: BaichuanDataSet | None
+    tokenizer: object
+    run_config: dict
+    output_dir: Path
+    num_steps: int
+    log: TrainLog
+    interruption: Interruption
+
+
+def main() -> int:
+    """从命令行到训练结束；返回退出码。"""
     args = parse_args()
     ds_config, config = validate_args(args)
+    clean_leftovers()
     deepspeed.init_distributed()
+    interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     train_set, eval_set = load_data(args, tokenizer, prompting)
-    output_dir = prepare_output_dir(args)
-    run_config = describe_run(args, prompting)
+    precision, reason = choose_precision(args.precision)
+    log_rank_0(f"精度：{precision}（{reason}）")
 
+    run_config = broadcast_from_rank_0(lambda: describe_run(args, prompting, ds_config, precision))
+    resume_from = open_run(args, run_config)
     loader = StepLoader(
         train_set,
         batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
         max_len=args.max_len,
         seed=args.seed,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         world_size=world_size(),
         rank=global_rank(),
         pad_token_id=tokenizer.pad_token_id,
         packing=args.packing,
     )
     num_steps = loader.steps_per_epoch * args.num_train_epochs
-    if args.max_steps != -1:
-        num_steps = min(num_steps, args.max_steps)
-    engine, ds_config = build_engine(args, config, ds_config, num_steps)
+    num_steps = num_steps if args.max_steps == -1 else min(num_steps, args.max_steps)
+    if resume_from is not None and resume_from.step >= num_steps:
+        log_rank_0(f"resume: {resume_from.directory} 已是第 {resume_from.step} 步，共 {num_steps} 步：训练早已完成")
+        return 0
+
+    output_dir = Path(args.output_dir)
+    engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
+    progress = {} if resume_from is None else load_trainer_state(engine, resume_from.directory, num_steps)
+    where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
+    log_rank_0(f"resume: step {where}")
     if global_rank() == 0:
         write_json(output_dir / "ds_config.json", ds_config)
         write_json(output_dir / "run_config.json", run_config)
-
-    log = TrainLog(output_dir, Path(args.logging_dir or output_dir / "runs"), num_steps, args.show_loss_step)
-    train(args, engine, loader, eval_set, tokenizer, run_config, output_dir, log, num_steps)
+    log = TrainLog(
+        output_dir, Path(args.logging_dir or output_dir / "runs"), num_steps, args.show_loss_step, progress.get("log")
+    )
+    run = Run(args, engine, loader, eval_set, tokenizer, run_config, output_dir, num_steps, log, interruption)
+    is_finished = train(run)
     log.close()
-    log_rank_0(f"训练结束：{engine.global_steps} 步，结果在 {output_dir}")
+    state = (
+        "训练结束" if is_finished else f"收到 {interruption.reason or '停止信号'}，已保存；用 --resume auto 接着训练"
+    )
+    log_rank_0(f"{state}：{engine.global_steps} 步，结果在 {output_dir}")
+    return 0 if is_finished else EXIT_INTERRUPTED
 
 
-def train(
-    args: Namespace,
-    engine,
-    loader: StepLoader,
-    eval_set,
-    tokenizer,
-    run_config: dict,
-    output_dir: Path,
-    log: TrainLog,
-    num_steps: int,
-):
-    """训练循环：每轮一个新的次序，每个优化器步一次 train_step，每轮结束评估并保存。"""
-    for epoch in range(args.num_train_epochs):
-        for step in loader.epoch(epoch):
-            loss, grad_norm = train_step(engine, step)
-            progress = engine.global_steps / loader.steps_per_epoch
-            log.step(engine.global_steps, progress, loss, step.num_target_tokens, step.num_tokens, *grad_norm)
+def train(run: Run) -> bool:
+    """训练循环：每轮一个新的次序，每步一次 train_step，之后该评估的评估、该保存的保存；返回是否走完。"""
+    engine, loader = run.engine, run.loader
+    first_epoch, first_step = divmod(engine.global_steps, loader.steps_per_epoch)
+    for epoch in range(first_epoch, run.args.num_train_epochs):
+        for step in loader.epoch(epoch, start_step=first_step if epoch == first_epoch else 0):
+            loss, learning_rate, grad_norm = train_step(engine, step)
+            run.log.step(
+                engine.global_steps,
+                engine.global_steps / loader.steps_per_epoch,
+                loss=loss,
+                num_targets=step.num_target_tokens,
+                num_tokens=step.num_tokens,
+                lr=learning_rate,
+                grad_norm=grad_norm,
+            )
+            is_interrupted = run.interruption.agreed(engine.device)
+            after_step(run, epoch, is_interrupted)
+            if is_interrupted or engine.global_steps == run.num_steps:
+                return engine.global_steps == run.num_steps
+    return True
 
-            is_last_step = engine.global_steps == num_steps
-            is_epoch_end = engine.global_steps % loader.steps_per_epoch == 0 or is_last_step
-            is_save_step = args.save_model_step and engine.global_steps % args.save_model_step == 0
-            if is_epoch_end or is_save_step:
-                log.pause()
-                if eval_set is not None and is_epoch_end:
-                    evaluate(args, engine, eval_set, tokenizer, log, progress)
-                save_checkpoint(engine, tokenizer, run_config, output_dir, epoch + 1)
-                log.resume()
-            if is_last_step:
-                return
+
+def after_step(run: Run, epoch: int, is_interrupted: bool):
+    """一步之后：轮末评估；轮末、每 --save_model_step 步、被打断时保存。"""
+    step = run.engine.global_steps
+    is_epoch_end = step % run.loader.steps_per_epoch == 0 or step == run.num_steps
+    is_save_step = run.args.save_model_step > 0 and step % run.args.save_model_step == 0
+    if not (is_epoch_end or is_save_step or is_interrupted):
+        return
+    run.log.pause()
+    if run.eval_set is not None and is_epoch_end:
+        evaluate(run)
+
+    def save_state(directory: Path) -> Exception | None:
+        progress = {"num_steps": run.num_steps, "log": run.log.state()}
+        return save_trainer_state(run.engine, directory, progress) if run.args.save_trainer_state else None
+
+    save_checkpoint(run.engine, run.tokenizer, run.run_config, run.output_dir, epoch + 1, save_state)
+    run.log.resume()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 一个优化器步
 
 
-def train_step(engine, step: StepBatch) -> tuple[float, tuple[float, float]]:
-    """一个优化器步：逐个 micro batch 前向、反向、累积，最后更新一次 → (损失, (学习率, 梯度范数))。
+def train_step(engine, step: StepBatch) -> tuple[float, float, float]:
+    """一个优化器步：逐个 micro batch 前向、反向、累积，最后更新一次 → (损失, 学习率, 裁剪前的梯度范数)。
 
     这一步所有进程、所有 micro batch 的每个目标 token 权重相同：损失之和除以全局目标数 N。DeepSpeed 对进程取平均，
     所以各进程先乘 world_size。裁剪、精度与优化器由 DeepSpeed 按它的 JSON 完成。
@@ -126,7 +176,7 @@ def train_step(engine, step: StepBatch) -> tuple[float, tuple[float, float]]:
         if is_last:
             mean_loss = check_finite_loss(step_loss, engine, step)  # 更新之前：坏的一步不能进入权重
         engine.step()
-    return mean_loss, (learning_rate, check_grad_norm(engine, step))
+    return mean_loss, learning_rate, check_grad_norm(engine, step)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,8 +194,8 @@ def check_finite_loss(step_loss: Tensor, engine, step: StepBatch) -> float:
     losses = torch.stack(losses).tolist()
     bad_ranks = [rank for rank, loss in enumerate(losses) if not abs(loss) < float("inf")]
     if bad_ranks:
-        error = not_finite("损失", losses[bad_ranks[0]], engine, step) if global_rank() == bad_ranks[0] else None
-        raise_together(error)
+        is_here = global_rank() == bad_ranks[0]
+        raise_together(not_finite("损失", losses[bad_ranks[0]], engine, step) if is_here else None)
     return sum(losses) / len(losses)
 
 
@@ -163,8 +213,9 @@ def not_finite(what: str, value: float, engine, step: StepBatch) -> RuntimeError
     rows = "、".join(f"{path}:{line}" for path, line in step.rows[:8]) + ("……" if len(step.rows) > 8 else "")
     precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
     return RuntimeError(
-        f"第 {engine.global_steps + 1} 步的{what}是 {value}，在更新权重之前停下；rank {global_rank()}，精度 {precision}，"
-        f"本进程的数据行：{rows}。请检查这些行，调小 --learning_rate，或换 --precision bf16 / fp32"
+        f"第 {engine.global_steps + (what == '损失')} 步的{what}是 {value}，没有更新权重；"
+        f"rank {global_rank()}，精度 {precision}，本进程的数据行：{rows}。"
+        "请检查这些行与基座权重，调小 --learning_rate，或换 --precision bf16 / fp32"
     )
 
 
@@ -172,7 +223,18 @@ def not_finite(what: str, value: float, engine, step: StepBatch) -> RuntimeError
 # 准备与收尾
 
 
-def load_data(args: Namespace, tokenizer, prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
+def clean_leftovers():
+    """清理本机被杀的进程留下的编译锁与共享内存，否则后来的运行会一直等，或耗尽内存。"""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    for lock in remove_stale_locks():
+        log_rank_0(f"删除了编译中途被杀留下的锁 {lock}（没有进程在用）")
+    dead = remove_dead_shared_memory()
+    if dead:
+        log_rank_0(f"删除了已死的运行留在 /dev/shm 的 {len(dead)} 个文件")
+
+
+def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
     """读训练与评估数据，打印数据报告。
 
     Raises:
@@ -199,58 +261,18 @@ def load_data(args: Namespace, tokenizer, prompting) -> tuple[BaichuanDataSet, B
     return load(args.train_path), load(args.eval_path)
 
 
-def prepare_output_dir(args: Namespace) -> Path:
-    """建好 output_dir：清掉写了一半的，移走上一次的结果。"""
-    output_dir, error = Path(args.output_dir), None
-    if global_rank() == 0:
-        try:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(output_dir)
-            set_aside_previous_run(output_dir)
-        except OSError as os_error:
-            error = ValueError(f"--output_dir {output_dir} 不能写：{os_error.strerror}，请换一个目录或检查权限与磁盘")
-    raise_together(error)
-    return output_dir
-
-
-def describe_run(args: Namespace, prompting) -> dict:
-    """run_config.json 的内容：预测、合并与续训由此知道一切，不必再输入一遍。哈希在后台计算时训练照常准备。"""
-    base = Path(args.model_name_or_path)
-    hashed = [
-        p for p in sorted(base.iterdir()) if p.suffix in (".json", ".model", ".bin", ".safetensors") and p.is_file()
-    ]
-    with ThreadPoolExecutor() as pool:
-        hashes = (
-            dict(zip([p.name for p in hashed], pool.map(file_sha256, hashed), strict=True))
-            if global_rank() == 0
-            else {}
-        )
-    return {
-        "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank")},
-        "train_type": args.train_type,
-        **prompting._asdict(),
-        "base_model": {"path": args.model_name_or_path, "absolute_path": str(base.resolve()), "hashes": hashes},
-        "data": {p: file_sha256(Path(p)) for p in (args.train_path, args.eval_path) if p is not None},
-        "world_size": world_size(),
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-
-
-def build_engine(args: Namespace, config, ds_config: dict, num_steps: int):
+def build_engine(args: Namespace, config, ds_config: dict, precision: str, num_steps: int):
     """模型 → DeepSpeed 引擎；返回 (引擎, 填好的配置)。"""
-    precision, reason = choose_precision(args.precision)
-    log_rank_0(f"精度：{precision}（{reason}）；共 {num_steps} 步")
     ds_config = resolve_ds_config(
         ds_config,
         precision,
-        args.per_device_train_batch_size,
-        args.gradient_accumulation_steps,
-        world_size(),
-        args.learning_rate,
-        args.weight_decay,
-        num_steps,
-        args.warmup_ratio,
+        batch_size=args.per_device_train_batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        num_ranks=world_size(),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        num_steps=num_steps,
+        warmup_ratio=args.warmup_ratio,
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     device = torch.device(deepspeed.get_accelerator().current_device_name())
@@ -273,29 +295,32 @@ def parameter_groups(model, args: Namespace) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def evaluate(args: Namespace, engine, eval_set, tokenizer, log: TrainLog, epoch: float):
+def evaluate(run: Run):
     """在 --eval_path 上算目标 token 的平均损失，写进日志。"""
+    args, step = run.args, run.engine.global_steps
     nll = evaluate_nll(
-        engine, eval_set, args.per_device_train_batch_size, args.max_len, tokenizer.pad_token_id, args.packing
+        run.engine,
+        run.eval_set,
+        args.per_device_train_batch_size,
+        args.max_len,
+        run.tokenizer.pad_token_id,
+        args.packing,
     )
-    log.write({"step": engine.global_steps, "epoch": round(epoch, 4), "eval/nll": nll}, engine.global_steps)
-    log_rank_0(f"评估 {args.eval_path}：步 {engine.global_steps}，目标 token 的平均损失 {nll:.4f}")
+    run.log.write({"step": step, "epoch": round(step / run.loader.steps_per_epoch, 4), "eval/nll": nll}, step)
+    log_rank_0(f"评估 {args.eval_path}：步 {step}，目标 token 的平均损失 {nll:.4f}")
 
 
-def run() -> int:
-    """main() 的外壳：用户的错误只打印说明，不打印回溯；返回退出码。"""
+def run_main() -> int:
+    """main() 的外壳：说得清的错误只打印说明，不打印回溯；返回退出码。"""
     try:
-        main()
-    except ValueError as error:
-        log_rank_0(f"错误：\n{error}")
-        return 2
-    except RuntimeError as error:
-        log_rank_0(f"错误：{error}")
-        if dist.is_initialized() and "rank" in str(error):
-            return 1
+        return main()
+    except (ValueError, RuntimeError, OSError) as error:
+        # ValueError 是用户的错；RuntimeError 若由 raise_together 抛出，各进程原因相同
+        if isinstance(error, ValueError) or getattr(error, "is_agreed", False):
+            log_rank_0(f"错误：\n{error}")
+            return 2 if isinstance(error, ValueError) else 1
         raise
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    sys.exit(run_main())

@@ -19,30 +19,33 @@ class TrainLog:
         logging_dir: TensorBoard 的目录。
         num_steps: 优化器步的总数。
         show_loss_step: 每隔多少步写一条；第一步与最后一步总写。
-        first_step: 从第几步之后开始（续训时不为 0）。
+        state: 续训时 state() 存下的累计；从头开始为 None。
     """
 
-    def __init__(self, output_dir: Path, logging_dir: Path, num_steps: int, show_loss_step: int, first_step: int = 0):
+    def __init__(
+        self, output_dir: Path, logging_dir: Path, num_steps: int, show_loss_step: int, state: dict | None = None
+    ):
         self.path = output_dir / "train_log.jsonl"
         self.num_steps, self.show_loss_step = num_steps, show_loss_step
-        self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
-        self._elapsed_before = 0.0
-        self._started = time.perf_counter()
-        self._window_started = self._started
+        state = state or {"step": 0, "loss_sum": 0.0, "targets": 0, "tokens": 0, "seconds": 0.0, "elapsed": 0.0}
+        self._step, self._loss_sum = state["step"], state["loss_sum"]
+        self._num_targets, self._num_tokens = state["targets"], state["tokens"]
+        self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
+        self._started = self._window_started = time.perf_counter()
         self._progress = self._writer = None
         if global_rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
 
-            if first_step:
-                self._elapsed_before = cut_log(self.path, first_step)
+            cut_log(self.path, self._step)
             self._file = self.path.open("a", encoding="utf-8")
-            self._writer = SummaryWriter(str(logging_dir), purge_step=first_step + 1 if first_step else None)
-            self._progress = tqdm(total=num_steps, initial=first_step, desc="训练", unit="步", dynamic_ncols=True)
+            self._writer = SummaryWriter(str(logging_dir), purge_step=self._step + 1 if self._step else None)
+            self._progress = tqdm(total=num_steps, initial=self._step, desc="训练", unit="步", dynamic_ncols=True)
 
     def step(
         self, step: int, epoch: float, loss: float, num_targets: int, num_tokens: int, lr: float, grad_norm: float
     ):
         """记一步。loss 是这一步各目标 token 的平均，num_tokens 是所有进程的非填充 token 数。"""
+        self._step = step
         self._loss_sum += loss * num_targets
         self._num_targets += num_targets
         self._num_tokens += num_tokens
@@ -70,7 +73,8 @@ class TrainLog:
             self._progress.set_postfix_str(f"loss {record['loss']:.4f}")
             log_rank_0(
                 f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  lr {lr:.3g}  "
-                f"梯度范数 {grad_norm:.3f}  {record['tokens_per_second']:.0f} token/s  内存 {record['memory_mb']:.0f} MB"
+                f"梯度范数 {grad_norm:.3f}  {record['tokens_per_second']:.0f} token/s  "
+                f"内存 {record['memory_mb']:.0f} MB"
             )
 
     def write(self, record: dict, step: int):
@@ -83,6 +87,17 @@ class TrainLog:
             if key not in ("step", "epoch") and isinstance(value, (int, float)):
                 self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
         self._writer.flush()
+
+    def state(self) -> dict:
+        """续训所需的累计：上一条以来的损失、token 与时间；只在 pause() 之后取。"""
+        return {
+            "step": self._step,
+            "loss_sum": self._loss_sum,
+            "targets": self._num_targets,
+            "tokens": self._num_tokens,
+            "seconds": self._seconds,
+            "elapsed": self._elapsed_before + time.perf_counter() - self._started,
+        }
 
     def pause(self):
         """评估与保存之前调用：此后的时间不计入 tokens_per_second。"""
@@ -102,11 +117,11 @@ class TrainLog:
         draw_loss(self.path)
 
 
-def cut_log(path: Path, last_step: int) -> float:
-    """把 train_log.jsonl 截到 last_step 为止（续训用），返回那时的 elapsed_seconds；写了一半的行去掉。"""
+def cut_log(path: Path, last_step: int):
+    """把 train_log.jsonl 截到 last_step 为止（续训用）；写了一半的行去掉。"""
     if not path.is_file():
-        return 0.0
-    kept, elapsed = [], 0.0
+        return
+    kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
@@ -114,11 +129,9 @@ def cut_log(path: Path, last_step: int) -> float:
             continue
         if record["step"] <= last_step:
             kept.append(line)
-            elapsed = record.get("elapsed_seconds", elapsed)
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
-    return elapsed
 
 
 def peak_memory_mb() -> float:

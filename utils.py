@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +36,43 @@ def log_rank_0(message: str):
         tqdm.write(message)
 
 
+class AgreedError(RuntimeError):
+    """各进程商定一起抛出的错误：原因相同，0 号进程打印即可。"""
+
+    is_agreed = True
+
+
 def raise_together(error: BaseException | None):
-    """任何一个进程有错，所有进程都抛出同样的原因，不留下别的进程空等；集合通信，所有进程都要调用。
+    """任何一个进程有错，所有进程都抛出同样的原因，不留下别的进程空等；集合操作，所有进程都要调用。
 
     Raises:
-        RuntimeError: 某个进程有错；本进程的错误作为 __cause__。
+        ValueError: 出错的进程抛的是 ValueError（用户的错）。
+        AgreedError: 其他错误；本进程的错误作为 __cause__。
     """
-    reasons = [None if error is None else f"{type(error).__name__}: {error}"]
+    mine = None if error is None else (isinstance(error, ValueError), f"{error}")
+    everyone = [mine]
     if dist.is_initialized():
-        reasons = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, None if error is None else f"{type(error).__name__}: {error}")
-    for rank, reason in enumerate(reasons):
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    for rank, reason in enumerate(everyone):
         if reason is not None:
-            raise RuntimeError(f"rank {rank} 出错：{reason}") from error
+            is_value_error, message = reason
+            raise ValueError(message) if is_value_error else AgreedError(f"rank {rank}：{message}") from error
+
+
+def broadcast_from_rank_0(function: Callable[[], Any]) -> Any:
+    """只在 0 号进程执行 function，结果（或错误）发给所有进程；集合操作。"""
+    value = error = None
+    if global_rank() == 0:
+        try:
+            value = function()
+        except Exception as raised:  # 原样带到所有进程，下面一起抛出
+            error = raised
+    raise_together(error)
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def seed_everything(seed: int):

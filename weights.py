@@ -43,6 +43,15 @@ def weight_files(directory: str | Path) -> list[Path]:
     raise ValueError(f"{directory} 里没有权重文件（{'、'.join(SINGLE_NAMES + INDEX_NAMES)} 都不在）")
 
 
+def weight_map(directory: Path, stem: str) -> dict[str, Path]:
+    """ShardedWriter 写下的张量各在哪个文件里：{张量名: 路径}。"""
+    index = directory / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return {name: directory / Path(file).name for name, file in read_json(index)["weight_map"].items()}
+    path = directory / f"{stem}.safetensors"
+    return dict.fromkeys(WeightFile(path).names, path)
+
+
 class WeightFile:
     """一个权重文件里的张量，按名字惰性读取；.bin 只按 weights_only 读，绝不执行其中的代码。
 

@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from checkpoint import RUN_CONFIG, TEMPORARY_PREFIX, write_manifest
@@ -217,7 +216,12 @@ def write_tensors(
     for name in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True):
         for new_name, tensor in convert(name, source.read(name)).items():
             # 切出的视图与别的张量共享存储，safetensors 不收
-            writer.add(new_name, tensor.to(dtype, copy=tensor.storage_offset() > 0 or tensor._is_view()))
+            rounded = tensor.to(dtype, copy=tensor._is_view())
+            if not rounded.isfinite().all():
+                raise ValueError(
+                    f"{name} 有 {dtype_name(dtype)} 放不下的数（或来源就有 NaN），请换 --dtype bfloat16 或 float32"
+                )
+            writer.add(new_name, rounded)
     return writer.close()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from export_check import Comparison, compare_logits, encode_check_prompts, streamed_logits
+from export_check import Comparison, check_export, encode_check_prompts
 from export_source import (
     DTYPES,
     TensorSource,
@@ -38,7 +38,7 @@ def merge_lora(
 
     Raises:
         ValueError: 不是 LoRA 检查点，或基座不对，或 output_dir 已有内容。
-        CheckFailed: logits 不同；OSError: 写盘失败。两种情况都不留下 output_dir。
+        CheckFailed: 核对不过；OSError: 写盘失败。两种情况都不留下 output_dir。
     """
     checkpoint = open_checkpoint(model_path, base_model_path)
     if not checkpoint.is_adapter:
@@ -53,9 +53,7 @@ def merge_lora(
     target_dtype = resolve_dtype(dtype, source)
     with staged_directory(output_dir) as directory:
         write_baichuan(checkpoint, source, directory, target_dtype, normalize=False)
-        expected = streamed_logits(source.config, source.read_base, prompts, source.lora)
-        actual = streamed_logits(source.config, WeightDirectory(directory).read, prompts)
-        return compare_logits(expected, actual, dtype_name(target_dtype), "合并")
+        return check_export(source, source.config, WeightDirectory(directory).read, prompts, dtype_name(target_dtype))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

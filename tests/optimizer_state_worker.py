@@ -3,11 +3,14 @@
 python tests/optimizer_state_worker.py TASKS.json   （RANK、WORLD_SIZE、LOCAL_RANK、MASTER_* 由环境给出）
 """
 
+import functools
+import gc
 import json
 import os
 import sys
 from pathlib import Path
 
+import cpuinfo
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -201,6 +204,9 @@ def write(path: Path, tensors: dict, report: dict) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
+    # DeepSpeed 每建一个 CPU Adam 就另起进程查一次 CPU，每建一个 ZeRO-3 引擎就整理一次内存：都很慢，与所测无关
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
+    gc.freeze()
     deepspeed.init_distributed("gloo")
     for task in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         print(f"[{os.environ['RANK']}] {task['name']} {task['case']}", flush=True)

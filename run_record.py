@@ -1,0 +1,89 @@
+"""一次训练的记录与 output_dir：写下足以重现与续训的一切，决定从头开始还是接着训练。"""
+
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import deepspeed
+import peft
+import torch
+import transformers
+
+from checkpoint import CHECKPOINT_NAME, file_sha256, remove_leftovers, set_aside_previous_run
+from prompting import Prompting
+from resume import check_same_run, find_resume_point
+from utils import broadcast_from_rank_0, world_size
+
+HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
+
+
+class ResumePoint(NamedTuple):
+    """续训的起点。"""
+
+    directory: Path
+    step: int
+
+
+def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precision: str) -> dict:
+    """run_config.json 的内容：预测、合并、导出与续训由此知道一切，不必再输入一遍。
+
+    基座的每个文件与数据文件都记下 SHA-256；几个文件并行计算。
+    """
+    base = Path(args.model_name_or_path)
+    hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
+    with ThreadPoolExecutor() as pool:
+        hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
+    data = {"train": args.train_path, "eval": args.eval_path}
+    return {
+        "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank")},
+        "train_type": args.train_type,
+        **prompting._asdict(),
+        "precision": precision,
+        "ds_file": ds_config,
+        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),
+        "world_size": world_size(),
+        "base_model": {"path": args.model_name_or_path, "absolute_path": str(base.resolve()), "hashes": hashes},
+        "data": {name: file_sha256(Path(path)) for name, path in data.items() if path is not None},
+        "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
+    """备好 output_dir，返回续训的起点（从头开始为 None）；集合操作，文件只由 0 号进程动。
+
+    写到一半的 .tmp- 删去；从头开始时上一次的结果移进 previous-N/，续训时只移走起点之后的检查点。
+
+    Raises:
+        ValueError: output_dir 不能写，或续训会成为另一次训练。
+    """
+
+    def prepare() -> str | None:
+        output_dir = Path(args.output_dir)
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output_dir)
+            directory = find_resume_point(args.resume, output_dir)
+            if directory is not None:
+                check_same_run(directory, args, run_config)
+            is_here = directory is not None and directory.parent.resolve() == output_dir.resolve()
+            set_aside_previous_run(output_dir, after_step=step_of(directory) if is_here else None)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {output_dir} 不能写：{error.strerror}，请换一个目录或检查权限与磁盘"
+            ) from error
+        return None if directory is None else str(directory)
+
+    found = broadcast_from_rank_0(prepare)
+    if found is None:
+        return None
+    directory = Path(found)
+    check_same_run(directory, args, run_config)
+    return ResumePoint(directory, step_of(directory))
+
+
+def step_of(directory: Path) -> int:
+    """检查点目录名里的步数。"""
+    return int(CHECKPOINT_NAME.match(directory.name)[2])
