@@ -40,6 +40,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
+def checkpointing_choice(value: str) -> str:
+    """--gradient_checkpointing 的取值：none、all、attention、正整数；True、False 同 all、none。"""
+    value = {"true": "all", "false": "none"}.get(value.lower(), value.lower())
+    if value not in ("none", "all", "attention") and not (value.isdecimal() and int(value) > 0):
+        raise argparse.ArgumentTypeError(f"应为 none、all、attention 或正整数，得到 {value!r}")
+    return value
+
+
 def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
     """全部参数；only_given 时不带缺省值，解析结果里只有命令行写出的那些。"""
     parser = Parser(
@@ -157,8 +165,18 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         "none",
         nargs="?",
         const="all",
-        choices=["none", "all"],
-        help="反向时重算各层的激活以省显存；只写参数名即 all（缺省 %(default)s）",
+        type=checkpointing_choice,
+        metavar="none|all|attention|N",
+        help="反向时重算激活以省显存：all 每一层（只写参数名即 all），N 每 N 层一层，attention 只重算注意力"
+        "（缺省 %(default)s）",
+    )
+    add(
+        train,
+        "cache_frozen",
+        "none",
+        choices=["none", "memory", "disk"],
+        help="freeze：把冻结底层的输出存在内存（/dev/shm）或磁盘（output_dir），从第二轮起不再算底层"
+        "（缺省 %(default)s；需要 全部 token 数 × 隐藏宽度 × 2 字节）",
     )
     add(train, "show_loss_step", 10, **typed(int), help="每隔多少步显示并记录一次（缺省 %(default)s）")
     add(
@@ -251,6 +269,11 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     expect(
         args.ptuning_version == 2 or args.train_type != "ptuning" or not args.packing,
         "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing",
+    )
+
+    expect(
+        args.cache_frozen == "none" or (args.train_type == "freeze" and args.packing),
+        f"--cache_frozen {args.cache_frozen} 只用于 --train_type freeze，并且要开着 --packing，请去掉或改过来",
     )
 
     for path in (args.train_path, args.eval_path):

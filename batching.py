@@ -125,8 +125,7 @@ def _fill_empty(dealt: Dealt) -> Dealt:
 def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) -> dict[str, Any]:
     """把一个 micro batch 的样本拼成张量（int64，在 CPU 上）。
 
-    packing=True：样本首尾相接成一行，T 为总 token 数：input_ids、labels、position_ids [1, T]（位置逐样本重新计），
-        document_lengths: list[int]，总和为 T。
+    packing=True：样本首尾相接成一行，T 为总 token 数：input_ids、labels [1, T]；document_lengths: list[int]，总和为 T。
     packing=False：右侧补齐到最长的 L：input_ids、attention_mask、labels [b, L]。
     两者都有 target_rows [N]：展平后的行号 i*L+t（packing 时为 t），该行的下一个标签 labels[i, t+1] 是目标；
     模型由此不必向设备要数量。每个样本的首个标签都是 -100，移位不会跨过样本。
@@ -139,7 +138,6 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) 
     shape = (1, width) if packing else (len(rows), width)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)
     begin = 0
     for i, (row_ids, row_labels) in enumerate(rows):
@@ -147,7 +145,6 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) 
         input_ids[row, span] = row_ids
         labels[row, span] = row_labels
         labels[row, span.start] = IGNORE_INDEX
-        positions[row, span] = np.arange(len(row_ids))
         mask[row, span] = 1
         begin += len(row_ids)
 
@@ -155,7 +152,7 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) 
     target_rows = np.flatnonzero(labels != IGNORE_INDEX) - 1
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if packing:
-        batch |= {"position_ids": torch.from_numpy(positions), "document_lengths": lengths}
+        batch["document_lengths"] = lengths
     else:
         batch["attention_mask"] = torch.from_numpy(mask)
     return {**batch, "target_rows": torch.from_numpy(target_rows)}
@@ -215,6 +212,9 @@ class StepLoader:
             self.rank
         ]
         micro_batches = [collate([self.dataset[i] for i in micro], self.pad_token_id, self.packing) for micro in dealt]
+        if self.packing:
+            for batch, micro in zip(micro_batches, dealt, strict=True):
+                batch["document_offsets"] = [int(self.dataset.offsets[i]) for i in micro]
         if torch.cuda.is_available():
             micro_batches = [
                 {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}

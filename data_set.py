@@ -168,7 +168,8 @@ class BaichuanDataSet:
             if cache_dir is not None:
                 self.cache_note += cache.save(*cached)
         self._arrays, self.counts = cached
-        self._offsets = np.concatenate([[0], np.cumsum(self._arrays["lengths"], dtype=np.int64)])
+        # 各样本在全部 token 里的起点，[样本数 + 1]
+        self.offsets = np.concatenate([[0], np.cumsum(self._arrays["lengths"], dtype=np.int64)])
         self.lengths: list[int] = self._arrays["lengths"].tolist()
         self.num_targets: list[int] = self._arrays["num_targets"].tolist()
         self.lines: list[int] = self._arrays["lines"].tolist()
@@ -178,7 +179,7 @@ class BaichuanDataSet:
 
     def __getitem__(self, index: int) -> EncodedSample:
         """第 index 个样本；input_ids 与 labels 是 int32 数组。"""
-        begin, end = self._offsets[index], self._offsets[index + 1]
+        begin, end = self.offsets[index], self.offsets[index + 1]
         input_ids, kinds = self._arrays["input_ids"][begin:end], self._arrays["target_kinds"][begin:end]
         labels = np.where(kinds == _SAME_TARGET, input_ids, np.where(kinds == _EOS_TARGET, self.eos_token_id, -100))
         flags = int(self._arrays["flags"][index])

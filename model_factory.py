@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from fused_lora import fuse_lora
 from utils import log_rank_0
 from weights import check_weights, load_weights
 
@@ -54,8 +55,8 @@ def apply_freeze(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
         others = [name for name in modules if not name.startswith("layers.")]
         parts = sorted({name.split(".", 2)[2] for name in modules if name.startswith("layers.")})
         raise ValueError(
-            f"--freeze_module_name 的 {unmatched} 没有匹配到任何参数；模型有 layers.0. 到 layers.{layers - 1}.（注意末尾的点），"
-            f"每层有 {parts}，此外还有 {others}"
+            f"--freeze_module_name 的 {unmatched} 没有匹配到任何参数；"
+            f"模型有 layers.0. 到 layers.{layers - 1}.（注意末尾的点），每层有 {parts}，此外还有 {others}"
         )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(part in name for part in freeze_parts(args)))
@@ -93,7 +94,7 @@ def apply_lora(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    return fuse_lora(get_peft_model(model, config, autocast_adapter_dtype=False))
 
 
 def apply_ptuning(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
@@ -201,7 +202,8 @@ def load_tokenizer(path: str | Path, mode: str, vocab_size: int) -> BaichuanToke
         raise ValueError(f"{path} 里没有可用的分词器（tokenizer.model、tokenizer_config.json）：{error}") from error
     if len(tokenizer) > vocab_size:
         raise ValueError(
-            f"{path} 的分词器有 {len(tokenizer)} 个词，config.json 的 vocab_size 只有 {vocab_size}：分词器与权重不是一套"
+            f"{path} 的分词器有 {len(tokenizer)} 个词，config.json 的 vocab_size 只有 {vocab_size}："
+            "分词器与权重不是一套"
         )
     return tokenizer
 
@@ -249,6 +251,25 @@ def build_model(
         f"可训练 {num_trainable:,} / {num_total:,}（{100 * num_trainable / num_total:.4f}%）"
     )
     if args.gradient_checkpointing != "none":
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = base_model_of(model)
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        named = {"all": 1, "attention": 0}
+        choice = args.gradient_checkpointing
+        base.model.checkpoint_every = named[choice] if choice in named else int(choice)
     return model
+
+
+def base_model_of(model: nn.Module) -> BaichuanForCausalLM:
+    """PeftModel 里的 BaichuanForCausalLM；不是 PeftModel 时是它自己。"""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def num_frozen_layers(model: nn.Module) -> int:
+    """从最底下数起，连续有多少层没有可训练的参数；词嵌入可训练时为 0。"""
+    base = base_model_of(model).model
+    if any(parameter.requires_grad for parameter in base.embed_tokens.parameters()):
+        return 0
+    for index, layer in enumerate(base.layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    return len(base.layers)

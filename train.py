@@ -19,12 +19,13 @@ from torch import Tensor
 
 from arguments import parse_args, validate_args
 from batching import StepBatch, StepLoader
-from checkpoint import save_checkpoint
+from checkpoint import file_sha256, save_checkpoint
 from data_set import BaichuanDataSet
 from evaluation import batch_to_device, evaluate_nll
+from frozen_cache import FrozenCache
 from interruption import EXIT_INTERRUPTED, Interruption
 from leftovers import remove_dead_shared_memory, remove_stale_locks
-from model_factory import build_model, load_tokenizer
+from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
 from prompting import Prompting, resolve_prompt_format
 from resume import load_trainer_state, save_trainer_state
 from run_record import describe_run, open_run
@@ -99,12 +100,15 @@ def main() -> int:
     if global_rank() == 0:
         write_json(output_dir / "ds_config.json", ds_config)
         write_json(output_dir / "run_config.json", run_config)
+    frozen_cache = open_frozen_cache(args, engine, train_set)
     log = TrainLog(
         output_dir, Path(args.logging_dir or output_dir / "runs"), num_steps, args.show_loss_step, progress.get("log")
     )
     run = Run(args, engine, loader, eval_set, tokenizer, run_config, output_dir, num_steps, log, interruption)
     is_finished = train(run)
     log.close()
+    if frozen_cache is not None:
+        frozen_cache.remove()
     state = (
         "训练结束" if is_finished else f"收到 {interruption.reason or '停止信号'}，已保存；用 --resume auto 接着训练"
     )
@@ -284,6 +288,26 @@ def build_engine(args: Namespace, config, ds_config: dict, precision: str, num_s
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     engine.train()
     return engine, ds_config
+
+
+def open_frozen_cache(args: Namespace, engine, train_set: BaichuanDataSet) -> FrozenCache | None:
+    """--cache_frozen：给模型接上冻结底层的缓存；没有要求时为 None。集合操作。"""
+    if args.cache_frozen == "none":
+        return None
+    model = base_model_of(engine.module)
+    directory = Path("/dev/shm") if args.cache_frozen == "memory" else Path(args.output_dir)
+    name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{os.environ.get('MASTER_PORT', '0')}"
+    cache = FrozenCache(
+        directory / name,
+        num_layers=num_frozen_layers(engine.module),
+        num_tokens=sum(train_set.lengths),
+        hidden_size=model.config.hidden_size,
+        dtype=model.dtype,
+        needs_agreement=engine.zero_optimization_stage() == 3,
+    )
+    log_rank_0(f"冻结的底层 {cache.num_layers} 层：输出缓存在 {directory}，共 {cache.num_bytes / 2**30:.2f} GiB")
+    model.model.frozen_cache = cache
+    return cache
 
 
 def parameter_groups(model, args: Namespace) -> list[dict]:

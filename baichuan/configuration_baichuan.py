@@ -13,7 +13,8 @@ class BaichuanConfig(PreTrainedConfig):
 
     官方四种检查点的 model_type 都是 "baichuan"，结构由两个自有键说明；缺省时按官方键推断，保存时总会写出：
 
-    - position_embedding: "rope"（7B）| "alibi"（13B）。有 max_position_embeddings 即 rope，只有 model_max_length 即 alibi。
+    - position_embedding: "rope"（7B）| "alibi"（13B）。有 max_position_embeddings 即 rope，
+      只有 model_max_length 即 alibi。
     - norm_head: 词表投影前是否把权重按行归一化（Baichuan2）。词表 125696 为是，64000 为否；其他词表（裁剪过的、微型的）
       按 architectures 的拼写（BaiChuan… 是 Baichuan-7B）与长度键判断，判断不了的按否处理并警告。
 

@@ -4,7 +4,7 @@
 """
 
 import math
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,111 +15,29 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
+from baichuan.attention import (
+    AttentionContext,
+    alibi_slopes,
+    allowed_mask,
+    apply_rotary,
+    counted_positions,
+    eager_attention,
+    packed_attention,
+    rotary_tables,
+)
 from baichuan.configuration_baichuan import BaichuanConfig
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
-from baichuan.packed_attention import packed_attention
 
 logger = logging.get_logger(__name__)
 
 IGNORE_INDEX = -100
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 位置
-
-
-def rotary_tables(position_ids: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """旋转位置编码的 cos、sin：position_ids [..., L] → 各 [..., L, 1, head_dim]，fp32，前后两半相同。
-
-    每次前向现算：不是缓冲区，所以在 meta 设备上加载不会坏，长度也不受预训练长度限制。
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
-    angles = position_ids[..., None, None].float() * (1.0 / base**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """states [..., L, heads, d] 乘旋转位置编码；结果与 states 同类型。
-
-    cos、sin 是 fp32 时先升到 fp32 再转回（Baichuan2 的做法），是 states 的类型时直接在该类型里算（Baichuan 的做法）。
-    """
-    first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return torch.addcmul(states * cos, rotated, sin).to(states.dtype)
-
-
-def alibi_slopes(num_heads: int) -> Tensor:
-    """各注意力头的 ALiBi 斜率，[num_heads] fp32（Press 等，2021；头数不是 2 的幂时与官方代码相同地取偶数项补齐）。"""
-
-    def power_of_two_slopes(n: int) -> list[float]:
-        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
-
-    power = 2 ** math.floor(math.log2(num_heads))
-    slopes = power_of_two_slopes(power)
-    if power < num_heads:
-        slopes += power_of_two_slopes(2 * power)[0::2][: num_heads - power]
-    return torch.tensor(slopes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 一次前向里各层共用的东西
-
-
-@dataclass(frozen=True)
-class AttentionContext:
-    """一次前向里各层注意力共用的张量，只算一遍。
-
-    rotary: (cos, sin)，旋转位置编码；ALiBi 时为 None。
-    bias: 加在注意力分数上的偏置（ALiBi + 因果 + 填充）。批形式 [b | 1, heads | 1, q, kv]，
-        并排形式 [heads | 1, S, V + S]；None 表示不需要。
-    is_causal: bias 为 None 时，是否还要因果掩码。
-    document_lengths: 并排样本的各自长度；None 表示批形式。
-    """
-
-    rotary: tuple[Tensor, Tensor] | None
-    bias: Tensor | None
-    is_causal: bool
-    document_lengths: list[int] | None = None
-    output_attentions: bool = False
-    is_exact: bool = False  # 写开的注意力：全被遮住的填充行也要有正确的梯度（z_loss 用到它们的输出）
-
-
-def counted_positions(attention_mask: Tensor) -> Tensor:
-    """由 [b, kv] 的掩码数出位置：前面与中间的填充不占位置，末尾的填充接着数（与官方代码相同，z_loss 会用到那些行）。"""
-    present = attention_mask != 0
-    trailing = present.flip(-1).long().cumsum(-1).flip(-1) == 0
-    return ((present | trailing).long().cumsum(-1) - 1).clamp(min=0)
-
-
 def chosen_cache(past_key_values, cache):
-    """transformers 5.24 把 past_key_values 改名为 cache；peft 每步仍以旧名给出前缀，此时非空的 cache 已含前缀，以它为准。"""
+    """transformers 5.24 把 past_key_values 改名为 cache；peft 每步仍以旧名给出前缀，此时非空的 cache 已含前缀。"""
     if past_key_values is None or (cache is not None and cache.get_seq_length()):
         return cache
     return past_key_values
-
-
-def allowed_mask(
-    attention_mask: Tensor | None, query_length: int, key_length: int, device: torch.device, padding_sees_all: bool
-) -> Tensor:
-    """哪个位置可以看哪个位置：bool，[q, kv] 或 [b, 1, q, kv]。
-
-    attention_mask: None；[b, kv] 的 0/1 或段号（1、2、3…：同段才互相可见，0 为填充）；
-    [b, q, kv] 或 [b, 1, q, kv] 的 0/1。最后 q 个键就是各查询自己。
-    """
-    causal = torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril(key_length - query_length)
-    if attention_mask is None:
-        return causal
-    if attention_mask.dim() == 2:
-        segments = attention_mask[:, None, None, :]  # [b, 1, 1, kv]
-        own_segments = segments[..., -query_length:].transpose(2, 3)  # [b, 1, q, 1]
-        same = segments == own_segments
-        if padding_sees_all:
-            same = same | (own_segments == 0)
-        return causal & (segments != 0) & same
-    if attention_mask.dim() == 3:
-        attention_mask = attention_mask[:, None]
-    return causal & (attention_mask != 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -202,16 +120,6 @@ class BaichuanAttention(nn.Module):
         return self.o_proj(output.reshape(batch_size, length, hidden_size)), attentions
 
 
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """写开的注意力，只在要输出概率时用：→ ([b, heads, q, d], 概率 [b, heads, q, kv])。"""
-    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
-    if bias is not None:
-        # 官方 13B 的写法：下限截断在相等处只传一半梯度
-        scores = torch.maximum(scores + bias, scores.new_tensor(torch.finfo(scores.dtype).min))
-    attentions = scores.float().softmax(dim=-1).to(query.dtype)
-    return attentions @ value, attentions
-
-
 class BaichuanDecoderLayer(nn.Module):
     """前置归一化的一层：注意力与 SwiGLU，各加残差。"""
 
@@ -229,8 +137,12 @@ class BaichuanDecoderLayer(nn.Module):
         past_key_values=None,
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
+        checkpoint_attention=None,
     ) -> tuple[Tensor, Tensor | None]:
-        attention_output, attentions = self.self_attn(
+        attend = (
+            self.self_attn.__call__ if checkpoint_attention is None else partial(checkpoint_attention, self.self_attn)
+        )
+        attention_output, attentions = attend(
             self.input_layernorm(hidden_states), context, past_key_values, prefix_key, prefix_value
         )
         hidden_states = hidden_states + attention_output
@@ -331,6 +243,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
         self.layers = nn.ModuleList(BaichuanDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.checkpoint_every = 1  # 重算第 0、n、2n… 层；0 表示只重算各层的注意力
+        self.frozen_cache = None  # 冻结底层的输出，见 frozen_cache.py
         self.post_init()
 
     def forward(
@@ -344,6 +258,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         document_lengths: list[int] | None = None,
+        document_offsets: list[int] | None = None,
         cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -355,6 +270,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             position_ids: [b, L]；缺省按 attention_mask 数出（左填充也对），并排样本各自从头数。
             past_key_values: transformers 的 Cache。训练与并排时视为固定的前缀（P-Tuning）：不追加，不返回。
             document_lengths: 并排样本的各自长度（此时 b = 1，L 为其和）；各样本只看自己。
+            document_offsets: 各样本在 frozen_cache 里的位置；没有 frozen_cache 时不用。
 
         Raises:
             ValueError: input_ids 与 inputs_embeds 没有恰好给一个，或 document_lengths 与输入不符。
@@ -367,7 +283,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             len(hidden_states) != 1 or sum(document_lengths) != hidden_states.shape[1]
         ):
             raise ValueError(
-                f"并排的输入必须是 [1, {sum(document_lengths)}]（document_lengths 之和），得到 {list(hidden_states.shape[:2])}"
+                f"并排的输入必须是 [1, {sum(document_lengths)}]（document_lengths 之和），"
+                f"得到 {list(hidden_states.shape[:2])}"
             )
         output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = (
@@ -387,15 +304,27 @@ class BaichuanModel(BaichuanPreTrainedModel):
         context = self._attention_context(
             hidden_states, attention_mask, position_ids, past_length, document_lengths, bool(output_attentions)
         )
+        uses_cache = self.frozen_cache is not None and document_offsets is not None and self.training
+        cached = self.frozen_cache.read(document_offsets, document_lengths, hidden_states) if uses_cache else None
         all_hidden_states, all_attentions = [], []
         for index, layer in enumerate(self.layers):
+            if uses_cache and index == self.frozen_cache.num_layers:
+                if cached is None:
+                    self.frozen_cache.write(document_offsets, document_lengths, hidden_states)
+                else:
+                    hidden_states = cached
+            if cached is not None and index < self.frozen_cache.num_layers:
+                continue
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             prefix = (None, None) if prefixes is None else prefixes[index]
-            if self._checkpoints(layer, hidden_states, prefix[0]):
-                hidden_states, attentions = self._gradient_checkpointing_func(
-                    layer.__call__, hidden_states, context, None, *prefix
-                )
+            if self._checkpoints(index, layer, hidden_states, prefix[0]):
+                checkpoint = self._gradient_checkpointing_func
+                if self.checkpoint_every:
+                    run = partial(checkpoint, layer.__call__)
+                else:
+                    run = partial(layer, checkpoint_attention=checkpoint)
+                hidden_states, attentions = run(hidden_states, context, None, *prefix)
             else:
                 hidden_states, attentions = layer(hidden_states, context, past_key_values, *prefix)
             all_attentions.append(attentions)
@@ -407,9 +336,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
             attentions=tuple(all_attentions) if output_attentions else None,
         )
 
-    def _checkpoints(self, layer: nn.Module, hidden_states: Tensor, prefix_key: Tensor | None) -> bool:
+    def _checkpoints(self, index: int, layer: nn.Module, hidden_states: Tensor, prefix_key: Tensor | None) -> bool:
         """这一层要不要重算：只有会被反向经过的层才值得（freeze 的底层没有计算图，不必重算）。"""
-        if not (self.gradient_checkpointing and self.training):
+        if not (self.gradient_checkpointing and self.training) or index % max(1, self.checkpoint_every):
             return False
         needs_graph = hidden_states.requires_grad or (prefix_key is not None and prefix_key.requires_grad)
         return needs_graph or any(parameter.requires_grad for parameter in layer.parameters())
@@ -452,7 +381,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return AttentionContext(rotary, bias, False, None, output_attentions, is_exact)
 
     def _bias(self, attention_mask, query_length: int, key_length: int, device, dtype) -> Tensor:
-        """ALiBi 与掩码之和，[b | 1, heads | 1, q, kv]；看不到的位置是该类型的最小值（全被遮住的填充行因此不会出 NaN）。"""
+        """ALiBi 与掩码之和，[b | 1, heads | 1, q, kv]；看不到的位置是该类型的最小值（全被遮住的填充行不会出 NaN）。"""
         allowed = allowed_mask(
             attention_mask, query_length, key_length, device, self.config.position_embedding == "rope"
         )
@@ -507,6 +436,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_lengths: list[int] | None = None,
+        document_offsets: list[int] | None = None,
         target_rows: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool | None = None,
@@ -535,6 +465,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             document_lengths=document_lengths,
+            document_offsets=document_offsets,
         )
         hidden_states = outputs.last_hidden_state
         if return_logits is None:

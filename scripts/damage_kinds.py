@@ -27,7 +27,9 @@ def damage_bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
     at = rng.randrange(max(1, reach))
     length = rng.choice([1, 2, 8, 64])
     junk = rng.randbytes(length)
-    kind = rng.choice(["翻转一位", "翻转一位", "覆盖", "清零一段", "截断", "截断", "删去一段", "插入", "重复一段", "续上垃圾"])
+    kind = rng.choice(
+        ["翻转一位", "翻转一位", "覆盖", "清零一段", "截断", "截断", "删去一段", "插入", "重复一段", "续上垃圾"]
+    )
     if kind == "翻转一位":
         damaged = content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :]
     elif kind == "覆盖":

@@ -68,7 +68,7 @@ class WeightDirectory:
 class TensorSource:
     """一个检查点的权重：完整模型原样，LoRA 合并进基座；按官方名字逐个给出 fp32 张量。
 
-    names 是官方次序的张量名，dtype 是基座自己的类型，lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，均为 fp32。
+    names 是官方次序的张量名，shapes 是各自的形状，dtype 是基座自己的类型，lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，均为 fp32。
 
     Raises:
         ValueError: 权重与 config.json 不符，或适配器与基座不相配、不能合并。
@@ -77,13 +77,13 @@ class TensorSource:
     def __init__(self, checkpoint: Checkpoint):
         with torch.device("meta"):
             skeleton = BaichuanForCausalLM(checkpoint.config)
-        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-        check_weights(checkpoint.base_path, shapes)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        check_weights(checkpoint.base_path, self.shapes)
         self.config = checkpoint.config
-        self.names = list(shapes)
+        self.names = list(self.shapes)
         self._weights = WeightDirectory(checkpoint.base_path)
         self.dtype = self.read_base(self.names[0]).dtype
-        self.lora = read_lora(checkpoint.path, shapes) if checkpoint.is_adapter else {}
+        self.lora = read_lora(checkpoint.path, self.shapes) if checkpoint.is_adapter else {}
 
     def read_base(self, name: str) -> Tensor:
         """没有合并的张量，基座的类型。"""

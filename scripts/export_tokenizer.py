@@ -109,8 +109,8 @@ def bpe_merges(proto) -> list[tuple[str, str]]:
 def build_fast_tokenizer(tokenizer: BaichuanTokenizer, prompting: Prompting) -> Tokenizer:
     """tokenizers 库的分词器，编号与 tokenizer.text_to_ids 相同。
 
-    v2 的模型不改动文本，自定义片段就是 added token。v1 要规范化、合并空格并在句首加空格，都按整段文本（对话里按每条消息）
-    进行，而 added token 会先把文本切开，所以 v1 的自定义片段在规范化之后切出，只有对话的角色片段是 added token。
+    v2 的模型不改动文本，自定义片段就是 added token。v1 要规范化、合并空格并在句首加空格，都按整段文本进行（对话里按
+    每条消息），而 added token 会先把文本切开，所以 v1 的自定义片段在规范化之后切出，只有角色片段是 added token。
     """
     proto = read_model_proto(tokenizer)
     spec = proto.normalizer_spec

@@ -25,7 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TinyModel(torch.nn.Module):
-    """形状都不能被 2、4 整除；frozen 不训练，标量 scale 是零维参数。"""
+    """形状都不能被 2、4 整除；frozen 不训练，scale（可选）是零维参数。"""
 
     def __init__(self, seed: int, scalar: bool):
         super().__init__()

@@ -6,9 +6,9 @@ import shlex
 import shutil
 
 import pytest
+from conftest import ROOT
 
 from arguments import TRAIN_TYPE_ALIASES, build_parser, parse_args, validate_args
-from conftest import ROOT
 from model_factory import MODEL_FAMILIES, TRAIN_METHODS
 
 # 用户的命令（deepspeed 之后、train.py 的参数），与 ../shared/commands.md 逐字相同

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,6 @@ from checkpoint import (
     set_aside_previous_run,
     verify_checkpoint,
 )
-from conftest import ROOT
 from model_factory import TRAIN_METHODS, build_model, load_config, load_tokenizer
 
 SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}

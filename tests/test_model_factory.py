@@ -157,7 +157,8 @@ def test_freeze_lists_what_exists_when_a_name_matches_nothing(make):
     with pytest.raises(ValueError) as caught:
         make("baichuan2-7b", "freeze", "--freeze_module_name", "layers.1.,layers.27.,ln_f")
     assert str(caught.value) == (
-        "--freeze_module_name 的 ['layers.27.', 'ln_f'] 没有匹配到任何参数；模型有 layers.0. 到 layers.1.（注意末尾的点），"
+        "--freeze_module_name 的 ['layers.27.', 'ln_f'] 没有匹配到任何参数；模型有 layers.0. 到 layers.1."
+        "（注意末尾的点），"
         "每层有 ['input_layernorm', 'mlp.down_proj', 'mlp.gate_proj', 'mlp.up_proj', 'post_attention_layernorm', "
         "'self_attn.W_pack', 'self_attn.o_proj']，此外还有 ['lm_head', 'model.embed_tokens', 'model.norm']"
     )
@@ -178,7 +179,8 @@ def test_lora_lists_the_modules_when_one_is_unknown(make, names, unknown):
     with pytest.raises(ValueError) as caught:
         make("baichuan-13b", "lora", "--lora_module_name", names)
     assert str(caught.value) == (
-        f"--lora_module_name 的 {unknown} 不是模型里的线性层，可选：W_pack、down_proj、gate_proj、o_proj、up_proj、all-linear"
+        f"--lora_module_name 的 {unknown} 不是模型里的线性层，可选："
+        "W_pack、down_proj、gate_proj、o_proj、up_proj、all-linear"
     )
 
 

@@ -53,6 +53,6 @@ def test_launcher_trains_and_saves(method, tiny_checkpoint, tmp_path):
     script = ROOT / "scripts" / f"train_{method}.sh"
     command = ["bash", script, base, "baichuan2", "--max_steps", "1", "--precision", "fp32", "--max_len", "256",
                "--max_src_len", "128"]  # fmt: skip
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert (tmp_path / "output" / "epoch-1-step-1" / "run_config.json").is_file()

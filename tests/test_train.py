@@ -4,22 +4,26 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from launching import Launch, launch
+from conftest import ROOT
+from launching import Launch, cpu_environment, free_port, launch, run_group
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_arguments import USER_COMMAND
 from train_worker import PROBE_IDS, PROBE_MASK, fill_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train
 from arguments import parse_args
 from baichuan import BaichuanForCausalLM
 from batching import collate
 from checkpoint import verify_checkpoint
-from conftest import ROOT
 from data_set import BaichuanDataSet
 from model_factory import TRAIN_METHODS, build_model, load_config, load_tokenizer
 from prompting import resolve_prompt_format
@@ -105,7 +109,7 @@ def gradient_rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(tiny_checkpoint, gradient_rows):
-    """返回 `reference(method) -> {名字: 梯度}`：不用 DeepSpeed，全部样本在一个右填充的批里，损失取目标 token 的平均。"""
+    """返回 `reference(method) -> {名字: 梯度}`：不用 DeepSpeed，全部样本在一个批里，损失取目标 token 的平均。"""
     found: dict[str, dict] = {}
 
     def compute(method: str) -> dict[str, torch.Tensor]:
@@ -185,6 +189,23 @@ def test_the_cuts_are_really_different(gradients):
                 assert found == math.ceil(NUM_ROWS / (num_ranks * batch_size))
             else:
                 assert 1 <= found <= accumulation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 参数组
+
+
+def test_weight_decay_is_the_flag_and_only_for_matrices(tiny_checkpoint):
+    path = tiny_checkpoint("baichuan2-7b", **SIZES)
+    args = parse_args(flags_of(rows=Path("-"), model=path, output=Path("-"), train_type="full", weight_decay=0.03))
+    model = build_model(args, load_config(path, "baichuan"), torch.float32, torch.device("cpu"), None)
+    model.model.norm.requires_grad_(False)
+    decayed, kept = train.parameter_groups(model, args)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.03, 0.0)
+    assert {parameter.dim() for parameter in decayed["params"]} == {2}
+    assert {parameter.dim() for parameter in kept["params"]} == {1}
+    assert len(decayed["params"]) == 2 + 2 * 5
+    assert len(kept["params"]) == 2 * 2  # 末尾的归一化已冻结
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -428,7 +449,7 @@ def failing_runs(tiny_checkpoint, directory: Path) -> dict[str, tuple[list[str],
 
     return {
         "max_src_len": (task("max_src_len", max_src_len=96), "--max_src_len(96) 必须小于 --max_len(96)，请调小前者"),
-        "foreign": (task("foreign", train_type="full", lora_dim=4), "--lora_dim 属于 --train_type lora，对 full 不起作用"),
+        "foreign": (task("foreign", train_type="full", lora_dim=4), "--lora_dim 属于 --train_type lora"),
         "unknown_value": (task("unknown_value", train_type="qlora"), "参数错误：argument --train_type"),
         "empty": (task("empty", data=content("empty.json", "")), "empty.json 是空的（0 字节），没有任何样本"),
         "blank": (task("blank", data=content("blank.json", "\n \n")), "blank.json 里没有任何样本（只有空白）"),
@@ -474,9 +495,21 @@ def failures(tiny_checkpoint, tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.mark.parametrize(
     "name",
-    ["max_src_len", "foreign", "unknown_value", "empty", "blank", "broken_rows", "no_weights", "cut_weights", "no_shard",
-     "wrong_tokenizer", "freeze_name", "nan"],
-)  # fmt: skip
+    [
+        "max_src_len",
+        "foreign",
+        "unknown_value",
+        "empty",
+        "blank",
+        "broken_rows",
+        "no_weights",
+        "cut_weights",
+        "no_shard",
+        "wrong_tokenizer",
+        "freeze_name",
+        "nan",
+    ],
+)
 def test_a_mistake_is_told_and_leaves_nothing(failures, name):
     directory, expected = failures
     result = read_json(directory / f"{name}.json")
@@ -614,8 +647,9 @@ def small_disk(tmp_path):
 def test_a_full_disk_at_save(tiny_checkpoint, tmp_path, small_disk, method, ds, num_ranks, size):
     disk = small_disk(size)
     flags = flags_of(
-        rows=write_rows(tmp_path / "rows.json", 8), model=tiny_checkpoint("baichuan2-7b", **SIZES), output=disk / "output",
-        ds=ds, train_type=method, logging_dir=tmp_path / "runs", per_device_train_batch_size=4, num_train_epochs=1,
+        rows=write_rows(tmp_path / "rows.json", 8), model=tiny_checkpoint("baichuan2-7b", **SIZES), ds=ds,
+        output=disk / "output", train_type=method, logging_dir=tmp_path / "runs", per_device_train_batch_size=4,
+        num_train_epochs=1,
     )  # fmt: skip
     if method == "lora":
         flags += ["--lora_dim", "64", "--lora_module_name", "all-linear"]
@@ -651,8 +685,8 @@ def test_loading_under_zero3_takes_the_memory_of_a_part(tiny_checkpoint, tmp_pat
     whole, largest = sum(tensors), max(tensors)
     assert whole > 140
     flags = flags_of(
-        rows=write_rows(tmp_path / "rows.json", 2), model=model, output=tmp_path / "output", ds=ZERO3, train_type="lora",
-        per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=1,
+        rows=write_rows(tmp_path / "rows.json", 2), model=model, output=tmp_path / "output", ds=ZERO3,
+        train_type="lora", per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=1,
     )  # fmt: skip
     run = launch(flags, num_ranks=2, script=WORKER, env={"OBSERVE_DIR": str(tmp_path)})
     assert run.returncode == 0, run.tail()
@@ -669,8 +703,9 @@ def test_bf16_checkpoints_give_the_logits_of_training(tiny_checkpoint, tmp_path,
     arch, extra = GRADIENT_ROWS[method]
     base, output = tiny_checkpoint(arch, **SIZES, dtype="bfloat16"), tmp_path / "output"
     flags = flags_of(
-        rows=write_rows(tmp_path / "rows.json", 16), model=base, output=output, ds=ds, train_type=method, precision="bf16",
-        per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=5e-3, num_train_epochs=1,
+        rows=write_rows(tmp_path / "rows.json", 16), model=base, output=output, ds=ds, train_type=method,
+        precision="bf16", per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=5e-3,
+        num_train_epochs=1,
     )  # fmt: skip
     run = launch([*flags, *extra], script=WORKER, env={"OBSERVE_DIR": str(tmp_path)})
     assert run.returncode == 0, run.tail()
@@ -683,3 +718,68 @@ def test_bf16_checkpoints_give_the_logits_of_training(tiny_checkpoint, tmp_path,
         found = model.eval()(input_ids=PROBE_IDS, attention_mask=PROBE_MASK).logits.float()
     expected = load_file(tmp_path / "epoch-1-step-4.safetensors")["logits"]
     torch.testing.assert_close(found[PROBE_MASK == 1], expected[PROBE_MASK == 1], rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 用户的四条命令，一字不改（只在前面加 LOCAL_SIZE）
+
+
+def can_bind(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def user_project(tiny_checkpoint, tmp_path_factory) -> Path:
+    """项目的一份副本：160 行数据，baichuan-6B/ 与 baichuan2-6B/ 是 32 层的微型检查点。"""
+    project = tmp_path_factory.mktemp("project")
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.json")]:
+        shutil.copy(path, project)
+    shutil.copytree(ROOT / "baichuan", project / "baichuan", ignore=shutil.ignore_patterns("__pycache__"))
+    (project / "data").mkdir()
+    write_rows(project / "data" / "spo_0.json", 160)
+    for name, arch in (("baichuan-6B", "baichuan-7b"), ("baichuan2-6B", "baichuan2-7b")):
+        shutil.copytree(tiny_checkpoint(arch, **{**SIZES, "layers": 32}), project / name)
+    return project
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["baichuan-6B/", "baichuan2-6B/"])
+@pytest.mark.parametrize(("cards", "num_steps"), [("0", 80), ("0,1,2,3", 20)], ids=["1card", "4cards"])
+def test_user_commands_run_verbatim(user_project, cards, model, num_steps):
+    num_ranks = len(cards.split(","))
+    command = f"CUDA_VISIBLE_DEVICES={cards} deepspeed --master_port 520 train.py \\" + USER_COMMAND.replace(
+        "baichuan-6B/", model
+    )
+    port = 520
+    if not can_bind(port):
+        port = free_port()
+        warnings.warn(f"端口 520 在这里不能用（小于 1024 的端口需要 root），改用 {port}", stacklevel=1)
+        command = command.replace("--master_port 520", f"--master_port {port}")
+    environment = {name: value for name, value in cpu_environment(num_ranks).items() if name != "CUDA_VISIBLE_DEVICES"}
+    environment.pop("LOCAL_SIZE")
+    prefix = "" if torch.cuda.is_available() else f"LOCAL_SIZE={num_ranks} "
+    code, output, _ = run_group([(["bash", "-c", prefix + command], environment)], user_project, 900, port)
+    assert code == 0, output[-4000:]
+
+    result = user_project / "output-baichuan"
+    lines = (result / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [record["step"] for record in records] == [1, *range(10, num_steps + 1, 10)]
+    assert [record["epoch"] for record in records][-1] == 2.0
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert checkpoints_in(result) == [f"epoch-1-step-{num_steps // 2}", f"epoch-2-step-{num_steps}"]
+    saved = load_file(result / f"epoch-2-step-{num_steps}" / "model.safetensors")
+    original = load_file(user_project / model / "model.safetensors")
+    assert saved.keys() == original.keys()
+    for name, tensor in saved.items():  # 恰好只有这四层变了
+        is_trained = any(f"layers.{layer}." in name for layer in (24, 25, 26, 27))
+        is_same = torch.equal(tensor, original[name].to(tensor.dtype))
+        assert is_same or is_trained, name
+        assert not is_same or not is_trained or tensor.dim() == 1, name  # bf16 里归一化权重可能一步都舍掉
+    shutil.rmtree(result)

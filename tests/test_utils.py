@@ -1,5 +1,6 @@
 """与模型和样本都无关的工具：JSON 文件的原子写、精度选择、DeepSpeed 配置的填写与学习率曲线。"""
 
+import itertools
 import json
 import math
 import random
@@ -7,10 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from deepspeed.runtime import lr_schedules
 
 import utils
-from conftest import ROOT
 from utils import (
     choose_precision,
     global_rank,
@@ -100,7 +101,7 @@ def test_one_process(monkeypatch):
 def test_raise_together_keeps_the_cause():
     raise_together(None)
     error = ValueError("坏了")
-    with pytest.raises(RuntimeError, match="^rank 0 出错：ValueError: 坏了$") as caught:
+    with pytest.raises(RuntimeError, match=r"^rank 0 出错：ValueError: 坏了$") as caught:
         raise_together(error)
     assert caught.value.__cause__ is error
 
@@ -232,8 +233,16 @@ def test_other_mistakes_in_the_file(tmp_path, config, message):
         read_ds_config(tmp_path / "ds.json")
 
 
-@pytest.mark.parametrize("config", [{"scheduler": "WarmupLR"}, {"scheduler": {"type": "WarmupLR", "params": []}}, {"optimizer": "AdamW"},
-                                    {"zero_optimization": 3}, {"bf16": True}])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scheduler": "WarmupLR"},
+        {"scheduler": {"type": "WarmupLR", "params": []}},
+        {"optimizer": "AdamW"},
+        {"zero_optimization": 3},
+        {"bf16": True},
+    ],
+)
 def test_a_section_that_is_no_object(tmp_path, config):
     write_json(tmp_path / "ds.json", config)
     with pytest.raises(ValueError, match=next(iter(config))):
@@ -305,5 +314,5 @@ def test_linear_decay_really_decays(warmup_ratio):
 @pytest.mark.parametrize(("warmup_ratio", "warmup_steps"), [(0.1, 4), (0.25, 10), (0.5, 20)])
 def test_warmup_ratio_is_really_used(warmup_ratio, warmup_steps):
     found = learning_rates(resolve(read_ds_config(ROOT / DS_FILES[0]), 40, warmup_ratio), 40)
-    rising = [later > earlier for earlier, later in zip(found[:-1], found[1:], strict=True)]
+    rising = [later > earlier for earlier, later in itertools.pairwise(found)]
     assert rising.index(False) in (warmup_steps - 1, warmup_steps)

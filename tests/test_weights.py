@@ -1,5 +1,6 @@
 """权重的读写：片段读取等于切片；分片与索引同官方布局，读回逐位相同；索引不能指到目录之外。"""
 
+import itertools
 import json
 import struct
 from pathlib import Path
@@ -73,7 +74,7 @@ def test_parts_of_all_ranks_make_the_whole(weight_file, shape, num_parts):
     whole = weight_file.read(str(shape)).reshape(-1)
     size = -(-whole.numel() // num_parts)
     cuts = [min(i * size, whole.numel()) for i in range(num_parts + 1)]
-    parts = [weight_file.read_flat(str(shape), a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True) if b > a]
+    parts = [weight_file.read_flat(str(shape), a, b) for a, b in itertools.pairwise(cuts) if b > a]
     assert torch.equal(torch.cat([torch.empty(0), *parts]), whole)
 
 

@@ -1,8 +1,11 @@
 """test_train.py 拉起的训练进程：运行 train.py 自己的 main()，只在旁边观察，所见写进 OBSERVE_DIR 供测试比较。
 
-    OBSERVE_DIR=DIR python tests/train_worker.py <train.py 的参数>         观察一次训练：各步的行、检查点的 logits、各进程的切分
-    OBSERVE_DIR=DIR python tests/train_worker.py --gradients TASKS.json    逐个任务取第一步更新前的完整梯度
-    OBSERVE_DIR=DIR python tests/train_worker.py --failures TASKS.json     逐个任务运行 train.run()，记下退出码与输出
+    OBSERVE_DIR=DIR python tests/train_worker.py <train.py 的参数>
+        观察一次训练：各步的行、检查点的 logits、各进程的切分
+    OBSERVE_DIR=DIR python tests/train_worker.py --gradients TASKS.json
+        逐个任务取第一步更新前的完整梯度
+    OBSERVE_DIR=DIR python tests/train_worker.py --failures TASKS.json
+        逐个任务运行 train.run()，记下退出码与输出
 TASKS.json 是 {任务名: [train.py 的参数]}。
 """
 
@@ -167,11 +170,11 @@ def capture_gradients(tasks: dict[str, list[str]]):
         engine.step = capture
         original(engine, step, *args, **kwargs)
 
-    engines = []
+    engines, current = [], ""
     wrap("train_step", train_step)
     wrap("build_model", lambda original, *args, **kwargs: fill_adapter(original(*args, **kwargs)))
-    for current, argv in tasks.items():
-        sys.argv = ["train.py", *argv]
+    for current in tasks:  # noqa: B007（上面的 capture 用它）
+        sys.argv = ["train.py", *tasks[current]]
         with contextlib.suppress(CapturedError):
             train.main()
         engines.pop().destroy()

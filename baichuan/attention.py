@@ -1,0 +1,169 @@
+"""注意力：位置（旋转编码、ALiBi）、掩码，以及批形式与并排形式（packing）的计算。
+
+并排的样本各看各的，任何地方都不出现 长度² 的整包掩码。
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# CPU 上短样本用矩阵乘法 + softmax 更快，长样本用 SDPA（不存 S×S 的概率）；交叉点由 scripts/bench.py 量得
+CPU_MATMUL_MAX_LENGTH = 512
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 位置
+
+
+def rotary_tables(position_ids: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
+    """旋转位置编码的 cos、sin：position_ids [..., L] → 各 [..., L, 1, head_dim]，fp32，前后两半相同。
+
+    每次前向现算：不是缓冲区，所以在 meta 设备上加载不会坏，长度也不受预训练长度限制。
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
+    angles = position_ids[..., None, None].float() * (1.0 / base**exponents)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """states [..., L, heads, d] 乘旋转位置编码；结果与 states 同类型。
+
+    cos、sin 是 fp32 时先升到 fp32 再转回（Baichuan2 的做法），是 states 的类型时直接在该类型里算（Baichuan 的做法）。
+    """
+    first, second = states.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return torch.addcmul(states * cos, rotated, sin).to(states.dtype)
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """各注意力头的 ALiBi 斜率，[num_heads] fp32（Press 等，2021；头数不是 2 的幂时与官方代码相同地取偶数项补齐）。"""
+
+    def power_of_two_slopes(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * i / n) for i in range(1, n + 1)]
+
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = power_of_two_slopes(power)
+    if power < num_heads:
+        slopes += power_of_two_slopes(2 * power)[0::2][: num_heads - power]
+    return torch.tensor(slopes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 一次前向里各层共用的东西
+
+
+@dataclass(frozen=True)
+class AttentionContext:
+    """一次前向里各层注意力共用的张量，只算一遍。
+
+    rotary: (cos, sin)，旋转位置编码；ALiBi 时为 None。
+    bias: 加在注意力分数上的偏置（ALiBi + 因果 + 填充）。批形式 [b | 1, heads | 1, q, kv]，
+        并排形式 [heads | 1, S, V + S]；None 表示不需要。
+    is_causal: bias 为 None 时，是否还要因果掩码。
+    document_lengths: 并排样本的各自长度；None 表示批形式。
+    """
+
+    rotary: tuple[Tensor, Tensor] | None
+    bias: Tensor | None
+    is_causal: bool
+    document_lengths: list[int] | None = None
+    output_attentions: bool = False
+    is_exact: bool = False  # 写开的注意力：全被遮住的填充行也要有正确的梯度（z_loss 用到它们的输出）
+
+
+def counted_positions(attention_mask: Tensor) -> Tensor:
+    """由 [b, kv] 的掩码数出位置：前面与中间的填充不占位置，末尾的填充接着数（与官方代码相同，z_loss 会用到那些行）。"""
+    present = attention_mask != 0
+    trailing = present.flip(-1).long().cumsum(-1).flip(-1) == 0
+    return ((present | trailing).long().cumsum(-1) - 1).clamp(min=0)
+
+
+def allowed_mask(
+    attention_mask: Tensor | None, query_length: int, key_length: int, device: torch.device, padding_sees_all: bool
+) -> Tensor:
+    """哪个位置可以看哪个位置：bool，[q, kv] 或 [b, 1, q, kv]。
+
+    attention_mask: None；[b, kv] 的 0/1 或段号（1、2、3…：同段才互相可见，0 为填充）；
+    [b, q, kv] 或 [b, 1, q, kv] 的 0/1。最后 q 个键就是各查询自己。
+    """
+    causal = torch.ones(query_length, key_length, dtype=torch.bool, device=device).tril(key_length - query_length)
+    if attention_mask is None:
+        return causal
+    if attention_mask.dim() == 2:
+        segments = attention_mask[:, None, None, :]  # [b, 1, 1, kv]
+        own_segments = segments[..., -query_length:].transpose(2, 3)  # [b, 1, q, 1]
+        same = segments == own_segments
+        if padding_sees_all:
+            same = same | (own_segments == 0)
+        return causal & (segments != 0) & same
+    if attention_mask.dim() == 3:
+        attention_mask = attention_mask[:, None]
+    return causal & (attention_mask != 0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 计算
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """写开的注意力，只在要输出概率时用：→ ([b, heads, q, d], 概率 [b, heads, q, kv])。"""
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    if bias is not None:
+        # 官方 13B 的写法：下限截断在相等处只传一半梯度
+        scores = torch.maximum(scores + bias, scores.new_tensor(torch.finfo(scores.dtype).min))
+    attentions = scores.float().softmax(dim=-1).to(query.dtype)
+    return attentions @ value, attentions
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    document_lengths: list[int],
+    bias: Tensor | None,
+    prefix_key: Tensor | None = None,
+    prefix_value: Tensor | None = None,
+) -> Tensor:
+    """对并排的各样本分别做因果注意力。
+
+    Args:
+        query, key, value: [T, heads, head_dim]，T 为各样本长度之和（旋转位置编码已加）。
+        document_lengths: 各样本的长度，和为 T。
+        bias: [heads | 1, S, V + S]，S 为最长样本的长度：ALiBi 偏置与因果掩码之和，按样本长度裁取；
+            None 表示不需要偏置（旋转位置编码且没有前缀，由 is_causal 表示因果）。
+        prefix_key, prefix_value: [heads, V, head_dim]，P-Tuning 的前缀，放在每个样本之前；没有则为 None。
+
+    Returns:
+        [T, heads, head_dim]。
+    """
+    outputs = []
+    documents = zip(
+        query.split(document_lengths), key.split(document_lengths), value.split(document_lengths), strict=True
+    )
+    for document_query, document_key, document_value in documents:
+        q, k, v = (states.transpose(0, 1) for states in (document_query, document_key, document_value))  # [heads, S, d]
+        length, document_bias = q.shape[1], None
+        if prefix_key is not None:
+            k, v = torch.cat([prefix_key, k], dim=1), torch.cat([prefix_value, v], dim=1)
+        if bias is not None:
+            document_bias = bias[:, :length, : k.shape[1]]
+        outputs.append(_document_attention(q, k, v, document_bias).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _document_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """一个样本的因果注意力：query [heads, S, d]，key、value [heads, K, d] → [heads, S, d]。"""
+    if query.device.type == "cpu" and bias is not None and query.shape[1] <= CPU_MATMUL_MAX_LENGTH:
+        scale = query.shape[-1] ** -0.5
+        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
+        return torch.bmm(scores.softmax(dim=-1), value)
+    return nn.functional.scaled_dot_product_attention(
+        query[None],
+        key[None],
+        value[None],
+        attn_mask=None if bias is None else bias[None],
+        is_causal=bias is None,
+    )[0]

@@ -1,0 +1,67 @@
+"""冻结底层输出的缓存（--cache_frozen）：freeze 模式下，从第二轮起底层不必再算。
+
+各样本在底层的输出按它在数据集里的 token 位置存放，[全部 token 数, H]，就是计算用的类型，读回来逐位相同。
+一台机器上的各进程共用一个映射到内存的文件：放在 /dev/shm 即在内存里，放在 output_dir 即在磁盘上。
+"""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class FrozenCache:
+    """冻结底层的输出。
+
+    Args:
+        path: 缓存文件（全部进程相同）；另有 path.filled 记录哪些样本已有。
+        num_layers: 冻结的底层数。
+        num_tokens: 数据集的 token 总数。
+        hidden_size、dtype: 隐藏状态的宽与类型。
+        needs_agreement: ZeRO-3 下各进程必须走同样的层，有一个进程缺就都重算。
+    """
+
+    def __init__(
+        self, path: Path, num_layers: int, num_tokens: int, hidden_size: int, dtype: torch.dtype, needs_agreement: bool
+    ):
+        self.path, self.num_layers, self.needs_agreement = path, num_layers, needs_agreement
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            self.remove()  # 别的运行留下的；文件由下面的映射重新建立，初值全零
+        if dist.is_initialized():
+            dist.barrier()
+        self._states = torch.from_file(str(path), shared=True, size=num_tokens * hidden_size, dtype=dtype)
+        self._states = self._states.view(num_tokens, hidden_size)
+        self._filled = torch.from_file(f"{path}.filled", shared=True, size=num_tokens, dtype=torch.uint8)
+
+    @property
+    def num_bytes(self) -> int:
+        """缓存的大小，字节。"""
+        return self._states.nbytes
+
+    def read(self, offsets: list[int], lengths: list[int], like: Tensor) -> Tensor | None:
+        """并排样本的底层输出 [1, T, H]，放在 like 的设备上；有样本还没算过则为 None。"""
+        has_all = all(bool(self._filled[offset]) for offset in offsets)
+        if self.needs_agreement and dist.is_initialized():
+            flag = torch.tensor([float(has_all)], device=like.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+            has_all = bool(flag.item())
+        if not has_all:
+            return None
+        pieces = [self._states[offset : offset + length] for offset, length in zip(offsets, lengths, strict=True)]
+        states = torch.cat(pieces) if pieces else like.new_zeros(like.shape[1:])
+        return states[None].to(like.device, non_blocking=True)
+
+    def write(self, offsets: list[int], lengths: list[int], hidden_states: Tensor):
+        """存下并排样本的底层输出 [1, T, H]；没有样本（占位的 micro batch）时不存。"""
+        if not offsets:
+            return
+        for offset, states in zip(offsets, hidden_states[0].detach().cpu().split(lengths), strict=True):
+            self._states[offset : offset + len(states)] = states
+            self._filled[offset] = 1  # 内容在先，标记在后
+
+    def remove(self):
+        """删去缓存文件。"""
+        for path in (self.path, Path(f"{self.path}.filled")):
+            path.unlink(missing_ok=True)

@@ -1,0 +1,201 @@
+"""bench 的工人：本项目自己，经 train.py 的 build_engine 与 train_step；由 bench.py 启动，不单独运行。
+
+python scripts/bench_ours.py '{"kind": "ours", …}'      # 规格见 bench_programs.py
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import bench_work
+from bench_protocol import Channel, StepMeter, installed_versions
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed")
+
+
+class Rows:
+    """已编码的样本，形式与 BaichuanDataSet 相同，供 StepLoader 使用。"""
+
+    path = "bench"
+
+    def __init__(self, rows: list[dict[str, list[int]]]):
+        self._rows = rows
+        self.lengths = [len(row["input_ids"]) for row in rows]
+        self.num_targets = [sum(label != -100 for label in row["labels"]) for row in rows]
+        self.lines = list(range(1, len(rows) + 1))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(**self._rows[index])
+
+
+class BareEngine:
+    """不用 DeepSpeed 的同一个循环：同样的模型、fp32 主权重的 AdamW、同样的裁剪，接口够 train_step 用。
+
+    用来量 DeepSpeed 在一步里的份额。
+    """
+
+    def __init__(self, model, groups: list[dict], args):
+        import torch
+
+        self.module, self.device = model, next(model.parameters()).device
+        self.optimizer = SimpleNamespace(overflow=False)
+        self.global_steps, self._is_boundary, self._norm = 0, False, 0.0
+        self._weights = [parameter for group in groups for parameter in group["params"]]
+        self._masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in self._weights]
+        masters = iter(self._masters)
+        groups = [{**group, "params": [next(masters) for _ in group["params"]]} for group in groups]
+        self._adam = torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
+        model.train()
+
+    def __call__(self, **batch):
+        return self.module(**batch)
+
+    def get_lr(self) -> list[float]:
+        return [self._adam.param_groups[0]["lr"]]
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool):
+        self._is_boundary = is_boundary
+
+    def backward(self, loss, scale_wrt_gas: bool = False):
+        loss.backward()
+
+    def step(self):
+        import torch
+
+        if not self._is_boundary:
+            return
+        for master, weight in zip(self._masters, self._weights, strict=True):
+            master.grad = weight.grad.to(master.dtype)
+        self._norm = float(torch.nn.utils.clip_grad_norm_(self._masters, 1.0))
+        self._adam.step()
+        for master, weight in zip(self._masters, self._weights, strict=True):
+            weight.grad = master.grad = None
+            if master is not weight:
+                weight.data.copy_(master)
+        self.global_steps += 1
+
+    def get_global_grad_norm(self) -> float:
+        return self._norm
+
+    def fp16_enabled(self) -> bool:
+        return False
+
+    def bfloat16_enabled(self) -> bool:
+        return False
+
+
+def single_process_environment():
+    """一个进程的分布式环境：端口取空闲的，各工人互不相干。"""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def switch_off(levers: list[str]):
+    """关掉没有命令行开关的几项，在造模型之前调用。
+
+    Raises:
+        ValueError: 不认识的名字，或项目里已没有这一项。
+    """
+    import model_factory
+
+    for lever in levers:
+        if lever == "fused_lora":
+            if not hasattr(model_factory, "fuse_lora"):
+                raise ValueError("model_factory 里没有 fuse_lora，关不掉 fused_lora")
+            model_factory.fuse_lora = lambda model: model
+        elif lever not in ("label_rows", "graph_prefix"):
+            raise ValueError(f"不认识的开关 {lever}")
+
+
+def build(spec: dict[str, Any]):
+    """按规格造引擎与数据 → (engine, loader, args)。"""
+    single_process_environment()
+    import deepspeed
+    import torch
+
+    import train
+    from batching import StepLoader
+
+    torch.set_num_threads(spec["threads"])
+    switch_off(spec["levers_off"])
+    args = train.parse_args(spec["argv"])
+    ds_config, config = train.validate_args(args)
+    ds_config.pop("scheduler", None)  # 各程序都用不变的学习率
+    deepspeed.init_distributed()
+    work = json.loads(Path(spec["work"]).read_text(encoding="utf-8"))
+    num_steps = len(work["steps"])
+    if spec["engine"] == "bare":
+        train.seed_everything(args.seed)
+        model = train.build_model(args, config, train.TORCH_DTYPES[args.precision], torch.device("cpu"), None)
+        engine = BareEngine(model, train.parameter_groups(model, args), args)
+    else:
+        engine, _ = train.build_engine(args, config, ds_config, args.precision, num_steps)
+    if "graph_prefix" in spec["levers_off"]:
+        engine.module.enable_input_require_grads()
+    loader = StepLoader(
+        Rows([row for step in work["steps"] for row in step]),
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_len=args.max_len,
+        seed=None,
+        packing=args.packing,
+    )
+    return engine, loader, args
+
+
+def serve(spec: dict[str, Any], channel: Channel):
+    """载入，然后一步步听指令。"""
+    import torch
+
+    import train
+
+    if spec["kind"] == "gemm":
+        torch.set_num_threads(spec["threads"])
+        shape = bench_work.Shape(*spec["shape"])
+        channel.send(ready=True, versions=installed_versions("torch"))
+        while channel.wait_for_step() is not None:
+            meter = StepMeter()
+            meter.start()
+            rate = bench_work.gemm_rate(shape, spec["rows"], spec["precision"])
+            channel.send(**meter.stop(), gemm_flops=rate)
+        return
+    engine, loader, _ = build(spec)
+    num_trainable = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+    channel.send(ready=True, versions=installed_versions(*PACKAGES), num_trainable=num_trainable)
+    samples = loader.global_batch_size
+    while (index := channel.wait_for_step()) is not None:
+        meter = StepMeter()
+        meter.start()
+        step = loader.prepare(range(samples * index, samples * (index + 1)))
+        if "label_rows" in spec["levers_off"]:
+            for batch in step.micro_batches:
+                batch["return_logits"] = True  # 词表投影在每一行上算
+        loss, _, grad_norm = train.train_step(engine, step)
+        channel.send(**meter.stop(), loss=loss, grad_norm=grad_norm, tokens=step.num_tokens)
+
+
+def main():
+    channel = Channel()
+    try:
+        serve(json.loads(sys.argv[1]), channel)
+    except Exception as error:  # 原因交给父进程，回溯留在日志里
+        traceback.print_exc()
+        channel.send(error=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

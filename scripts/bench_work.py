@@ -1,0 +1,234 @@
+"""bench 的共同材料：同一份权重（Baichuan 与导出的 Llama 两种布局）、每步相同的样本、FLOPs 公式、矩阵乘法的速率。
+
+FLOPs（一个优化步，乘与加各算一次；不计重算，不计补齐，注意力只计因果三角的一半）。记 h 宽度，i 前馈宽度，V 词表，
+L 层数，n = 4h² + 3hi 为一层的矩阵权重，T 非补齐 token 数，R 目标 token 数，S_d 各样本的长度：
+
+    前向            2·T·n·L + 2·R·h·V + Σ_d 2·S_d²·h·L
+    对激活的反向    2·T·n·L' + 2·R·h·V + Σ_d 4·S_d²·h·L'      L' 为从最低的可训练层往上的层数
+    对权重的反向    2·T·n·L'' [+ 2·R·h·V]                      L'' 为可训练的层数；词表投影只在 full 训练
+
+lora、ptuning：L' = L，L'' = 0（低秩部分不足 1%，不计）；freeze 末 k 层：L' = L'' = k；full：L' = L'' = L。
+cache_frozen 的第二轮起，前向的 L 也换成 k。MFU = 公式 / 秒 / 实测的矩阵乘法速率。
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+for place in (ROOT, ROOT / "scripts"):
+    if str(place) not in sys.path:
+        sys.path.insert(0, str(place))
+
+SAMPLES_PER_STEP = 8
+MAX_LEN, MAX_SRC_LEN = 1024, 768
+# 随机权重的 logits 标准差约 0.5，放大后约 2：函数不同（例如掩码错了），损失就明显不同
+HEAD_SCALE = 4.0
+
+
+class Shape(NamedTuple):
+    """模型的尺寸。"""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    vocab: int
+
+    @property
+    def layer_weights(self) -> int:
+        """一层的矩阵权重数。"""
+        return 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
+
+
+CPU_SHAPES = {
+    64000: Shape(12, 768, 2048, 12, 64000),
+    8000: Shape(12, 768, 2048, 12, 8000),  # 词表投影占 6.7%，与 Baichuan2-7B 相同
+}
+TOY_SHAPE = Shape(3, 64, 172, 4, 8000)
+GPU_SHAPES = {"7b": Shape(32, 4096, 11008, 32, 125696), "13b": Shape(40, 5120, 13696, 40, 125696)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs 与速率
+
+
+def step_flops(
+    shape: Shape,
+    lengths: Sequence[int],
+    num_targets: int,
+    method: str,
+    trained_layers: int = 0,
+    prefix_is_cached: bool = False,
+) -> float:
+    """一个优化步必要的 FLOPs，公式见文件开头。
+
+    Args:
+        lengths: 各样本的 token 数；num_targets: 目标 token 数。
+        method: lora、ptuning、freeze、full；trained_layers 是 freeze 训练的末尾层数。
+    """
+    layers = shape.layers
+    backward_layers = trained_layers if method == "freeze" else layers
+    weight_layers = {"freeze": trained_layers, "full": layers}.get(method, 0)
+    forward_layers = trained_layers if prefix_is_cached else layers
+    matmul = 2.0 * sum(lengths) * shape.layer_weights
+    head = 2.0 * num_targets * shape.hidden * shape.vocab
+    attention = 2.0 * sum(length**2 for length in lengths) * shape.hidden
+    return (
+        matmul * (forward_layers + backward_layers + weight_layers)
+        + attention * (forward_layers + 2 * backward_layers)
+        + head * (3 if method == "full" else 2)
+    )
+
+
+def gemm_rate(shape: Shape, rows: int, dtype: str, device: str = "cpu", seconds: float = 1.0) -> float:
+    """这台机器矩阵乘法的速率，FLOP/s：模型自己的四种形状与 2048（GPU 上 8192）的方阵，取最快的一种。
+
+    dtype 是 bf16 或 fp32；seconds 是总共量多久。
+    """
+    import torch
+
+    side = 8192 if device == "cuda" else 2048
+    shapes = [
+        (rows, shape.hidden, 3 * shape.hidden),
+        (rows, shape.hidden, shape.hidden),
+        (rows, shape.hidden, shape.intermediate),
+        (rows, shape.intermediate, shape.hidden),
+        (side, side, side),
+    ]
+    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    best = 0.0
+    for m, k, n in shapes:
+        left, right = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind).t()
+        left @ right
+        count, began = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - began) < seconds / len(shapes) or count < 2:
+            for _ in range(10 if device == "cuda" else 1):
+                left @ right
+                count += 1
+            if device == "cuda":
+                torch.cuda.synchronize()
+        elapsed = time.perf_counter() - began
+        best = max(best, 2.0 * m * k * n * count / elapsed)
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 权重与样本
+
+
+def make_models(directory: Path, shape: Shape, precision: str, seed: int = 1234) -> tuple[Path, Path]:
+    """Baichuan-7B 结构（普通词表投影）的随机检查点，以及 scripts/export.py 导出的 Llama 布局 → (baichuan, llama)。
+
+    目录里已有的直接用；权重的类型随 precision（bf16 或 fp32）。
+    """
+    import torch
+    from build_tiny_model import build_tiny_model
+    from export import export
+    from safetensors.torch import load_file, save_file
+
+    tag = f"{shape.layers}x{shape.hidden}-{shape.vocab}-{precision}"
+    baichuan, llama = directory / f"baichuan-{tag}", directory / f"llama-{tag}"
+    dtype = {"bf16": "bfloat16", "fp32": "float32"}[precision]
+    if not baichuan.exists():
+        staging = build_tiny_model(
+            "baichuan-7b",
+            directory / f"making-{baichuan.name}",
+            layers=shape.layers,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            heads=shape.heads,
+            vocab_size=shape.vocab,
+            dtype=dtype,
+            seed=seed,
+            tokenizer_model=_tokenizer_model(shape.vocab),
+            train_text=[ROOT / "data" / "spo_0.json"],
+            overwrite=True,
+        )
+        weights = load_file(staging / "model.safetensors")
+        weights["lm_head.weight"] = (weights["lm_head.weight"].float() * HEAD_SCALE).to(getattr(torch, dtype))
+        save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+        staging.rename(baichuan)
+    if not llama.exists():
+        export(baichuan, "llama", llama)
+    return baichuan, llama
+
+
+def _tokenizer_model(vocab_size: int) -> Path | None:
+    """放得进这个词表的真分词器；没有时由 build_tiny_model 现训一个。"""
+    path = SHARED / "tokenizer" / "v1-reconstructed" / "tokenizer.model"
+    return path if vocab_size >= 64000 and path.is_file() else None
+
+
+def data_path() -> Path:
+    """真实的三元组抽取数据；没有 ../shared 时用项目自带的样例。"""
+    path = SHARED / "data" / "spo_0.json"
+    return path if path.is_file() else ROOT / "data" / "spo_0.json"
+
+
+def encode_rows(baichuan: Path, vocab_size: int) -> list[dict[str, list[int]]]:
+    """数据的全部样本 → [{"input_ids", "labels"}]，plain 格式，至多 MAX_LEN。
+
+    长度取自真分词器（没有时取检查点自己的）；词表较小的模型把编号折回去：随机权重下编号是哪一个无关紧要。
+    """
+    from baichuan import BaichuanTokenizer
+    from data_set import IGNORE_INDEX, BaichuanDataSet
+
+    real = SHARED / "tokenizer" / "v1-reconstructed"
+    tokenizer = BaichuanTokenizer.from_pretrained(real if real.is_dir() else baichuan)
+    data_set = BaichuanDataSet(
+        data_path(), tokenizer, prompt_format="plain", family="baichuan", max_len=MAX_LEN, max_src_len=MAX_SRC_LEN
+    )
+    rows = []
+    for sample in (data_set[index] for index in range(len(data_set))):
+        ids = [token if token < vocab_size else 3 + token % (vocab_size - 3) for token in map(int, sample.input_ids)]
+        labels = [token if kind != IGNORE_INDEX else kind for token, kind in zip(ids, sample.labels, strict=True)]
+        rows.append({"input_ids": ids, "labels": [int(label) for label in labels]})
+    return rows
+
+
+def choose_steps(lengths: Sequence[int], num_steps: int) -> list[list[int]]:
+    """每步 8 个样本，长度在全体的 1/16、3/16、…、15/16 分位：各步的样本不同，长度的分布相同。"""
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index])
+    if len(order) < SAMPLES_PER_STEP:
+        raise ValueError(f"数据只有 {len(order)} 条，每步需要 {SAMPLES_PER_STEP} 条")
+    steps = []
+    for step in range(num_steps):
+        ranks = [int((k + 0.5) / SAMPLES_PER_STEP * len(order)) + step - num_steps // 2 for k in range(8)]
+        chosen = [order[min(max(rank, 0), len(order) - 1)] for rank in ranks]
+        random.Random(step).shuffle(chosen)
+        steps.append(chosen)
+    return steps
+
+
+def spread_steps(kind: str, num_steps: int, vocab_size: int, seed: int = 7) -> list[list[dict[str, list[int]]]]:
+    """合成的步，平均长度都是 232：equal 等长；uneven 一长七短（1016 与 120）。目标都占末尾的 19%。"""
+    generator = random.Random(seed)
+    lengths = {"equal": [232] * SAMPLES_PER_STEP, "uneven": [1016, *[120] * (SAMPLES_PER_STEP - 1)]}[kind]
+
+    def row(length: int) -> dict[str, list[int]]:
+        ids = [generator.randrange(3, vocab_size) for _ in range(length)]
+        first = round(length * 0.81)
+        return {"input_ids": ids, "labels": [-100] * first + ids[first:]}
+
+    return [[row(length) for length in lengths] for _ in range(num_steps)]
+
+
+def write_work(path: Path, steps: list[list[dict[str, list[int]]]], vocab_size: int) -> dict[str, Any]:
+    """把各步的样本写成一个 JSON（各程序都从它读），返回它的统计。"""
+    path.write_text(json.dumps({"vocab_size": vocab_size, "steps": steps}), encoding="utf-8")
+    lengths = [[len(row["input_ids"]) for row in step] for step in steps]
+    targets = [sum(label != -100 for row in step for label in row["labels"]) for step in steps]
+    tokens = [sum(step) for step in lengths]
+    return {
+        "lengths": lengths,
+        "targets": targets,
+        "tokens": tokens,
+        "target_share": sum(targets) / sum(tokens),
+        "padding_efficiency": sum(tokens) / sum(max(step) * len(step) for step in lengths),
+    }
