@@ -95,7 +95,8 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         "packing",
         True,
         action=BoolFlag,
-        help="把一步的样本并排放进尽量少的 micro batch，各看各的，结果与不并排相同（缺省开；P-Tuning 第 1 版不支持，自动关）",
+        help="把一步的样本并排放进尽量少的 micro batch，各看各的，结果与不并排相同"
+        "（缺省开；P-Tuning 第 1 版不支持，自动关）",
     )
 
     method = parser.add_argument_group("训练方法")

@@ -7,12 +7,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from model_factory import base_model_of
 from prompting import IGNORE_INDEX, EncodedSample
-
-
-def base_model_of(model: nn.Module) -> nn.Module:
-    """PeftModel 里的 BaichuanForCausalLM；不是 PeftModel 时是它自己。"""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def make_generation_config(model: nn.Module, max_new_tokens: int, **sampling: Any) -> GenerationConfig:
@@ -42,7 +38,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.
     return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate_batch(
     model: nn.Module, prompts: Sequence[Sequence[int]], generation_config: GenerationConfig, **options: Any
 ) -> list[list[int]]:
@@ -85,7 +81,7 @@ def generate_all(
     return results
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def target_nll(model: nn.Module, samples: Iterable[EncodedSample]) -> tuple[list[float], list[int]]:
     """每条样本目标 token 的负对数似然之和（nat，按 fp32 计算）与目标数；移位与训练相同。
 

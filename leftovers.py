@@ -6,9 +6,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SHM_PATTERN = "deepspeed_allreduce_buffer_{uid}_*"
+# CPU 通信的缓冲（DeepSpeed）与 --cache_frozen memory 的缓存（本项目）
+SHM_PATTERNS = ("deepspeed_allreduce_buffer_{uid}_*", ".tmp-frozen-*")
 # 建文件与把它映射进内存之间有一瞬间看不出有人在用
 SHM_MIN_AGE_SECONDS = 60.0
+# 缓存在几台机器共享的文件系统上时，别的机器上的编译看不到：只删这么久以前的锁
+SHARED_LOCK_MIN_AGE_SECONDS = 1800.0
+SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "fuse", "9p", "glusterfs")
 
 
 def open_paths() -> Iterator[str]:
@@ -45,16 +49,33 @@ def remove_stale_locks(directory: Path | None = None) -> list[Path]:
     with open(directory / ".leftovers.flock", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         in_use = set(open_paths())
+        min_age = SHARED_LOCK_MIN_AGE_SECONDS if _is_shared(directory) else 0.0
         for lock in locks:
-            if str(lock.resolve()) not in in_use and lock.exists():
+            try:
+                is_stale = str(lock.resolve()) not in in_use and time.time() - lock.stat().st_mtime >= min_age
+            except OSError:
+                continue  # 刚刚释放
+            if is_stale:
                 lock.unlink(missing_ok=True)
                 removed.append(lock)
     return removed
 
 
+def _is_shared(directory: Path) -> bool:
+    """目录是否在网络文件系统上（按 /proc/mounts 里最长的前缀）。"""
+    try:
+        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    except OSError:
+        return False
+    path = directory.resolve()
+    kinds = [(len(point), kind) for point, kind in mounts if path.is_relative_to(point)]
+    return max(kinds, default=(0, ""))[1].startswith(SHARED_FILESYSTEMS)
+
+
 def remove_dead_shared_memory(directory: Path = Path("/dev/shm")) -> list[Path]:
-    """删除本用户已死的运行留下的 DeepSpeed 共享内存文件（每个进程 69 MB，占的是内存），返回删了哪些。"""
-    files = [path for path in directory.glob(SHM_PATTERN.format(uid=os.getuid())) if _is_old_and_ours(path)]
+    """删除本用户已死的运行留在共享内存里的文件（占的是内存，DeepSpeed 的每个进程 69 MB），返回删了哪些。"""
+    found = [path for pattern in SHM_PATTERNS for path in directory.glob(pattern.format(uid=os.getuid()))]
+    files = [path for path in found if _is_old_and_ours(path)]
     if not files:
         return []
     in_use = set(open_paths())

@@ -101,6 +101,15 @@ def build_originals(directory: Path) -> Path:
     for method in ("lora", "full"):
         _save_own_checkpoint(foreign / "single", directory / "own_checkpoint" / method, method)
     load_cached(directory / "data" / "rows.json", foreign / "single", directory / "token_cache")
+    # 原件都读得进来，后面的拒绝才说明问题
+    read_data(directory / "data", foreign / "single")
+    for path in [*foreign.iterdir()]:
+        read_foreign(path, path)
+    for path in [*(directory / "own_checkpoint").glob("*/*")]:
+        assert verify_checkpoint(path) == [], path
+    assert load_cached(directory / "data" / "rows.json", foreign / "single", directory / "token_cache")[
+        "note"
+    ].startswith("命中")
     return directory
 
 

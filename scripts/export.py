@@ -34,6 +34,7 @@ from export_source import (
 from export_tokenizer import write_fast_tokenizer
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
+from checkpoint import write_manifest
 from loading import Checkpoint, load_checkpoint_tokenizer
 from utils import read_json, write_json
 
@@ -64,7 +65,7 @@ def export(
     if to == "llama" and config.position_embedding == "alibi":
         raise ValueError(
             f"{model_path} 用 ALiBi 位置编码（13B），Llama 没有这种结构，不能导出成 llama；"
-            "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎，如 vLLM 0.23 及更早）"
+            "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎用）"
         )
     if to == "gguf":
         check_gguf(config, gguf_type)
@@ -88,6 +89,7 @@ def export(
             reader = GgufFile(path, config.num_attention_heads)
         comparison = check_export(source, exported_config, reader.read, prompts, kind)
         (directory / "README.md").write_text(model_card(checkpoint, to, kind, comparison), encoding="utf-8")
+        write_manifest(directory, checkpoint.run_config.get("global_step", 0))
     return comparison
 
 
@@ -180,18 +182,15 @@ def model_card(checkpoint: Checkpoint, to: str, kind: str, comparison: Compariso
     run = checkpoint.run_config
     base = run.get("base_model") or {}
     prompting = checkpoint.prompting
+    is_chat = prompting.prompt_format == "chat"
+    role_ids = f"，角色 id {prompting.user_token_id}/{prompting.assistant_token_id}" if is_chat else ""
     lines = [
         f"# {checkpoint.path.resolve().name}（{to}，{kind}）",
         "",
         f"- 来源：`{checkpoint.path}`" + (f"，第 {run['global_step']} 步" if run.get("global_step") else ""),
         f"- 基座：`{base.get('path', checkpoint.base_path)}`",
         f"- 方法：{run.get('train_type', '没有训练记录')}" + ("，适配器已合并" if checkpoint.is_adapter else ""),
-        f"- 提示词格式：{prompting.prompt_format}（{prompting.family}）"
-        + (
-            f"，角色 id {prompting.user_token_id}/{prompting.assistant_token_id}"
-            if prompting.prompt_format == "chat"
-            else ""
-        ),
+        f"- 提示词格式：{prompting.prompt_format}（{prompting.family}）{role_ids}",
         f"- 核对：与来源相比，{comparison}",
     ]
     lines += [f"- 数据：`{path}`，SHA-256 {digest}" for path, digest in (run.get("data") or {}).items()]
@@ -224,12 +223,10 @@ def tokenizer_notes(checkpoint: Checkpoint, to: str) -> list[str]:
     """导出的分词器与来源的已知不同之处。"""
     notes = []
     if to == "llama":
-        notes.append(
-            "文本里的保留片段（如角色片段）按它的编号编码，不可信的用户文本请先去掉它们；`</s>` 等按普通文字编码"
-        )
+        notes.append("文本里的保留片段（如角色片段）按其编号编码，请先从不可信的文本里去掉；`</s>` 等按普通文字编码")
     if to == "gguf" and checkpoint.prompting.family == "baichuan":
         notes.append(
-            "llama.cpp 不做 NFKC 规范化，不合并空格，也不认多个字符的自定义片段（如 ``` 与 <h2>），这些文本的编号与来源不同"
+            "llama.cpp 不做 NFKC 规范化，不合并空格，不认多个字符的自定义片段（如 <h2>），遇到它们时编号与来源不同"
         )
     return notes
 

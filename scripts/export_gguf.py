@@ -57,8 +57,8 @@ def check_gguf(config: BaichuanConfig, gguf_type: str):
     expected = LAYERS_OF_POSITIONS[config.position_embedding]
     if config.num_hidden_layers != expected:
         raise ValueError(
-            f"llama.cpp 只凭层数认 Baichuan 的位置编码：32 层是旋转位置（7B），40 层是 ALiBi（13B）；这个模型是 "
-            f"{config.position_embedding}，{config.num_hidden_layers} 层，导出后位置编码会错，所以只接受 {expected} 层。"
+            "llama.cpp 只凭层数认 Baichuan 的位置编码：32 层是旋转位置（7B），40 层是 ALiBi（13B）；这个模型是 "
+            f"{config.position_embedding}、{config.num_hidden_layers} 层，导出后位置编码会错，只接受 {expected} 层。"
             "可以改用 --to baichuan" + ("，或 --to llama" if config.position_embedding == "rope" else "")
         )
     narrow = [width for width in (config.hidden_size, config.intermediate_size) if width % 32]

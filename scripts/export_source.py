@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from checkpoint import RUN_CONFIG, TEMPORARY_PREFIX, write_manifest
+from checkpoint import RUN_CONFIG, TEMPORARY_PREFIX
 from loading import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, check_directory, inspect_checkpoint
 from utils import read_json, write_json
 from weights import ShardedWriter, WeightFile, check_weights, weight_files
@@ -68,7 +68,8 @@ class WeightDirectory:
 class TensorSource:
     """一个检查点的权重：完整模型原样，LoRA 合并进基座；按官方名字逐个给出 fp32 张量。
 
-    names 是官方次序的张量名，shapes 是各自的形状，dtype 是基座自己的类型，lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，均为 fp32。
+    names 是官方次序的张量名，shapes 是各自的形状，dtype 是基座自己的类型；
+    lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，fp32。
 
     Raises:
         ValueError: 权重与 config.json 不符，或适配器与基座不相配、不能合并。
@@ -250,7 +251,6 @@ def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path
     write_tensors(source, directory, dtype, convert)
     if checkpoint.run_config:
         write_json(directory / RUN_CONFIG, {**checkpoint.run_config, "merged_from": str(checkpoint.path)})
-    write_manifest(directory, checkpoint.run_config.get("global_step", 0))
 
 
 def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dtype) -> dict[str, Any]:

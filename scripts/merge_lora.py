@@ -22,6 +22,7 @@ from export_source import (
     write_baichuan,
 )
 
+from checkpoint import write_manifest
 from loading import load_checkpoint_tokenizer
 
 
@@ -53,7 +54,10 @@ def merge_lora(
     target_dtype = resolve_dtype(dtype, source)
     with staged_directory(output_dir) as directory:
         write_baichuan(checkpoint, source, directory, target_dtype, normalize=False)
-        return check_export(source, source.config, WeightDirectory(directory).read, prompts, dtype_name(target_dtype))
+        read = WeightDirectory(directory).read
+        comparison = check_export(source, source.config, read, prompts, dtype_name(target_dtype))
+        write_manifest(directory, checkpoint.run_config.get("global_step", 0))
+    return comparison
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -25,21 +25,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TinyModel(torch.nn.Module):
-    """形状都不能被 2、4 整除；frozen 不训练，scale（可选）是零维参数。"""
+    """形状都不能被 2、4 整除；frozen 不训练。（零维参数 DeepSpeed 自己就不支持。）"""
 
-    def __init__(self, seed: int, scalar: bool):
+    def __init__(self, seed: int):
         super().__init__()
         torch.manual_seed(0)
         self.frozen = torch.nn.Linear(5, 5, bias=False).requires_grad_(False)
         torch.manual_seed(seed)
         self.up = torch.nn.Linear(5, 7)
         self.down = torch.nn.Linear(7, 3)
-        self.scale = torch.nn.Parameter(torch.rand(()) + 0.5) if scalar else None
 
     def forward(self, inputs, targets):
         outputs = self.down(torch.tanh(self.up(self.frozen(inputs))))
-        if self.scale is not None:
-            outputs = outputs * self.scale
         return (outputs.float() - targets).square().mean()
 
 
@@ -70,7 +67,7 @@ def build_engine(task: dict, seed: int):
         # CPU 上 torch 能算 fp16，只是 DeepSpeed 按硬件指令判定不支持；2^30 的起始 loss scale 使前几步溢出
         get_accelerator().is_fp16_supported = lambda: True
         config["fp16"] = {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 2, "hysteresis": 2}
-    model = TinyModel(seed, case.get("scalar", False)).to(DTYPES[precision])
+    model = TinyModel(seed).to(DTYPES[precision])
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups = [{"params": [param for _, param in named], "weight_decay": 0.1}]
     if case.get("groups", 2) == 2:

@@ -101,7 +101,7 @@ def test_exactly_these_files_and_they_load_again(engine_of, tmp_path, tiny_check
         else:
             base = AutoModelForCausalLM.from_pretrained(tiny_checkpoint("baichuan2-13b", **SIZES), dtype=torch.float32)
             again = PeftModel.from_pretrained(base, path)
-        torch.testing.assert_close(again.eval()(IDS).logits, expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(again.eval()(IDS).logits, expected, rtol=0, atol=1e-5)
         assert AutoTokenizer.from_pretrained(path)("你好")["input_ids"] == tokenizer("你好")["input_ids"]
 
 
@@ -186,7 +186,7 @@ def test_a_failed_write_leaves_nothing(engine_of, tmp_path, monkeypatch, method,
     with pytest.raises(RuntimeError) as caught:
         save_checkpoint(engine, tokenizer, {}, tmp_path, 1)
     assert str(caught.value) == (
-        f"rank 0 出错：OSError: 保存 {tmp_path / 'epoch-1-step-7'} 失败：No space left on device。"
+        f"rank 0：保存 {tmp_path / 'epoch-1-step-7'} 失败：No space left on device。"
         "请检查磁盘空间与写权限；之前的检查点没有受影响"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-1-step-6"]
@@ -319,9 +319,23 @@ def test_only_our_results_are_set_aside(tmp_path, capsys):
         target = tmp_path / f"previous-{number}"
         assert {path.name for path in target.iterdir()} == ours
         assert (target / "epoch-1-step-5" / "content").read_text(encoding="utf-8") == str(number)
-        assert f"{tmp_path} 里有上一次训练的结果，已移到 {target}" in capsys.readouterr().out
+        assert f"{tmp_path} 里已有的 {'、'.join(sorted(ours))} 移到了 {target}" in capsys.readouterr().out
     previous = {f"previous-{number}" for number in (1, 2, 3)}
     assert {path.name for path in tmp_path.iterdir()} == {*foreign, *previous}
+
+
+def test_a_continued_run_keeps_its_log_and_earlier_checkpoints(tmp_path):
+    for name in ("epoch-1-step-5", "epoch-2-step-10", "epoch-2-step-8"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "train_log.jsonl").touch()
+    set_aside_previous_run(tmp_path, after_step=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "epoch-1-step-5",
+        "epoch-2-step-8",
+        "previous-1",
+        "train_log.jsonl",
+    ]
+    assert [path.name for path in (tmp_path / "previous-1").iterdir()] == ["epoch-2-step-10"]
 
 
 def test_a_used_number_is_never_used_again(tmp_path):

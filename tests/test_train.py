@@ -475,7 +475,7 @@ def failing_runs(tiny_checkpoint, directory: Path) -> dict[str, tuple[list[str],
         ),
         "nan": (
             task("nan", model=damaged("nan", nan_weight), train_type="full"),
-            "第 1 步的损失是 nan，在更新权重之前停下；rank 0，精度 fp32，本进程的数据行：",
+            "第 1 步的损失是 nan，没有更新权重；rank 0，精度 fp32，本进程的数据行：",
         ),
     }  # fmt: skip
 
@@ -549,8 +549,8 @@ def test_nan_stops_both_ranks_through_the_launcher(tiny_checkpoint, tmp_path):
     run = launch(flags_of(rows=rows, model=model, output=output, ds=ZERO3, train_type="lora"), num_ranks=2)
     assert run.returncode != 0
     assert run.seconds < 120
-    assert "第 1 步的损失是 nan，在更新权重之前停下" in run.output
-    assert "请检查这些行，调小 --learning_rate，或换 --precision bf16 / fp32" in run.output
+    assert "第 1 步的损失是 nan，没有更新权重" in run.output
+    assert "请检查这些行与基座权重，调小 --learning_rate，或换 --precision bf16 / fp32" in run.output
     assert "Traceback" not in run.output
     assert checkpoints_in(output) == []
     assert run.records == []
@@ -582,7 +582,7 @@ def test_the_same_command_again_overwrites_nothing(tiny_checkpoint, tmp_path):
     (output / ".tmp-epoch-1-step-2").mkdir()
     second = launch(flags)
     assert second.returncode == 0, second.tail()
-    assert f"{output} 里有上一次训练的结果，已移到 {output / 'previous-1'}" in second.output
+    assert f"移到了 {output / 'previous-1'}" in second.output
     moved = output / "previous-1"
     assert {path.relative_to(moved): path.read_bytes() for path in moved.rglob("*") if path.is_file()} == content
     assert sorted(path.name for path in output.iterdir()) == sorted(
@@ -642,7 +642,7 @@ def small_disk(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "ds", "num_ranks", "size"), [("full", ZERO3, 2, "700k"), ("lora", ZERO2, 1, "220k")]
+    ("method", "ds", "num_ranks", "size"), [("full", ZERO3, 2, "400k"), ("lora", ZERO2, 1, "220k")]
 )
 def test_a_full_disk_at_save(tiny_checkpoint, tmp_path, small_disk, method, ds, num_ranks, size):
     disk = small_disk(size)
@@ -693,7 +693,8 @@ def test_loading_under_zero3_takes_the_memory_of_a_part(tiny_checkpoint, tmp_pat
     for rank in range(2):
         memory = read_json(tmp_path / f"seen-{rank}.json")["memory"]
         grown = memory["peak_mb"] - memory["start_mb"]
-        assert whole / 2 < grown < whole / 2 + 3 * largest + 25, (memory, whole, largest)
+        # 下界略小于一半：有的内存是进程早先用过、没有还给系统的
+        assert 0.8 * whole / 2 < grown < whole / 2 + 3 * largest + 25, (memory, whole, largest)
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second
 def make_log(tmp_path):
     logs = []
 
-    def make(num_steps: int, show_loss_step: int, first_step: int = 0) -> TrainLog:
-        logs.append(TrainLog(tmp_path, tmp_path / "runs", num_steps, show_loss_step, first_step))
+    def make(num_steps: int, show_loss_step: int, state: dict | None = None) -> TrainLog:
+        logs.append(TrainLog(tmp_path, tmp_path / "runs", num_steps, show_loss_step, state))
         return logs[-1]
 
     return make
@@ -138,32 +138,38 @@ def test_cut_log_drops_what_will_be_done_again(tmp_path):
     lines = [json.dumps({"step": step, "loss": 1.0, "elapsed_seconds": step * 2.0}) for step in (1, 10, 20, 30)]
     lines.insert(2, json.dumps({"step": 10, "eval/nll": 3.0}))
     path.write_text("\n".join(lines) + '\n{"step": 40, "lo', encoding="utf-8")
-    assert cut_log(path, 20) == 40.0
+    cut_log(path, 20)
     assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 10, 10, 20]
-    assert cut_log(path, 10) == 20.0
+    cut_log(path, 10)
     assert path.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:3])
-    assert cut_log(tmp_path / "absent.jsonl", 10) == 0.0
+    cut_log(tmp_path / "absent.jsonl", 10)
     assert [entry.name for entry in tmp_path.iterdir()] == ["train_log.jsonl"]
 
 
-def test_a_continued_log_has_no_step_twice(make_log, tmp_path):
-    first = make_log(num_steps=6, show_loss_step=1)
-    for step in range(1, 5):
-        take_step(first, step, loss=1.0)
+def test_a_continued_log_is_the_same_log(make_log, tmp_path):
+    """第 3 步存下状态，第 4 步之后被打断，从第 3 步续训：没有重复的步，也不丢累计。"""
+    losses = {step: float(step) for step in range(1, 9)}
+    first = make_log(num_steps=8, show_loss_step=4)
+    for step in (1, 2, 3):
+        take_step(first, step, losses[step], num_targets=step)
+    first.pause()
+    state = json.loads(json.dumps(first.state()))
+    first.resume()
+    take_step(first, 4, losses[4], num_targets=4)
     first.close()
-    elapsed = records_in(tmp_path)[1]["elapsed_seconds"]
-    second = make_log(num_steps=6, show_loss_step=1, first_step=2)
-    for step in range(3, 7):
-        take_step(second, step, loss=2.0)
+    time.sleep(0.05)
+
+    second = make_log(num_steps=8, show_loss_step=4, state=state)
+    for step in range(4, 9):
+        take_step(second, step, losses[step], num_targets=step)
     second.close()
     records = records_in(tmp_path)
-    assert [(record["step"], record["loss"]) for record in records] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2)]
-    assert all(record["elapsed_seconds"] > elapsed for record in records[2:])
+    expected = [(1, 1.0, 100), (4, (2 * 2 + 3 * 3 + 4 * 4) / 9, 300), (8, (25 + 36 + 49 + 64) / 26, 400)]
+    assert [(record["step"], record["loss"], record["tokens"]) for record in records] == expected
+    assert state["elapsed"] <= records[1]["elapsed_seconds"] <= records[2]["elapsed_seconds"]
     events = EventAccumulator(str(tmp_path / "runs"))
     events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
-        (1, 1), (2, 1), (3, 2), (4, 2), (5, 2), (6, 2)
-    ]  # fmt: skip
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 4, 8]
 
 
 def test_draw_loss_with_evaluation(tmp_path):

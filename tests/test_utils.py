@@ -13,6 +13,7 @@ from deepspeed.runtime import lr_schedules
 
 import utils
 from utils import (
+    broadcast_from_rank_0,
     choose_precision,
     global_rank,
     raise_together,
@@ -100,10 +101,22 @@ def test_one_process(monkeypatch):
 
 def test_raise_together_keeps_the_cause():
     raise_together(None)
-    error = ValueError("坏了")
-    with pytest.raises(RuntimeError, match=r"^rank 0 出错：ValueError: 坏了$") as caught:
+    error = OSError("坏了")
+    with pytest.raises(RuntimeError, match=r"^rank 0：坏了$") as caught:
         raise_together(error)
     assert caught.value.__cause__ is error
+    assert caught.value.is_agreed
+
+
+def test_raise_together_keeps_a_mistake_of_the_user_a_value_error():
+    with pytest.raises(ValueError, match=r"^坏了$"):
+        raise_together(ValueError("坏了"))
+
+
+def test_broadcast_from_rank_0_in_one_process():
+    assert broadcast_from_rank_0(lambda: {"a": 1}) == {"a": 1}
+    with pytest.raises(ValueError, match=r"^读不了 /no/file：No such file or directory$"):
+        broadcast_from_rank_0(lambda: read_json("/no/file"))
 
 
 def test_seed_everything_seeds_all_three():
@@ -301,7 +314,7 @@ def other_scheduler(kind: str) -> dict:
 def test_warmup_of_the_other_two_schedulers(kind):
     found = learning_rates(resolve(other_scheduler(kind), 50, 0.1), 50)
     assert found[:6] == pytest.approx([PEAK * s / 6 for s in (1, 2, 3, 4, 5, 6)], rel=1e-12)
-    assert (found[-1] == PEAK) == (kind == "WarmupLR")
+    assert (found[-1] == pytest.approx(PEAK)) == (kind == "WarmupLR")
 
 
 @pytest.mark.parametrize("warmup_ratio", [0, 0.1])

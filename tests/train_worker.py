@@ -5,7 +5,7 @@
     OBSERVE_DIR=DIR python tests/train_worker.py --gradients TASKS.json
         逐个任务取第一步更新前的完整梯度
     OBSERVE_DIR=DIR python tests/train_worker.py --failures TASKS.json
-        逐个任务运行 train.run()，记下退出码与输出
+        逐个任务运行 train.run_main()，记下退出码与输出
 TASKS.json 是 {任务名: [train.py 的参数]}。
 """
 
@@ -130,7 +130,7 @@ def observe():
 
     for function in (build_model, build_engine, train_step, save_checkpoint):
         wrap(function.__name__, function)
-    code = train.run()
+    code = train.run_main()
     write(f"seen-{global_rank()}.json", seen)
     return code
 
@@ -186,12 +186,12 @@ def capture_gradients(tasks: dict[str, list[str]]):
 
 
 def collect_failures(tasks: dict[str, list[str]]):
-    """逐个任务运行 train.run()，记下退出码与打印的内容；抛出的异常记下回溯。"""
+    """逐个任务运行 train.run_main()，记下退出码与打印的内容；抛出的异常记下回溯。"""
     for name, argv in tasks.items():
         sys.argv = ["train.py", *argv]
         with contextlib.redirect_stdout(io.StringIO()) as output:
             try:
-                code = train.run()
+                code = train.run_main()
             except SystemExit as error:
                 code = error.code
             except BaseException:

@@ -1,0 +1,49 @@
+"""bench 在 GPU 上用的随机权重：每个张量只由它的名字决定，两种布局、各个程序得到同样的数值，不经过磁盘。"""
+
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+STANDARD_DEVIATION = 0.02
+# 一次在 GPU 上生成这么多元素，再拷到目标处（可能在主机内存里）
+CHUNK_ELEMENTS = 2**24
+
+
+def random_rows(name: str, out: Tensor, device: torch.device, offset: int = 0):
+    """按名字填 out（任意形状、设备与类型，连续）：N(0, 0.02)；offset 是它在整个张量里的起点，须是 CHUNK_ELEMENTS 的倍数或 0。
+
+    norm 的向量填 1。
+    """
+    if name.endswith("norm.weight"):
+        out.fill_(1.0)
+        return
+    flat, start = out.view(-1), 0
+    while start < flat.numel():
+        chunk, within = divmod(offset + start, CHUNK_ELEMENTS)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{name}/{chunk}".encode()))
+        values = torch.empty(CHUNK_ELEMENTS, device=device).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+        count = min(CHUNK_ELEMENTS - within, flat.numel() - start)
+        flat[start : start + count].copy_(values[within : within + count])
+        start += count
+
+
+@torch.no_grad()
+def fill_baichuan(model: nn.Module, device: torch.device):
+    """Baichuan 布局；ZeRO-3 切分的只填本进程的一段（单进程时即全部）。"""
+    for name, parameter in model.named_parameters():
+        out = parameter.ds_tensor[: parameter.ds_numel] if hasattr(parameter, "ds_tensor") else parameter.data
+        random_rows(name, out, device)
+
+
+@torch.no_grad()
+def fill_llama(model: nn.Module, device: torch.device):
+    """Llama 布局：q、k、v 是同名 W_pack 的三段，其余同名。"""
+    for name, parameter in model.named_parameters():
+        for index, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            if part in name:
+                packed = name.replace(part, "W_pack")
+                random_rows(packed, parameter.data, device, offset=index * parameter.numel())
+                break
+        else:
+            random_rows(name, parameter.data, device)
