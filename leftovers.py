@@ -2,23 +2,30 @@
 
 import fcntl
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # CPU 通信的缓冲（DeepSpeed）与 --cache_frozen memory 的缓存（本项目）
 SHM_PATTERNS = ("deepspeed_allreduce_buffer_{uid}_*", ".tmp-frozen-*")
 # 建文件与把它映射进内存之间有一瞬间看不出有人在用
 SHM_MIN_AGE_SECONDS = 60.0
+# 两次核对锁的间隔；看不到持有者的锁，多久没有动静算死的（最慢的一个文件编译不到 3 分钟）
+RECHECK_SECONDS, STALE_SECONDS = 1.0, 1800.0
+# 后台照看锁的间隔；等一个活着的编译多久之后说一声
+WATCH_SECONDS, WAIT_NOTICE_SECONDS = 10.0, 60.0
+LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"}
 # 缓存在几台机器共享的文件系统上时，别的机器上的编译看不到：只删这么久以前的锁
 SHARED_LOCK_MIN_AGE_SECONDS = 1800.0
 SHARED_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "fuse", "9p", "glusterfs")
 
 
 def open_paths() -> Iterator[str]:
-    """本机可见的进程打开或映射着的文件（读 /proc；看不到的进程略过）。"""
+    """本机可见的进程打开、映射着的文件与所在的目录（读 /proc；看不到的进程略过）。"""
     for process in Path("/proc").glob("[0-9]*"):
         try:
+            yield os.readlink(process / "cwd")
             for descriptor in (process / "fd").iterdir():
                 yield os.readlink(descriptor)
             for line in (process / "maps").read_text(errors="replace").splitlines():
@@ -36,40 +43,85 @@ def extensions_dir() -> Path:
 
 
 def remove_stale_locks(directory: Path | None = None) -> list[Path]:
-    """删除编译中途被杀留下的 lock，返回删了哪些；正在编译的不动。
+    """删除编译中途被杀留下的 lock，返回删了哪些；可能还有人在编译的不动。
 
     torch 的 FileBaton 在编译期间一直打开着 lock：本机没有进程打开它，持有者就已经死了，此后的每次运行都会永远等它。
-    几个进程同时来清理时，用一个 flock 排队，删除之前再核对一遍，不会误删刚刚重新建立的锁。
+    持有者死了、它的 ninja 还在目录里编译时，等它编译完再说。别的机器上的进程从这里看不到：网络文件系统、
+    别的用户的锁，要整个目录 STALE_SECONDS 没有动静才算死的。
+    两次都看到没有人用才删：正常释放是先关后删，中间有一瞬间看不出有人在用。几个进程同时来清理时用 flock 排队。
     """
     directory = directory or extensions_dir()
-    locks = [*directory.glob("*/lock"), *directory.glob("*/*/lock")]
-    if not locks:
+    if not _locks(directory):
         return []
     removed = []
-    with open(directory / ".leftovers.flock", "w") as guard:
+    with open(directory / ".leftovers.flock", "a") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
-        in_use = set(open_paths())
-        min_age = SHARED_LOCK_MIN_AGE_SECONDS if _is_shared(directory) else 0.0
-        for lock in locks:
-            try:
-                is_stale = str(lock.resolve()) not in in_use and time.time() - lock.stat().st_mtime >= min_age
-            except OSError:
-                continue  # 刚刚释放
-            if is_stale:
-                lock.unlink(missing_ok=True)
-                removed.append(lock)
+        first = _unused(directory)
+        if first:
+            time.sleep(RECHECK_SECONDS)
+        second = _unused(directory) if first else {}
+        for lock in (lock for lock, identity in first.items() if second.get(lock) == identity):
+            lock.unlink(missing_ok=True)
+            removed.append(lock)
     return removed
 
 
-def _is_shared(directory: Path) -> bool:
-    """目录是否在网络文件系统上（按 /proc/mounts 里最长的前缀）。"""
+def watch_locks(report: Callable[[str], None] = print) -> threading.Thread:
+    """在后台一直照看编译缓存：清理死锁，还有人占着的锁说明在等谁；daemon 线程，随进程结束。"""
+
+    def watch():
+        told = set()
+        while True:
+            try:
+                for lock in remove_stale_locks():
+                    report(f"删除了编译中途被杀留下的锁 {lock}（没有进程在用）")
+                for lock in _locks(extensions_dir()) - told:
+                    if time.time() - lock.stat().st_mtime > WAIT_NOTICE_SECONDS:
+                        report(f"{lock} 已有 {WAIT_NOTICE_SECONDS:.0f} 秒：有进程在编译（也许在别的机器上），等它完成")
+                        told.add(lock)
+            except OSError:
+                pass  # 锁刚刚被释放，或缓存目录只读：下一轮再看
+            time.sleep(WATCH_SECONDS)
+
+    thread = threading.Thread(target=watch, name="watch_locks", daemon=True)
+    thread.start()
+    return thread
+
+
+def _locks(directory: Path) -> set[Path]:
+    return {*directory.glob("*/lock"), *directory.glob("*/*/lock")}
+
+
+def _unused(directory: Path) -> dict[Path, tuple]:
+    """没有进程在用的 lock → 它的身份（删掉重建的同名文件不是同一个）。"""
+    identities = {}
+    for lock in _locks(directory):
+        try:
+            status = lock.stat()
+            newest = max(path.stat().st_mtime for path in (*lock.parent.iterdir(), lock.parent))
+        except OSError:
+            continue
+        is_visible = status.st_uid == os.getuid() and not _is_network_path(lock)
+        if is_visible or time.time() - newest > STALE_SECONDS:
+            identities[lock] = (status.st_ino, status.st_ctime_ns)
+    in_use = set(open_paths()) if identities else set()
+    return {
+        lock: identity
+        for lock, identity in identities.items()
+        if not in_use & {str(lock.resolve()), str(lock.parent.resolve())}
+    }
+
+
+def _is_network_path(path: Path) -> bool:
+    """path 所在的文件系统是否可能与别的机器共享；看不出时按是处理。"""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
-        mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+        lines = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
     except OSError:
-        return False
-    path = directory.resolve()
-    kinds = [(len(point), kind) for point, kind in mounts if path.is_relative_to(point)]
-    return max(kinds, default=(0, ""))[1].startswith(SHARED_FILESYSTEMS)
+        return True
+    kinds = {line.split(" - ")[1].split()[0] for line in lines if line.split()[2] == wanted}
+    return not kinds or not kinds <= LOCAL_FILE_SYSTEMS
 
 
 def remove_dead_shared_memory(directory: Path = Path("/dev/shm")) -> list[Path]:

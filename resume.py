@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import CHECKPOINT_NAME, RUN_CONFIG, iter_checkpoints, verify_checkpoint
 from optimizer_state import iter_optimizer_state, load_optimizer_state, optimizer_scalars, read_flat_slice
-from utils import global_rank, log_rank_0, read_json, world_size, write_json
+from utils import global_rank, log_rank_0, raise_together, read_json, world_size, write_json
 from weights import ShardedWriter, weight_map
 
 STATE_DIR = "trainer_state"
@@ -144,7 +144,7 @@ def _problems(directory: Path) -> list[str]:
 
 
 def check_same_run(directory: Path, args: Namespace, run_config: dict):
-    """核对续训与检查点是同一次训练，必要时按进程数调整梯度累积（全局 batch 不变）。
+    """核对续训与检查点是同一次训练，必要时按进程数调整 args 与 run_config 的梯度累积（全局 batch 不变）。
 
     Raises:
         ValueError: 会使训练成为另一次训练的不同，全部列出。
@@ -174,7 +174,8 @@ def check_same_run(directory: Path, args: Namespace, run_config: dict):
         raise ValueError(f"不能从 {directory} 续训，这会成为另一次训练：\n" + "\n".join(differences))
     if steps != args.gradient_accumulation_steps:
         log_rank_0(f"resume: 全局 batch 保持 {saved['global_batch_size']}，gradient_accumulation_steps 改为 {steps}")
-        args.gradient_accumulation_steps = steps
+        args.gradient_accumulation_steps = new["gradient_accumulation_steps"] = steps
+    run_config["global_batch_size"] = saved["global_batch_size"]  # 再次续训时以它为准
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,8 +188,14 @@ def load_trainer_state(engine, directory: Path, num_steps: int) -> dict:
     总步数变了（改了轮数或 max_steps）时，学习率按新的总步数重新排。
     """
     state_dir = directory / STATE_DIR
-    state = read_json(state_dir / "state.json")
+    state = locations = error = None
     files = {}
+    try:
+        state = read_json(state_dir / "state.json")
+        locations = weight_map(state_dir, stem="optimizer")
+    except ValueError as raised:  # 有的机器读不到：各进程一起停下
+        error = raised
+    raise_together(error)
 
     def read_slice(name: str, start: int, stop: int) -> torch.Tensor:
         path = locations[name]
@@ -196,7 +203,6 @@ def load_trainer_state(engine, directory: Path, num_steps: int) -> dict:
             files[path] = safe_open(path, framework="pt")
         return read_flat_slice(files[path].get_slice(name), start, stop)
 
-    locations = weight_map(state_dir, stem="optimizer")
     same_schedule = state["progress"]["num_steps"] == num_steps
     if not same_schedule:
         log_rank_0(f"resume: 总步数由 {state['progress']['num_steps']} 改为 {num_steps}，学习率按新的总步数重新安排")

@@ -14,7 +14,7 @@ import transformers
 from checkpoint import CHECKPOINT_NAME, file_sha256, remove_leftovers, set_aside_previous_run
 from prompting import Prompting
 from resume import check_same_run, find_resume_point
-from utils import broadcast_from_rank_0, world_size
+from utils import broadcast_from_rank_0, raise_together, world_size
 
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
@@ -79,8 +79,12 @@ def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
     found = broadcast_from_rank_0(prepare)
     if found is None:
         return None
-    directory = Path(found)
-    check_same_run(directory, args, run_config)
+    directory, error = Path(found), None
+    try:
+        check_same_run(directory, args, run_config)
+    except ValueError as raised:  # 别的机器看不到这个目录：output_dir 须在共享的文件系统上
+        error = raised
+    raise_together(error)
     return ResumePoint(directory, step_of(directory))
 
 

@@ -24,7 +24,7 @@ from data_set import BaichuanDataSet
 from evaluation import batch_to_device, evaluate_nll
 from frozen_cache import FrozenCache
 from interruption import EXIT_INTERRUPTED, Interruption
-from leftovers import remove_dead_shared_memory, remove_stale_locks
+from leftovers import remove_dead_shared_memory, remove_stale_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
 from prompting import Prompting, resolve_prompt_format
 from resume import load_trainer_state, save_trainer_state
@@ -236,6 +236,7 @@ def clean_leftovers():
     dead = remove_dead_shared_memory()
     if dead:
         log_rank_0(f"删除了已死的运行留在 /dev/shm 的 {len(dead)} 个文件")
+    watch_locks()  # 本次运行等着的编译也可能中途死去
 
 
 def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:

@@ -56,6 +56,8 @@ class BaichuanConfig(PreTrainedConfig):
             raise ValueError(
                 f"position_embedding={self.position_embedding!r} 无效，可选：{' | '.join(POSITION_EMBEDDINGS)}"
             )
+        if self.hidden_act != "silu":
+            raise ValueError(f"hidden_act={self.hidden_act!r} 不支持，Baichuan 只用 silu")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size({self.hidden_size}) 必须能被 num_attention_heads({self.num_attention_heads}) 整除，"

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -26,6 +25,7 @@ from baichuan.attention import (
     rotary_tables,
 )
 from baichuan.configuration_baichuan import BaichuanConfig
+from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
 
 logger = logging.get_logger(__name__)
@@ -53,11 +53,7 @@ class BaichuanRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        inverse_rms = torch.rsqrt(hidden_states.float().pow(2).mean(-1, keepdim=True) + self.eps)
-        normalized = hidden_states * inverse_rms  # 与 fp32 相乘，结果是 fp32
-        if self.weight.dtype in (torch.float16, torch.bfloat16):
-            normalized = normalized.to(self.weight.dtype)
-        return self.weight * normalized
+        return RMSNormFunction.apply(hidden_states, self.weight, self.eps)
 
 
 class BaichuanMLP(nn.Module):
@@ -68,10 +64,9 @@ class BaichuanMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(SwiGLUFunction.apply(self.gate_proj(hidden_states), self.up_proj(hidden_states)))
 
 
 class BaichuanAttention(nn.Module):

@@ -3,6 +3,7 @@
 python scripts/bench_ours.py '{"kind": "ours", …}'      # 规格见 bench_programs.py
 """
 
+import itertools
 import json
 import os
 import socket
@@ -30,6 +31,7 @@ class Rows:
         self.lengths = [len(row["input_ids"]) for row in rows]
         self.num_targets = [sum(label != -100 for label in row["labels"]) for row in rows]
         self.lines = list(range(1, len(rows) + 1))
+        self.offsets = [0, *itertools.accumulate(self.lengths)]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -121,7 +123,7 @@ def switch_off(levers: list[str]):
 
 
 def build(spec: dict[str, Any]):
-    """按规格造引擎与数据 → (engine, loader, args)。"""
+    """按规格造引擎与数据 → (engine, loader, 冻结底层的缓存或 None)。"""
     single_process_environment()
     import deepspeed
     import torch
@@ -145,15 +147,27 @@ def build(spec: dict[str, Any]):
         engine, _ = train.build_engine(args, config, ds_config, args.precision, num_steps)
     if "graph_prefix" in spec["levers_off"]:
         engine.module.enable_input_require_grads()
+    rows = Rows([row for step in work["steps"] for row in step])
+    cache = None if spec["engine"] == "bare" else train.open_frozen_cache(args, engine, rows)
     loader = StepLoader(
-        Rows([row for step in work["steps"] for row in step]),
+        rows,
         batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         max_len=args.max_len,
         seed=None,
         packing=args.packing,
     )
-    return engine, loader, args
+    if cache is not None:  # 先走完第一轮：量的是第二轮起的速度
+        with torch.no_grad():
+            for index in range(loader.steps_per_epoch):
+                for batch in loader.prepare(step_samples(loader, index)).micro_batches:
+                    engine.module(**batch, use_cache=False)
+    return engine, loader, cache
+
+
+def step_samples(loader, index: int) -> range:
+    """第 index 步的样本下标。"""
+    return range(loader.global_batch_size * index, loader.global_batch_size * (index + 1))
 
 
 def serve(spec: dict[str, Any], channel: Channel):
@@ -172,19 +186,20 @@ def serve(spec: dict[str, Any], channel: Channel):
             rate = bench_work.gemm_rate(shape, spec["rows"], spec["precision"])
             channel.send(**meter.stop(), gemm_flops=rate)
         return
-    engine, loader, _ = build(spec)
+    engine, loader, cache = build(spec)
     num_trainable = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
     channel.send(ready=True, versions=installed_versions(*PACKAGES), num_trainable=num_trainable)
-    samples = loader.global_batch_size
     while (index := channel.wait_for_step()) is not None:
         meter = StepMeter()
         meter.start()
-        step = loader.prepare(range(samples * index, samples * (index + 1)))
+        step = loader.prepare(step_samples(loader, index))
         if "label_rows" in spec["levers_off"]:
             for batch in step.micro_batches:
                 batch["return_logits"] = True  # 词表投影在每一行上算
         loss, _, grad_norm = train.train_step(engine, step)
         channel.send(**meter.stop(), loss=loss, grad_norm=grad_norm, tokens=step.num_tokens)
+    if cache is not None:
+        cache.remove()
 
 
 def main():

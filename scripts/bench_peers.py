@@ -262,8 +262,9 @@ def run_lf(spec: dict[str, Any], channel: Channel, output_dir: str):
             "do_train": True,
             "model_name_or_path": spec["model"],
             "template": "default",
+            "dataset": "bench",  # 必须有名字；tokenized_path 在时不会去读
             "tokenized_path": tokenized,
-            "cutoff_len": spec["pack_length"] if is_packing else 1024,
+            "cutoff_len": spec["pack_length"] - 1 if is_packing else 1024,  # 它补到 cutoff_len + 1，须是 8 的倍数
             "packing": is_packing,
             "neat_packing": is_packing,
             "disable_shuffling": True,
@@ -284,7 +285,7 @@ def neat_pack(rows: list[dict], pack_length: int) -> list[dict]:
         pack["labels"] += row["labels"]
         pack["attention_mask"] += [segment] * length
         pack["position_ids"] += list(range(length))
-    missing = pack_length + 1 - len(pack["input_ids"])  # 它总是补到 cutoff_len + 1
+    missing = pack_length - len(pack["input_ids"])
     assert missing >= 0, "pack_length 太小，一步的样本放不进一包"
     pack["input_ids"] += [0] * missing
     pack["labels"] += [IGNORE_INDEX] * missing

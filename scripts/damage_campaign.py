@@ -363,10 +363,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1, help="随机种子（缺省 %(default)s）")
     parser.add_argument("--scale", type=float, default=1.0, help="各类数目的倍数；1 为 325 例（缺省 %(default)s）")
+    parser.add_argument("--only", choices=list(FULL_COUNTS), help="只跑一类（缺省全部）")
     parser.add_argument("--timeout_s", type=float, default=60, help="一例的时限，秒（缺省 %(default)s）")
     parser.add_argument("--output_dir", type=Path, help="结果的目录（缺省不写）")
     args = parser.parse_args()
-    counts = {kind: max(1, round(args.scale * count)) for kind, count in FULL_COUNTS.items()}
+    counts = {
+        kind: max(1, round(args.scale * count)) for kind, count in FULL_COUNTS.items() if args.only in (None, kind)
+    }
     started = time.time()
     with tempfile.TemporaryDirectory() as scratch:
         outcomes = run_campaign(counts, args.seed, Path(scratch), args.timeout_s)
