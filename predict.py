@@ -24,7 +24,15 @@ from loading import Checkpoint, inspect_checkpoint, load_checkpoint_model, load_
 from metrics import METRICS
 from prompting import PROMPT_FORMATS, encode_prompt, encode_sample, max_prompt_tokens
 from tables import format_result
-from utils import PRECISIONS, TORCH_DTYPES, choose_precision, cpu_has_native_bf16, seed_everything, write_json
+from utils import (
+    PRECISIONS,
+    TORCH_DTYPES,
+    choose_precision,
+    cpu_has_native_bf16,
+    quiet_libraries,
+    seed_everything,
+    write_json,
+)
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
@@ -298,6 +306,7 @@ def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """命令行入口；返回退出码。"""
+    quiet_libraries()
     args = parse_args(argv)
     try:
         checkpoint, device, rows = prepare(args)

@@ -36,9 +36,11 @@ from utils import (
     choose_precision,
     global_rank,
     log_rank_0,
+    quiet_libraries,
     raise_together,
     resolve_ds_config,
     seed_everything,
+    skip_ops_without_compiler,
     world_size,
     write_json,
 )
@@ -62,9 +64,11 @@ class Run:
 
 def main() -> int:
     """从命令行到训练结束；返回退出码。"""
+    quiet_libraries()
     args = parse_args()
     ds_config, config = validate_args(args)
     clean_leftovers()
+    skip_ops_without_compiler()
     deepspeed.init_distributed()
     interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)

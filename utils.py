@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ def broadcast_from_rank_0(function: Callable[[], Any]) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def quiet_libraries():
+    """不显示各库写给自己开发者的 FutureWarning（将来改名之类）；用户改不了它们。"""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|peft)\b")
 
 
 def seed_everything(seed: int):
@@ -163,6 +169,14 @@ def has_cpp_compiler() -> bool:
     """有没有 C++ 编译器：DeepSpeed 自带的 Adam 要在首次使用时编译。"""
     compiler = os.environ.get("CXX") or "g++"
     return any(shutil.which(name) for name in (compiler, "c++", "clang++"))
+
+
+def skip_ops_without_compiler():
+    """没有编译器时，让 DeepSpeed 的 CPU 通信退回 gloo，不去编译它的共享内存算子；须在 init_distributed 之前调用。"""
+    if not has_cpp_compiler():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def resolve_ds_config(

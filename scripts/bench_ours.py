@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import bench_work
 from bench_protocol import Channel, StepMeter, installed_versions
 
+# 数据规模的比较：每条指令走这么多步，约合 500 行走一轮
+WINDOW_STEPS = 62
 PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 
 
@@ -122,14 +124,13 @@ def switch_off(levers: list[str]):
             raise ValueError(f"不认识的开关 {lever}")
 
 
-def build(spec: dict[str, Any]):
-    """按规格造引擎与数据 → (engine, loader, 冻结底层的缓存或 None)。"""
+def open_engine(spec: dict[str, Any], num_steps: int):
+    """按规格造引擎 → (engine, args, config)。"""
     single_process_environment()
     import deepspeed
     import torch
 
     import train
-    from batching import StepLoader
 
     torch.set_num_threads(spec["threads"])
     switch_off(spec["levers_off"])
@@ -137,8 +138,6 @@ def build(spec: dict[str, Any]):
     ds_config, config = train.validate_args(args)
     ds_config.pop("scheduler", None)  # 各程序都用不变的学习率
     deepspeed.init_distributed()
-    work = json.loads(Path(spec["work"]).read_text(encoding="utf-8"))
-    num_steps = len(work["steps"])
     if spec["engine"] == "bare":
         train.seed_everything(args.seed)
         model = train.build_model(args, config, train.TORCH_DTYPES[args.precision], torch.device("cpu"), None)
@@ -146,7 +145,19 @@ def build(spec: dict[str, Any]):
     else:
         engine, _ = train.build_engine(args, config, ds_config, args.precision, num_steps)
     if "graph_prefix" in spec["levers_off"]:
-        engine.module.enable_input_require_grads()
+        engine.module.enable_input_require_grads()  # 词嵌入的输出要梯度，底层就都进计算图
+    return engine, args, config
+
+
+def build(spec: dict[str, Any]):
+    """引擎，与从 work 文件读样本的 StepLoader → (engine, loader, 冻结底层的缓存或 None)。"""
+    work = json.loads(Path(spec["work"]).read_text(encoding="utf-8"))
+    engine, args, _ = open_engine(spec, len(work["steps"]))
+    import torch
+
+    import train
+    from batching import StepLoader
+
     rows = Rows([row for step in work["steps"] for row in step])
     cache = None if spec["engine"] == "bare" else train.open_frozen_cache(args, engine, rows)
     loader = StepLoader(
@@ -170,25 +181,31 @@ def step_samples(loader, index: int) -> range:
     return range(loader.global_batch_size * index, loader.global_batch_size * (index + 1))
 
 
-def serve(spec: dict[str, Any], channel: Channel):
-    """载入，然后一步步听指令。"""
+def describe(engine) -> dict[str, Any]:
+    """载入之后的自述。"""
+    num_trainable = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
+    return {"ready": True, "versions": installed_versions(*PACKAGES), "num_trainable": num_trainable}
+
+
+def serve_gemm(spec: dict[str, Any], channel: Channel):
+    """每条指令量一次矩阵乘法的速率。"""
     import torch
 
+    torch.set_num_threads(spec["threads"])
+    channel.send(ready=True, versions=installed_versions("torch"))
+    while channel.wait_for_step() is not None:
+        meter = StepMeter()
+        meter.start()
+        rate = bench_work.gemm_rate(bench_work.Shape(*spec["shape"]), spec["rows"], spec["precision"])
+        channel.send(**meter.stop(), gemm_flops=rate)
+
+
+def serve_ours(spec: dict[str, Any], channel: Channel):
+    """每条指令走一个优化器步。"""
+    engine, loader, cache = build(spec)
     import train
 
-    if spec["kind"] == "gemm":
-        torch.set_num_threads(spec["threads"])
-        shape = bench_work.Shape(*spec["shape"])
-        channel.send(ready=True, versions=installed_versions("torch"))
-        while channel.wait_for_step() is not None:
-            meter = StepMeter()
-            meter.start()
-            rate = bench_work.gemm_rate(shape, spec["rows"], spec["precision"])
-            channel.send(**meter.stop(), gemm_flops=rate)
-        return
-    engine, loader, cache = build(spec)
-    num_trainable = sum(parameter.numel() for parameter in engine.module.parameters() if parameter.requires_grad)
-    channel.send(ready=True, versions=installed_versions(*PACKAGES), num_trainable=num_trainable)
+    channel.send(**describe(engine))
     while (index := channel.wait_for_step()) is not None:
         meter = StepMeter()
         meter.start()
@@ -202,10 +219,41 @@ def serve(spec: dict[str, Any], channel: Channel):
         cache.remove()
 
 
+def serve_rows(spec: dict[str, Any], channel: Channel):
+    """真正的数据集与后台备步：每条指令从一轮的不同位置起走 WINDOW_STEPS 个优化器步。"""
+    engine, args, config = open_engine(spec, WINDOW_STEPS)
+    import train
+    from batching import StepLoader
+
+    tokenizer = train.load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
+    prompting = train.resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
+    data_set, _ = train.load_data(args, tokenizer, prompting)
+    loader = StepLoader(
+        data_set,
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_len=args.max_len,
+        seed=args.seed,
+        packing=args.packing,
+    )
+    channel.send(**describe(engine))
+    last_start = max(0, loader.steps_per_epoch - WINDOW_STEPS)
+    while (index := channel.wait_for_step()) is not None:
+        meter, tokens = StepMeter(), 0
+        meter.start()
+        steps = loader.epoch(0, start_step=last_start * (index % 8) // 7)
+        for step in itertools.islice(steps, WINDOW_STEPS):
+            loss, _, grad_norm = train.train_step(engine, step)
+            tokens += step.num_tokens
+        steps.close()
+        channel.send(**meter.stop(), loss=loss, grad_norm=grad_norm, tokens=tokens)
+
+
 def main():
     channel = Channel()
+    spec = json.loads(sys.argv[1])
     try:
-        serve(json.loads(sys.argv[1]), channel)
+        {"gemm": serve_gemm, "ours": serve_ours, "rows": serve_rows}[spec["kind"]](spec, channel)
     except Exception as error:  # 原因交给父进程，回溯留在日志里
         traceback.print_exc()
         channel.send(error=f"{type(error).__name__}: {error}")

@@ -135,12 +135,12 @@ class Worker:
     def step(self, index: int) -> dict[str, Any]:
         """走第 index 步；返回 StepMeter 的各项、loss、tokens，以及这段时间里别的进程占用的 CPU 份额。"""
         load = os.getloadavg()[0]
-        busy, began = _busy_cpu_seconds(), time.perf_counter()
+        busy, began = busy_cpu_seconds(), time.perf_counter()
         self._write({"command": "step", "index": index})
         measured = self._read(STEP_TIMEOUT_SECONDS)
         elapsed = time.perf_counter() - began
         cores = len(os.sched_getaffinity(0))
-        foreign = (_busy_cpu_seconds() - busy - measured.get("cpu_seconds", 0.0)) / (elapsed * cores)
+        foreign = (busy_cpu_seconds() - busy - measured.get("cpu_seconds", 0.0)) / (elapsed * cores)
         return {**measured, "load_before": load, "foreign_cpu_share": max(0.0, foreign)}
 
     def trim(self):
@@ -182,7 +182,7 @@ class Worker:
         return f"{self.name} {what}；日志 {self.log_path} 的末尾：\n  " + "\n  ".join(tail)
 
 
-def _busy_cpu_seconds() -> float:
+def busy_cpu_seconds() -> float:
     """开机以来整机各核忙的时间之和，秒；含虚拟机被别人占走的（steal）。"""
     fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _iowait, irq, softirq, steal = (int(field) for field in fields[:8])

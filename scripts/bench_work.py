@@ -219,6 +219,14 @@ def spread_steps(kind: str, num_steps: int, vocab_size: int, seed: int = 7) -> l
     return [[row(length) for length in lengths] for _ in range(num_steps)]
 
 
+def write_data(directory: Path, num_rows: int) -> Path:
+    """真实数据循环重复成 num_rows 行的文件。"""
+    path = directory / f"rows-{num_rows}.json"
+    lines = [line for line in data_path().read_text(encoding="utf-8").splitlines() if line.strip()]
+    path.write_text("".join(f"{lines[i % len(lines)]}\n" for i in range(num_rows)), encoding="utf-8")
+    return path
+
+
 def write_work(path: Path, steps: list[list[dict[str, list[int]]]], vocab_size: int) -> dict[str, Any]:
     """把各步的样本写成一个 JSON（各程序都从它读），返回它的统计。"""
     path.write_text(json.dumps({"vocab_size": vocab_size, "steps": steps}), encoding="utf-8")

@@ -60,10 +60,11 @@ def run_task(task: dict) -> dict:
 
 def main() -> int:
     torch.set_num_threads(1)
-    tasks = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    tasks_path, results_path = map(Path, sys.argv[1:])
+    tasks = json.loads(tasks_path.read_text(encoding="utf-8"))
     results = {name: run_task(task) for name, task in tasks.items()}
     if global_rank() == 0:
-        Path(sys.argv[2]).write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
+        results_path.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     return 0

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from checkpoint import verify_checkpoint
@@ -206,8 +208,6 @@ def test_model_card(llama_results):
 
 
 def test_model_card_has_the_scores(trained, tmp_path):
-    import shutil
-
     output = shutil.copytree(trained("baichuan2-7b", "full").parent, tmp_path / "output")
     rows = [{"step": 2, "eval/nll": 3.0}, {"step": 3, "eval/nll": 2.5}, {"step": 3, "loss": 1.0}]
     (output / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -293,10 +293,6 @@ def test_options_without_effect_are_refused(tiny_checkpoint, tmp_path):
 
 
 def test_float16_overflow_is_refused(tiny_checkpoint, tmp_path):
-    import shutil
-
-    from safetensors.torch import save_file
-
     base = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"))
     tensors = load_file(base / "model.safetensors")
     tensors["model.norm.weight"][3] = 70000.0
@@ -407,9 +403,9 @@ def test_real_chat_template_gives_the_recorded_prompts(real_tokenizer, real_fast
 
 def test_real_tokenizer_on_random_text(real_tokenizer, real_fast_tokenizer):
     _, tokenizer, _ = real_tokenizer
-    random = np.random.default_rng(0)
+    generator = random.Random(0)
     pieces = [piece.replace("▁", " ") for piece in tokenizer.get_vocab() if "reserved" not in piece]
-    texts = ["".join(random.choice(pieces, size=random.integers(1, 7))) for _ in range(2000)]
+    texts = ["".join(generator.choices(pieces, k=generator.randint(1, 6))) for _ in range(3000)]
     backend = real_fast_tokenizer.backend_tokenizer
     assert [text for text in texts if backend.encode(text).ids != tokenizer.text_to_ids(text)] == []
 

@@ -1,0 +1,178 @@
+"""外来配置的检查：DeepSpeed 的 JSON、检查点的 config.json 与 generation_config.json。
+
+DeepSpeed 与 transformers 悄悄忽略写错的键，缺了的用缺省值，许多值的类型也不看；这里在读权重之前一次查出，返回全部问题。
+"""
+
+import difflib
+from typing import Any
+
+TOP_LEVEL = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("optimizer", "scheduler", "fp16", "bf16", "bfloat16", "torch_autocast", "zero_optimization", "data_types"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "sparse_gradients"),
+    *("gradient_predivide_factor", "gradient_allreduce_op", "disable_allgather", "disable_python_gc", "dump_state"),
+    *("memory_breakdown", "dataloader_drop_last", "log_level", "timers", "compile", "aio", "activation_checkpointing"),
+    *("flops_profiler", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "checkpoint"),
+    *("elasticity", "compression_training", "data_efficiency", "curriculum_learning", "pipeline", "hybrid_engine"),
+    *("tensor_parallel", "expert_parallel", "weight_quantization", "datastates_checkpointing", "nebula"),
+    *("managed_gradient_accumulation", "use_data_before_expert_parallelism"),
+}
+ADAM_PARAMS = {
+    *("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam", "amsgrad", "fused"),
+    *("adamw_mode", "fp32_optimizer_states", "set_grad_none"),
+}
+_WARMUP = {"warmup_num_steps", "warmup_type", "last_batch_iteration"}
+SCHEDULER_PARAMS = {
+    "WarmupLR": _WARMUP | {"warmup_min_lr", "warmup_max_lr"},
+    "WarmupDecayLR": _WARMUP | {"warmup_min_lr", "warmup_max_lr", "total_num_steps"},
+    "WarmupCosineLR": _WARMUP | {"warmup_min_ratio", "cos_min_ratio", "total_num_steps"},
+}
+# 各处出现的键，按值的类型；一律也可写 "auto"
+NUMBERS = {
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("steps_per_print", "gradient_predivide_factor", "lr", "eps", "weight_decay", "total_num_steps", "cos_min_ratio"),
+    *("warmup_num_steps", "warmup_min_lr", "warmup_max_lr", "warmup_min_ratio", "loss_scale", "initial_scale_power"),
+    *("loss_scale_window", "hysteresis", "min_loss_scale", "stage", "reduce_bucket_size", "allgather_bucket_size"),
+    *("sub_group_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "buffer_count"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "buffer_size", "max_in_cpu", "ratio"),
+}
+SWITCHES = {
+    *("enabled", "auto_cast", "torch_adam", "adam_w_mode", "bias_correction", "amsgrad", "prescale_gradients"),
+    *("allgather_partitions", "reduce_scatter", "overlap_comm", "contiguous_gradients", "round_robin_gradients"),
+    *("pin_memory", "pipeline_read", "pipeline_write", "fast_init", "wall_clock_breakdown", "memory_breakdown"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "sparse_gradients", "dump_state"),
+    *("stage3_gather_16bit_weights_on_model_save", "elastic_checkpoint", "ignore_unused_parameters"),
+}
+SECTIONS = {
+    *("optimizer", "scheduler", "params", "fp16", "bf16", "zero_optimization", "offload_optimizer", "offload_param"),
+}
+
+
+CONFIG_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+CONFIG_LENGTHS = ("max_position_embeddings", "model_max_length")
+CONFIG_TOKENS = ("bos_token_id", "eos_token_id")
+CONFIG_NUMBERS = ("rms_norm_eps", "initializer_range", "z_loss_weight")
+CONFIG_SWITCHES = ("norm_head", "tie_word_embeddings", "use_cache")
+STRUCTURE_KEYS = (*CONFIG_LENGTHS, "norm_head", "position_embedding", "z_loss_weight")
+ROLE_TOKENS = ("user_token_id", "assistant_token_id")
+
+
+# ---- DeepSpeed ----
+
+
+def ds_config_problems(config: dict[str, Any]) -> list[str]:
+    """配置里的全部问题（没有则为空）：不认识的键、不对的类型、缺少的键、不支持的学习率调度。"""
+    problems = [*_unknown("", config, TOP_LEVEL), *_wrong_values("", config)]
+    if problems:
+        return problems
+    optimizer, scheduler = config.get("optimizer", {}), config.get("scheduler", {})
+    for name, section in (("optimizer", optimizer), ("scheduler", scheduler)):
+        problems += _unknown(f"{name}.", section, {"type", "params", "legacy_fusion"})
+        if section and not isinstance(section.get("type"), str):
+            problems.append(f"{name}.type 应为字符串，实际是 {_shown(section.get('type'))}")
+    if problems:
+        return problems
+    if optimizer.get("type") in ("Adam", "AdamW"):
+        params = optimizer.get("params", {})
+        problems += _unknown("optimizer.params.", params, ADAM_PARAMS)
+        betas = params.get("betas", [0.9, 0.999])
+        if not (isinstance(betas, list) and len(betas) == 2 and all(_is_number(b) and 0 <= b < 1 for b in betas)):
+            problems.append(f"optimizer.params.betas 应为 [0, 1) 内的两个数，实际是 {_shown(betas)}")
+    if not scheduler:
+        return problems
+    kind, params = scheduler["type"], scheduler.get("params", {})
+    if kind not in SCHEDULER_PARAMS:
+        return [*problems, f"scheduler.type={kind!r} 不支持，可选：{' | '.join(SCHEDULER_PARAMS)}"]
+    problems += _unknown("scheduler.params.", params, SCHEDULER_PARAMS[kind])
+    if "total_num_steps" in SCHEDULER_PARAMS[kind] and "total_num_steps" not in params:
+        problems.append('scheduler.params 缺少 total_num_steps，请写 "total_num_steps": "auto"')
+    warmup_type = params.get("warmup_type", "linear")
+    if warmup_type not in ("linear", "log"):
+        problems.append(
+            f"scheduler.params.warmup_type={warmup_type!r} 不是 DeepSpeed 认得的值（linear | log）；"
+            "想要余弦衰减，请把 scheduler.type 写成 WarmupCosineLR"
+        )
+    return problems
+
+
+def _unknown(prefix: str, section: dict[str, Any], known: set[str]) -> list[str]:
+    problems = []
+    for name in section:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"像是 {close[0]} 写错了" if close else f"可用的有 {'、'.join(sorted(known)[:8])} 等"
+            problems.append(f"{prefix}{name} 不是认识的键，DeepSpeed 会悄悄忽略它；{hint}")
+    return problems
+
+
+def _wrong_values(prefix: str, section: dict[str, Any]) -> list[str]:
+    """逐层核对值的类型；数要有限且不为负。"""
+    problems = []
+    for name, value in section.items():
+        place = f"{prefix}{name}"
+        if name in SECTIONS and not isinstance(value, dict):
+            problems.append(f"{place} 应为对象 {{…}}，实际是 {_shown(value)}")
+        elif name in NUMBERS and value != "auto" and not (_is_number(value) and 0 <= value < 1e18):
+            problems.append(f'{place} 应为不小于 0 的数或 "auto"，实际是 {_shown(value)}')
+        elif name in SWITCHES and value != "auto" and not isinstance(value, bool):
+            problems.append(f'{place} 应为 true、false 或 "auto"，实际是 {_shown(value)}')
+        elif isinstance(value, dict):
+            problems += _wrong_values(f"{place}.", value)
+    return problems
+
+
+# ---- 检查点 ----
+
+
+def model_config_problems(content: Any) -> list[str]:
+    """config.json 的问题：尺寸的键都要在且为正整数，其余认识的键类型要对，没有像是写错的键。"""
+    if not isinstance(content, dict):
+        return [f"应为 JSON 对象 {{…}}，实际是 {_shown(content)}"]
+    problems = [f"缺少 {name}" for name in (*CONFIG_SIZES, "rms_norm_eps") if name not in content]
+    rules = [
+        (CONFIG_SIZES, lambda value: type(value) is int and 1 <= value < 10**9, "1 到 10^9 的整数"),
+        (CONFIG_LENGTHS, lambda value: value is None or (type(value) is int and 1 <= value < 10**9), "正整数"),
+        (CONFIG_TOKENS, _is_token, "不小于 0 的整数"),
+        (CONFIG_NUMBERS, lambda value: _is_number(value) and 0 <= value < 1e6, "不小于 0 的数"),
+        (CONFIG_SWITCHES, lambda value: value is None or isinstance(value, bool), "true 或 false"),
+    ]
+    for names, is_valid, expected in rules:
+        wrong = [name for name in names if name in content and not is_valid(content[name])]
+        problems += [f"{name} 应为{expected}，实际是 {_shown(content[name])}" for name in wrong]
+    for name in content:
+        # 这几个键决定结构，没有就按缺省读：写错一个字母，模型会悄悄变样
+        alike = [known for known in STRUCTURE_KEYS if known not in content and _is_alike(name, known)]
+        problems += [f"{name} 不是认识的键，像是 {alike[0]} 写错了"] if alike else []
+    return problems
+
+
+def generation_config_problems(content: Any, vocab_size: int) -> list[str]:
+    """generation_config.json 里角色编号的问题：两个要么都有、要么都没有，且在词表之内。"""
+    if not isinstance(content, dict):
+        return [f"应为 JSON 对象 {{…}}，实际是 {_shown(content)}"]
+    present = [name for name in ROLE_TOKENS if name in content]
+    if len(present) == 1:
+        return [f"{' 与 '.join(ROLE_TOKENS)} 只有一个"]
+    return [
+        f"{name} 应为 [0, {vocab_size}) 内的整数，实际是 {_shown(content[name])}"
+        for name in present
+        if not (type(content[name]) is int and 0 <= content[name] < vocab_size)
+    ]
+
+
+def _is_token(value: Any) -> bool:
+    values = value if isinstance(value, list) and value else [value]
+    return all(type(token) is int and 0 <= token < 10**9 for token in values)
+
+
+def _is_alike(name: str, known: str) -> bool:
+    return difflib.SequenceMatcher(None, name.lower(), known).ratio() > 0.85
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:40]
