@@ -134,6 +134,11 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         choices=[1, 2],
         help="ptuning：2 在每层放可训练的键值，1 只在词嵌入处放可训练的提示（缺省 %(default)s）",
     )
+    add(
+        method,
+        "adapter_path",
+        help="lora、ptuning：从已有的适配器检查点开始新的一轮训练，优化器从头（缺省从随机的适配器开始）",
+    )
 
     train = parser.add_argument_group("训练过程")
     add(train, "output_dir", required=True, help="检查点与日志的目录（必填）；已有上一次的结果会移到 previous-N/")
@@ -272,6 +277,14 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
         "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing",
     )
 
+    expect(
+        args.adapter_path is None or args.train_type in ("lora", "ptuning"),
+        f"--adapter_path 只用于 lora 与 ptuning，--train_type {args.train_type} 没有适配器，请去掉",
+    )
+    expect(
+        args.adapter_path is None or (Path(args.adapter_path) / "adapter_config.json").is_file(),
+        f"--adapter_path {args.adapter_path} 里没有 adapter_config.json，请给出 lora 或 ptuning 的检查点目录",
+    )
     expect(
         args.cache_frozen == "none" or (args.train_type == "freeze" and args.packing),
         f"--cache_frozen {args.cache_frozen} 只用于 --train_type freeze，并且要开着 --packing，请去掉或改过来",

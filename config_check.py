@@ -1,9 +1,11 @@
-"""外来配置的检查：DeepSpeed 的 JSON、检查点的 config.json 与 generation_config.json。
+"""外来配置的检查：DeepSpeed 的 JSON、检查点的 config.json、generation_config.json 与 tokenizer.model。
 
 DeepSpeed 与 transformers 悄悄忽略写错的键，缺了的用缺省值，许多值的类型也不看；这里在读权重之前一次查出，返回全部问题。
 """
 
 import difflib
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 TOP_LEVEL = {
@@ -21,6 +23,14 @@ TOP_LEVEL = {
 ADAM_PARAMS = {
     *("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam", "amsgrad", "fused"),
     *("adamw_mode", "fp32_optimizer_states", "set_grad_none"),
+}
+FP16_KEYS = {
+    *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
+    *("consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
+}
+BF16_KEYS = {
+    *("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads"),
+    *("bf16_optimizer_states",),
 }
 _WARMUP = {"warmup_num_steps", "warmup_type", "last_batch_iteration"}
 SCHEDULER_PARAMS = {
@@ -54,7 +64,7 @@ CONFIG_LENGTHS = ("max_position_embeddings", "model_max_length")
 CONFIG_TOKENS = ("bos_token_id", "eos_token_id")
 CONFIG_NUMBERS = ("rms_norm_eps", "initializer_range", "z_loss_weight")
 CONFIG_SWITCHES = ("norm_head", "tie_word_embeddings", "use_cache")
-STRUCTURE_KEYS = (*CONFIG_LENGTHS, "norm_head", "position_embedding", "z_loss_weight")
+STRUCTURE_KEYS = {*CONFIG_LENGTHS, "norm_head", "position_embedding", "z_loss_weight"}
 ROLE_TOKENS = ("user_token_id", "assistant_token_id")
 
 
@@ -66,10 +76,12 @@ def ds_config_problems(config: dict[str, Any]) -> list[str]:
     problems = [*_unknown("", config, TOP_LEVEL), *_wrong_values("", config)]
     if problems:
         return problems
+    for name, known in (("fp16", FP16_KEYS), ("bf16", BF16_KEYS)):
+        problems += _unknown(f"{name}.", config.get(name, {}), known)
     optimizer, scheduler = config.get("optimizer", {}), config.get("scheduler", {})
     for name, section in (("optimizer", optimizer), ("scheduler", scheduler)):
         problems += _unknown(f"{name}.", section, {"type", "params", "legacy_fusion"})
-        if section and not isinstance(section.get("type"), str):
+        if not isinstance(section.get("type", ""), str):
             problems.append(f"{name}.type 应为字符串，实际是 {_shown(section.get('type'))}")
     if problems:
         return problems
@@ -81,7 +93,7 @@ def ds_config_problems(config: dict[str, Any]) -> list[str]:
             problems.append(f"optimizer.params.betas 应为 [0, 1) 内的两个数，实际是 {_shown(betas)}")
     if not scheduler:
         return problems
-    kind, params = scheduler["type"], scheduler.get("params", {})
+    kind, params = scheduler.get("type"), scheduler.get("params", {})
     if kind not in SCHEDULER_PARAMS:
         return [*problems, f"scheduler.type={kind!r} 不支持，可选：{' | '.join(SCHEDULER_PARAMS)}"]
     problems += _unknown("scheduler.params.", params, SCHEDULER_PARAMS[kind])
@@ -134,15 +146,16 @@ def model_config_problems(content: Any) -> list[str]:
         (CONFIG_SIZES, lambda value: type(value) is int and 1 <= value < 10**9, "1 到 10^9 的整数"),
         (CONFIG_LENGTHS, lambda value: value is None or (type(value) is int and 1 <= value < 10**9), "正整数"),
         (CONFIG_TOKENS, _is_token, "不小于 0 的整数"),
+        (("pad_token_id",), lambda value: value is None or type(value) is int, "整数"),
         (CONFIG_NUMBERS, lambda value: _is_number(value) and 0 <= value < 1e6, "不小于 0 的数"),
         (CONFIG_SWITCHES, lambda value: value is None or isinstance(value, bool), "true 或 false"),
     ]
     for names, is_valid, expected in rules:
         wrong = [name for name in names if name in content and not is_valid(content[name])]
         problems += [f"{name} 应为{expected}，实际是 {_shown(content[name])}" for name in wrong]
-    for name in content:
+    for name in content.keys() - STRUCTURE_KEYS:
         # 这几个键决定结构，没有就按缺省读：写错一个字母，模型会悄悄变样
-        alike = [known for known in STRUCTURE_KEYS if known not in content and _is_alike(name, known)]
+        alike = [known for known in sorted(STRUCTURE_KEYS) if known not in content and _is_alike(name, known)]
         problems += [f"{name} 不是认识的键，像是 {alike[0]} 写错了"] if alike else []
     return problems
 
@@ -159,6 +172,46 @@ def generation_config_problems(content: Any, vocab_size: int) -> list[str]:
         for name in present
         if not (type(content[name]) is int and 0 <= content[name] < vocab_size)
     ]
+
+
+def tokenizer_model_problems(content: bytes) -> list[str]:
+    """tokenizer.model 的问题：sentencepiece 会接受截断在字段边界上的、混进别的字段的文件，只是少了片段或规范化的规则。
+
+    顶层的字段应是：1 片段（许多）、2 训练设置、3 规范化（各一份），4、5 可有可无；各字段恰好排满整个文件。
+    """
+    try:
+        counts = Counter(_protobuf_fields(content))
+    except (ValueError, IndexError) as error:
+        return [f"不是完整的 sentencepiece 模型（{error}）"]
+    problems = [f"有不认识的字段 {number}" for number in sorted(counts.keys() - {1, 2, 3, 4, 5})]
+    problems += [
+        f"{name}应有一份，实际有 {counts[n]} 份" for n, name in ((2, "训练设置"), (3, "规范化规则")) if counts[n] != 1
+    ]
+    return problems
+
+
+def _protobuf_fields(content: bytes) -> Iterator[int]:
+    """protobuf 顶层各字段的编号；不都是带长度的字段，或越过了末尾，抛 ValueError 或 IndexError。"""
+    at = 0
+    while at < len(content):
+        numbers = []
+        for _ in range(2):  # 标签与长度，都是变长整数
+            value = shift = 0
+            while True:
+                byte = content[at]
+                at += 1
+                value |= (byte & 0x7F) << shift
+                shift += 7
+                if byte < 0x80:
+                    break
+            numbers.append(value)
+        tag, length = numbers
+        if tag & 7 != 2:
+            raise ValueError(f"第 {at} 字节处的字段类型是 {tag & 7}")
+        at += length
+        yield tag >> 3
+    if at != len(content):
+        raise ValueError("最后一个字段越过了文件末尾")
 
 
 def _is_token(value: Any) -> bool:

@@ -6,6 +6,7 @@ SIGTERM、SIGINT、SIGUSR1 都当作「存好再停」；第二次 SIGINT（再�
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -14,42 +15,70 @@ import torch.distributed as dist
 # 停下并已保存时的退出码：EX_TEMPFAIL，「暂时失败，可以重来」
 EXIT_INTERRUPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+LAUNCHER, LAUNCHER_GONE = "deepspeed.launcher.launch", "启动器已消失"
+# 下标是各进程之间传的数；几个进程的原因不同时取后面的
+REASONS = (None, LAUNCHER_GONE, *(number.name for number in SIGNALS))
 
 
 class Interruption:
     """装上信号处理函数；agreed() 由所有进程每步调用一次，得到一致的结论。"""
 
     def __init__(self):
-        self.reason: str | None = None
-        self._launcher = _launcher_processes()
+        self.reason: str | None = None  # 各进程商定的原因
+        self._own_reason: str | None = None  # 本进程自己的
+        self._watched: list[tuple[int, str]] = []
         for number in SIGNALS:
             signal.signal(number, self._remember)
+        launchers = _launchers()
+        if launchers is None:
+            self._own_reason = LAUNCHER_GONE
+        for pid in launchers or ():
+            self.watch(pid)
+
+    def watch(self, pid: int):
+        """盯着一个进程：它一消失，就当作收到信号。"""
+        fields = _status_fields(pid)
+        if fields:
+            self._watched.append((pid, fields[19]))
 
     def _remember(self, number: int, frame):
-        if number == signal.SIGINT and self.reason == "SIGINT":
+        if number == signal.SIGINT and self._own_reason == "SIGINT":
             os._exit(128 + number)
-        if self.reason is None or number == signal.SIGINT:
-            self.reason = signal.Signals(number).name
+        if self._own_reason is None or number == signal.SIGINT:
+            self._own_reason = signal.Signals(number).name
 
     def agreed(self, device: torch.device) -> bool:
         """任何一个进程收到信号或失去启动器，所有进程都得到 True；集合操作，每步一次。"""
-        if self.reason is None and any(not _is_alive(pid, start) for pid, start in self._launcher):
-            self.reason = "启动器已消失"
-        flag = torch.tensor([float(self.reason is not None)], device=device)
+        if self._own_reason is None and any(not _is_alive(pid, start) for pid, start in self._watched):
+            self._own_reason = LAUNCHER_GONE
+        code = torch.tensor([REASONS.index(self._own_reason)], dtype=torch.float32, device=device)
         if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+            dist.all_reduce(code, op=dist.ReduceOp.MAX)
+        self.reason = REASONS[int(code.item())]
+        return self.reason is not None
 
 
-def _launcher_processes() -> list[tuple[int, str]]:
-    """要盯着的启动器进程 (pid, 启动时刻)：父进程；父进程是 deepspeed 的 launch.py 时，还有它上面的 deepspeed。"""
+def lost_connection(error: BaseException) -> str | None:
+    """error 若是进程间通信断了（别的进程死了、网络断了、等到了时限），返回给人看的说明，否则为 None。"""
+    words = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "TCPStore", "wait timeout")
+    is_network = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    if not (is_network or isinstance(error, dist.DistError)):
+        return None
+    return (
+        f"与其他进程的通信断了：有进程已死（看它自己的输出），或机器之间的网络中断。{str(error).splitlines()[0]}\n"
+        "已有的检查点没有受影响，请排除原因后用 --resume auto 接着训练"
+    )
+
+
+def _launchers() -> list[int] | None:
+    """要盯着的启动器进程：父进程 launch.py 与它上面的 deepspeed；由别的程序启动的为空；launch.py 已经不在了为 None。"""
     parent = os.getppid()
-    watched = [parent]
-    if "deepspeed.launcher.launch" in _command_line(parent):
-        grandparent = _status_fields(parent)[1]
-        if "deepspeed" in _command_line(int(grandparent)):
-            watched.append(int(grandparent))
-    return [(pid, _status_fields(pid)[19]) for pid in watched if pid > 1 and _status_fields(pid)]
+    if LAUNCHER not in _command_line(parent):
+        # 这两样只有 launch.py 会给：它在本进程加载的时候就死了
+        is_orphan = "CROSS_SIZE" in os.environ and any(word.startswith("--local_rank") for word in sys.argv)
+        return None if is_orphan else []
+    grandparent = int((_status_fields(parent) or ["", "0"])[1])
+    return [parent, grandparent] if grandparent > 1 and "deepspeed" in _command_line(grandparent) else [parent]
 
 
 def _command_line(pid: int) -> str:

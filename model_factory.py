@@ -8,12 +8,16 @@ from typing import NamedTuple
 import torch
 from peft import (
     LoraConfig,
+    PeftConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     TaskType,
     get_peft_model,
+    set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
@@ -235,6 +239,7 @@ def load_base_model(
     if (Path(path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)
     model.config.dtype = dtype
+    model.name_or_path = str(path)  # peft 把它写进 adapter_config.json
     return model
 
 
@@ -244,6 +249,8 @@ def build_model(
     """读基座、套上训练方法、打开重算，返回可以交给 DeepSpeed 的模型。"""
     model = load_base_model(args.model_name_or_path, config, dtype, device, zero3_config)
     model = TRAIN_METHODS[args.train_type].apply(model, args)
+    if args.adapter_path is not None:
+        load_adapter(model, Path(args.adapter_path))
     num_trainable = check_trainable(model, args)
     num_total = sum(num_elements(parameter) for parameter in model.parameters())
     log_rank_0(
@@ -257,6 +264,40 @@ def build_model(
         choice = args.gradient_checkpointing
         base.model.checkpoint_every = named[choice] if choice in named else int(choice)
     return model
+
+
+def load_adapter(model: PeftModel, path: Path):
+    """把已有适配器的权重读进刚套好的模型（--adapter_path）：第二阶段训练的起点，优化器从头开始。
+
+    Raises:
+        ValueError: 不是适配器，或与现在的方法参数不符（列出不同之处），或张量对不上。
+    """
+    try:
+        saved = PeftConfig.from_pretrained(path)
+        state = load_file(path / "adapter_model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--adapter_path {path} 不是本项目或 peft 存下的适配器：{error}") from error
+    current = model.active_peft_config
+    names = ("peft_type", "r", "lora_alpha", "target_modules", "num_virtual_tokens", "prefix_projection")
+    differences = [
+        f"{name}：适配器是 {getattr(saved, name, None)}，现在是 {getattr(current, name, None)}"
+        for name in names
+        if getattr(saved, name, None) != getattr(current, name, None)
+    ]
+    if getattr(current, "prefix_projection", False):
+        differences.append("prefix_projection 的 MLP 没有存在适配器里，只能不带 --prefix_projection 接着训练")
+    if differences:
+        raise ValueError(f"--adapter_path {path} 与现在的参数不符：" + "；".join(differences))
+    try:
+        result = set_peft_model_state_dict(model, state)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"--adapter_path {path} 的张量与模型不符：{error}") from error
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = sorted(trainable & set(result.missing_keys))
+    # 提示类的适配器由 peft 另行读进 prompt_encoder，形状不符时它自己会报错
+    if not current.is_prompt_learning and (missing or result.unexpected_keys):
+        raise ValueError(f"--adapter_path {path} 的张量与模型不符：缺 {missing[:3]}，多 {result.unexpected_keys[:3]}")
+    log_rank_0(f"从适配器 {path} 开始训练，优化器从头")
 
 
 def base_model_of(model: nn.Module) -> BaichuanForCausalLM:

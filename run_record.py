@@ -1,5 +1,7 @@
 """一次训练的记录与 output_dir：写下足以重现与续训的一切，决定从头开始还是接着训练。"""
 
+import fcntl
+import os
 import time
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,11 @@ import transformers
 from checkpoint import CHECKPOINT_NAME, file_sha256, remove_leftovers, set_aside_previous_run
 from prompting import Prompting
 from resume import check_same_run, find_resume_point
-from utils import broadcast_from_rank_0, raise_together, world_size
+from utils import broadcast_from_rank_0, log_rank_0, raise_together, world_size
 
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
+# 占着的 output_dir 的文件描述符，见 hold_output_dir
+_held: list[int] = []
 
 
 class ResumePoint(NamedTuple):
@@ -57,13 +61,14 @@ def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
     写到一半的 .tmp- 删去；从头开始时上一次的结果移进 previous-N/，续训时只移走起点之后的检查点。
 
     Raises:
-        ValueError: output_dir 不能写，或续训会成为另一次训练。
+        ValueError: output_dir 不能写、正被别的训练使用，或续训会成为另一次训练。
     """
 
     def prepare() -> str | None:
         output_dir = Path(args.output_dir)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            hold_output_dir(output_dir)
             remove_leftovers(output_dir)
             directory = find_resume_point(args.resume, output_dir)
             if directory is not None:
@@ -86,6 +91,37 @@ def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
         error = raised
     raise_together(error)
     return ResumePoint(directory, step_of(directory))
+
+
+def hold_output_dir(output_dir: Path, wait_seconds: float = 60.0):
+    """占住 output_dir，直到进程结束或占别的目录：两个训练写同一个目录会互相损坏。
+
+    被打断的训练可能还在保存（启动器先死了），所以等它一会儿；flock 随进程结束自动放开，不留文件。
+
+    Raises:
+        ValueError: 等了 wait_seconds 秒，仍有另一个训练在用。
+    """
+    while _held:
+        os.close(_held.pop())
+    descriptor = os.open(output_dir, os.O_RDONLY | os.O_DIRECTORY)
+    deadline, is_told = time.monotonic() + wait_seconds, False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise ValueError(
+                    f"--output_dir {output_dir} 正被另一个训练使用，请等它结束、结束它，或换一个目录"
+                ) from error
+        except OSError:
+            break  # 这个文件系统不能给目录加锁（如 NFS）
+        if not is_told:
+            log_rank_0(f"{output_dir} 正被另一个训练使用（也许还在保存），最多等 {wait_seconds:.0f} 秒")
+            is_told = True
+        time.sleep(0.2)
+    _held.append(descriptor)
 
 
 def step_of(directory: Path) -> int:

@@ -23,7 +23,7 @@ from checkpoint import file_sha256, save_checkpoint
 from data_set import BaichuanDataSet
 from evaluation import batch_to_device, evaluate_nll
 from frozen_cache import FrozenCache
-from interruption import EXIT_INTERRUPTED, Interruption
+from interruption import EXIT_INTERRUPTED, Interruption, lost_connection
 from leftovers import remove_dead_shared_memory, remove_stale_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
 from prompting import Prompting, resolve_prompt_format
@@ -348,7 +348,11 @@ def run_main() -> int:
         if isinstance(error, ValueError) or getattr(error, "is_agreed", False):
             log_rank_0(f"错误：\n{error}")
             return 2 if isinstance(error, ValueError) else 1
-        raise
+        reason = lost_connection(error)
+        if reason is None:
+            raise
+        print(f"错误：rank {global_rank()} {reason}", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ python scripts/bench.py --stage lora freeze full levers --trl_python /opt/venv-t
     --llamafactory_python /opt/venv-lf/bin/python          # CPU；结果写到 benchmarks/speed/
 python scripts/bench.py --stage correctness speed7b        # GPU，见 bench_gpu.py
 
-每个程序一个常驻进程（bench_protocol.py），每轮各走一步，次序 A-B-A-B…；每步之前打印 1 分钟负载，并记下这一步里别的
-进程占用的 CPU 份额：超过 --max_foreign 的一轮作废重来。FLOPs 的公式见 bench_work.py，程序与要求的表见 bench_programs.py。
+每个程序一个常驻进程（bench_protocol.py）。每轮各程序依次走一回：先走一步不计（内存与缓存重新变热），再走一步计时，
+然后把已释放的内存还给系统，让给下一个。次序 A-B-A-B…；每步之前打印 1 分钟负载，并记下这一步里别的进程占用的 CPU
+份额：超过 --max_foreign 的一轮作废重来。FLOPs 的公式见 bench_work.py，程序与要求的表见 bench_programs.py。
 """
 
 import argparse
@@ -30,7 +31,9 @@ from bench_report import check_losses, judge, summarize, table, write_report
 CPU_STAGES = (*GROUPS, "loss_memory", "tuning")
 GPU_STAGES = ("correctness", "speed7b", "speed13b", "peers")
 # 载入一个程序之前至少要有这么多空闲内存
-NEEDED_MEMORY_GB = 4.0
+NEEDED_MEMORY_GB = 3.0
+# 一回两步：第一步不计，第二步计时
+STEPS_PER_TURN = 2
 ROWS_SHAPE = bench_work.Shape(4, 256, 688, 4, 8000)
 
 
@@ -68,6 +71,7 @@ class Bench:
         self.args, self.scratch = args, scratch
         self.precision, reason = choose_precision(args.precision)
         print(f"精度 {self.precision}（{reason}），{args.threads} 线程")
+        self.max_rounds = args.rounds * (2 if args.retry else 1)
         self.pythons = {"hf": sys.executable, "trl": args.trl_python, "lf": args.llamafactory_python}
 
     def shape(self, stage: str, vocab: int) -> bench_work.Shape:
@@ -78,7 +82,7 @@ class Bench:
     def materials(self, stage: str, vocab: int) -> tuple[Path, Path, dict[str, Path], dict[str, dict]]:
         """权重与样本 → (baichuan, llama, {名字: work 文件}, {名字: 它的统计})。"""
         shape = self.shape(stage, vocab)
-        num_steps = self.args.warmup + 2 * self.args.rounds
+        num_steps = STEPS_PER_TURN * self.max_rounds
         baichuan, llama = bench_work.make_models(self.scratch, shape, self.precision)
         rows = bench_work.encode_rows(baichuan, vocab)
         chosen = bench_work.choose_steps([len(row["input_ids"]) for row in rows], num_steps)
@@ -89,7 +93,9 @@ class Bench:
         works = {name: bench_work.write_work(files[name], content, vocab) for name, content in steps.items()}
         return baichuan, llama, files, works
 
-    def command(self, program: Program, baichuan: Path, llama: Path, files: dict[str, Path]) -> list[str] | str:
+    def command(
+        self, program: Program, layers: int, baichuan: Path, llama: Path, files: dict[str, Path]
+    ) -> list[str] | str:
         """启动一个程序的命令；不能启动时是原因。"""
         threads, here = self.args.threads, Path(__file__).resolve().parent
         if program.kind == "ours":
@@ -97,14 +103,15 @@ class Bench:
                 return "与第一行相同：这台机器上大家都用这个精度"
             if "rows" in program.options:
                 files = {**files, "data": bench_work.write_data(self.scratch, program.options["rows"])}
-            spec = ours_spec(program, baichuan, files, self.precision, threads, self.scratch)
+            spec = ours_spec(program, layers, baichuan, files, self.precision, threads, self.scratch)
             return [sys.executable, str(here / "bench_ours.py"), json.dumps(spec)]
         python = self.pythons[program.kind]
         if not python:
             return "没有给出它的 python，见 --trl_python、--llamafactory_python"
         if not Path(python).is_file():
             return f"{python} 不存在"
-        spec = peer_spec(program, llama, files["real"], self.precision, threads, self.args.warmup)
+        spec = peer_spec(program, llama, files["real"], self.precision, threads)
+        spec["group_steps"] = STEPS_PER_TURN * self.args.rounds
         return [python, str(here / "bench_peers.py"), json.dumps(spec)]
 
     def run_group(self, stage: str, vocab: int) -> dict[str, Any]:
@@ -125,7 +132,7 @@ class Bench:
             workers["gemm"].wait_ready()
             for program in GROUPS[stage]:
                 if program.name in names:
-                    records.append(self.load(program, workers, (baichuan, llama, files), env))
+                    records.append(self.load(program, workers, (shape.layers, baichuan, llama, files), env))
             rates, clean, rounds = self.measure(records, workers)
         finally:
             for worker in workers.values():
@@ -174,7 +181,7 @@ class Bench:
         command = self.command(program, *materials)
         if isinstance(command, str):
             record["reason"] = command
-        elif not self.has_memory(workers):
+        elif available_memory_gb() < NEEDED_MEMORY_GB:
             record["reason"] = f"空闲内存只有 {available_memory_gb():.1f} GB，没有载入"
         else:
             worker = Worker(program.name, command, env, self.scratch / f"log-{program.name}.txt")
@@ -188,59 +195,48 @@ class Bench:
         print(f"  载入 {program.name}：{record['reason'] or '好了'}", flush=True)
         return record
 
-    def has_memory(self, workers: dict[str, Worker]) -> bool:
-        """还载入得下一个程序吗；不够时先让空闲的把已释放的内存还给系统。"""
-        if available_memory_gb() < NEEDED_MEMORY_GB:
-            for worker in workers.values():
-                worker.trim()
-        return available_memory_gb() >= NEEDED_MEMORY_GB
-
     def measure(self, records: list[dict], workers: dict[str, Worker]) -> tuple[list[float], set[int], list[int]]:
-        """热身，然后一轮轮交替地量，直到有 --rounds 轮干净的（至多加倍）→ (矩阵速率, 干净的轮, 量过的轮)。"""
-        args = self.args
+        """一轮轮交替地量，直到有 --rounds 轮干净的（至多加倍）→ (矩阵速率, 干净的轮, 量过的轮)。"""
         rates: list[float] = []
         clean: set[int] = set()
-        rounds: list[int] = []
-        for index in range(args.warmup + (2 if args.retry else 1) * args.rounds):
-            number = index - args.warmup
-            disturbed = [name for name, step in self.one_round(records, workers, index, number, rates)
-                         if step["foreign_cpu_share"] > args.max_foreign]  # fmt: skip
-            if number < 0:
-                continue
-            rounds.append(number)
+        for number in range(self.max_rounds):
+            rates.append(workers["gemm"].step(number)["gemm_flops"])
+            disturbed = [
+                record["name"]
+                for record in records
+                if self.turn(record, workers, number) > self.args.max_foreign
+            ]  # fmt: skip
             if disturbed:
                 print(f"  第 {number} 轮受了干扰（{'、'.join(disturbed)}）", flush=True)
             else:
                 clean.add(number)
-            if len(clean) == args.rounds:
+            if len(clean) == self.args.rounds:
                 break
-        return rates, clean, rounds
+        return rates, clean, list(range(number + 1))
 
-    def one_round(self, records: list[dict], workers: dict[str, Worker], index: int, number: int, rates: list[float]):
-        """每个程序各走第 index 步；产出 (名字, 这一步)。"""
-        if number >= 0:
-            rates.append(workers["gemm"].step(index)["gemm_flops"])
-        for record in records:
-            name = record["name"]
-            if name not in workers or (record["is_uneven"] and number >= self.args.rounds):
-                continue
-            if available_memory_gb() < NEEDED_MEMORY_GB:
-                for idle in workers.values():
-                    idle.trim()
-            try:
-                step = {"round": number, "index": index, **workers[name].step(index)}
-            except WorkerFailed as error:
-                record["reason"], record["steps"] = str(error), []
-                print(f"  {error}", flush=True)
-                workers.pop(name).close()
-                continue
-            record["steps"].append(step)
-            print(
-                f"  轮 {number:2d} {name:24s} 负载 {step['load_before']:.2f} 别的进程 {step['foreign_cpu_share']:.0%}"
-                f"  {step['seconds']:.3f} 秒 {step['tokens'] / step['seconds']:.0f} token/s 损失 {step['loss']:.4f}",
-                flush=True,
-            )
-            yield name, step
+    def turn(self, record: dict[str, Any], workers: dict[str, Worker], number: int) -> float:
+        """一个程序的一回；返回计时的那一步里别的进程占用的 CPU 份额（没有量时为 0）。"""
+        name = record["name"]
+        if name not in workers or (record["is_uneven"] and number >= self.args.rounds):
+            return 0.0
+        try:
+            for position in range(STEPS_PER_TURN):
+                index = STEPS_PER_TURN * number + position
+                is_timed = position == STEPS_PER_TURN - 1
+                step = {"round": number, "index": index, "is_timed": is_timed, **workers[name].step(index)}
+                record["steps"].append(step)
+            workers[name].trim()
+        except WorkerFailed as error:
+            record["reason"], record["steps"] = str(error), []
+            print(f"  {error}", flush=True)
+            workers.pop(name).close()
+            return 0.0
+        print(
+            f"  轮 {number:2d} {name:24s} 负载 {step['load_before']:.2f} 别的进程 {step['foreign_cpu_share']:.0%}"
+            f"  {step['seconds']:.3f} 秒 {step['tokens'] / step['seconds']:.0f} token/s 损失 {step['loss']:.4f}",
+            flush=True,
+        )
+        return step["foreign_cpu_share"]
 
     def add_shares(self, group: dict[str, Any], shape: bench_work.Shape, works: dict[str, dict]):
         """各程序占实测矩阵速率的份额（按各步样本的必要 FLOPs，取平均的一步）。"""
@@ -273,7 +269,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab_size", nargs="+", type=int, choices=list(bench_work.CPU_SHAPES),
         help="CPU 各组的词表；缺省 lora 两种都量，其余 8000（词表投影的份额与 Baichuan2-7B 相同）")  # fmt: skip
     add("--rounds", type=int, default=5, help="交替的轮数（缺省 %(default)s）")
-    add("--warmup", type=int, default=1, help="每个程序先走几步不计（缺省 %(default)s）")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="每个程序的线程数（缺省 %(default)s）")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="各程序的计算精度；auto 看 CPU")
     add("--programs", nargs="+", help="只量这些名字（缺省全部）")

@@ -65,11 +65,11 @@ def step_callback(spec: dict[str, Any], work: dict[str, Any], channel: Channel):
 
 
 def read_work(spec: dict[str, Any]) -> dict[str, Any]:
-    """各步的样本；layout 为 group 时，热身之后的样本按 transformers 的长度分组重排。"""
+    """各步的样本；layout 为 group 时，要量的 group_steps 步的样本按 transformers 的长度分组重排。"""
     work = json.loads(Path(spec["work"]).read_text(encoding="utf-8"))
     steps = work["steps"]
     if spec["layout"] == "group":
-        steps = steps[: spec["warmup"]] + group_by_length(steps[spec["warmup"] :])
+        steps = group_by_length(steps[: spec["group_steps"]])
     work["steps"] = steps
     work["step_tokens"] = [sum(len(row["input_ids"]) for row in step) for step in steps]
     return work
@@ -303,6 +303,8 @@ def main():
         torch.set_num_threads(spec["threads"])
         with tempfile.TemporaryDirectory(prefix="bench-peer-") as output_dir:
             {"hf": run_hf, "trl": run_trl, "lf": run_lf}[spec["kind"]](spec, channel, output_dir)
+        while channel.wait_for_step() is not None:  # 步都走完了，等父进程说结束
+            raise ValueError("样本只够这么多步")
     except Exception as error:  # 原因交给父进程，回溯留在日志里
         traceback.print_exc()
         channel.send(error=f"{type(error).__name__}: {error}")

@@ -136,8 +136,10 @@ GROUPS = {
 # 规格：交给工人的 JSON
 
 
-def ours_spec(program: Program, checkpoint: Path, work: dict[str, Path], precision: str, threads: int, scratch: Path):
-    """本项目的规格：train.py 的命令行参数，加上没有命令行开关的几项。"""
+def ours_spec(
+    program: Program, layers: int, checkpoint: Path, work: dict[str, Path], precision: str, threads: int, scratch: Path
+) -> dict[str, Any]:
+    """本项目的规格：train.py 的命令行参数，加上没有命令行开关的几项；layers 是模型的层数。"""
     options = program.options
     argv = {
         "model_name_or_path": checkpoint,
@@ -155,10 +157,11 @@ def ours_spec(program: Program, checkpoint: Path, work: dict[str, Path], precisi
     }
     if program.method == "lora":
         argv["lora_dropout"] = options.get("dropout", 0.0)
+    if program.method == "freeze":
+        argv["freeze_module_name"] = last_layers(layers)
     return {
         "kind": "ours" if "rows" not in options else "rows",
         "argv": [part for key, value in argv.items() for part in (f"--{key}", str(value))] + options.get("argv", []),
-        "trained_layers": TRAINED_LAYERS if program.method == "freeze" else 0,
         "levers_off": options.get("levers_off", []),
         "engine": options.get("engine", "deepspeed"),
         "work": str(work[options.get("work", "real")]),
@@ -166,7 +169,12 @@ def ours_spec(program: Program, checkpoint: Path, work: dict[str, Path], precisi
     }
 
 
-def peer_spec(program: Program, model: Path, work: Path, precision: str, threads: int, warmup: int) -> dict[str, Any]:
+def last_layers(layers: int, count: int = TRAINED_LAYERS) -> str:
+    """末尾 count 层的 --freeze_module_name。"""
+    return ",".join(f"layers.{index}." for index in range(layers - count, layers))
+
+
+def peer_spec(program: Program, model: Path, work: Path, precision: str, threads: int) -> dict[str, Any]:
     """对方的规格，见 bench_peers.py。"""
     return {
         "dropout": 0.0,
@@ -178,7 +186,6 @@ def peer_spec(program: Program, model: Path, work: Path, precision: str, threads
         "work": str(work),
         "precision": precision,
         "threads": threads,
-        "warmup": warmup,
         "learning_rate": LEARNING_RATES[program.method],
         "trained_layers": TRAINED_LAYERS,
         "pack_length": PACK_LENGTH,

@@ -11,10 +11,7 @@ CHUNK_ELEMENTS = 2**24
 
 
 def random_rows(name: str, out: Tensor, device: torch.device, offset: int = 0):
-    """按名字填 out（任意形状、设备与类型，连续）：N(0, 0.02)；offset 是它在整个张量里的起点，须是 CHUNK_ELEMENTS 的倍数或 0。
-
-    norm 的向量填 1。
-    """
+    """按名字填 out（任意形状、设备与类型，连续）：N(0, 0.02)，norm 的向量填 1；offset 是 out 在整个张量里的起点。"""
     if name.endswith("norm.weight"):
         out.fill_(1.0)
         return

@@ -17,13 +17,17 @@ MEMORY_SHARE = 0.5
 CACHE_SHARE = 0.85
 
 
+COLUMNS = "程序 说明 token/s 最慢–最快 ÷第一行 步，秒 CPU，秒 占矩阵速率 内存峰值，MB 首步损失 平均损失".split()
+
+
 def summarize(program: dict[str, Any], clean_rounds: set[int]) -> dict[str, Any]:
     """一个程序的逐步记录 → 中位数等；没有量到则为空字典。
 
-    program["steps"] 每项有 round（-1 为热身）、index、seconds、cpu_seconds、tokens、loss、peak_rss_mb。
-    按长度分组的各步不等长，它的速度取总 token / 总时间；其他程序取各步速度的中位数。
+    program["steps"] 每项有 round、index、is_timed、seconds、cpu_seconds、tokens、loss、peak_rss_mb。
+    按长度分组的各步不等长，它的速度取全部各轮的总 token / 总时间；其他程序取干净的各轮的中位数。
     """
-    measured = [step for step in program["steps"] if step["round"] in clean_rounds]
+    rounds = {step["round"] for step in program["steps"]} if program["is_uneven"] else clean_rounds
+    measured = [step for step in program["steps"] if step["is_timed"] and step["round"] in rounds]
     if not measured:
         return {}
     speeds = [step["tokens"] / step["seconds"] for step in measured]
@@ -36,7 +40,7 @@ def summarize(program: dict[str, Any], clean_rounds: set[int]) -> dict[str, Any]
         "cpu_seconds": median(step["cpu_seconds"] for step in measured),
         "peak_rss_mb": max(step["peak_rss_mb"] for step in program["steps"]),
         "first_loss": program["steps"][0]["loss"],
-        "mean_loss": sum(step["loss"] for step in measured) / len(measured),
+        "mean_loss": sum(step["loss"] for step in program["steps"]) / len(program["steps"]),
         "num_rounds": len(measured),
     }
 
@@ -120,17 +124,19 @@ def table(group: dict[str, Any]) -> list[str]:
     lines = [
         f"## {group['stage']}，词表 {group['vocab_size']}，{group['precision']}，{group['threads']} 线程",
         "",
-        f"每步 {group['samples_per_step']} 条，中位 {work['tokens']} 个非补齐 token，目标占 {work['target_share']:.1%}，"
-        f"补齐到最长时的效率 {work['padding_efficiency']:.3f}。实测矩阵乘法 {group['gemm_flops'] / 1e9:.0f} GF/s。",
+        f"每步 {group['samples_per_step']} 条，中位 {work['tokens']} 个非补齐 token，"
+        f"目标占 {work['target_share']:.1%}，补齐到最长时的效率 {work['padding_efficiency']:.3f}。"
+        f"实测矩阵乘法 {group['gemm_flops'] / 1e9:.0f} GF/s。",
         "" if group["is_quiet"] else "\n**机器不安静（别的进程占用了 CPU）：本组的数字不作结论。**\n",
-        "| 程序 | 说明 | token/s | 最慢–最快 | ÷ 第一行 | 步，秒 | CPU 秒 | 矩阵速率的份额 | 内存峰值，MB | 首步损失 | 平均损失 |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
     ]
     first = next((p["summary"]["tokens_per_second"] for p in group["programs"] if p["summary"]), None)
     for program in group["programs"]:
         s = program["summary"]
         if not s:
-            lines.append(f"| {program['name']} | {program['text']} | 没有量到：{program['reason']} |" + " |" * 8)
+            reason = program["reason"].split("\n")[0].split("；日志")[0]
+            lines.append(f"| {program['name']} | {program['text']} | 没有量到：{reason} |" + " |" * (len(COLUMNS) - 3))
             continue
         lines.append(
             f"| {program['name']} | {program['text']} | **{s['tokens_per_second']:.0f}** "
@@ -142,6 +148,7 @@ def table(group: dict[str, Any]) -> list[str]:
     for verdict in group["verdicts"]:
         floor = f"，底线 {verdict['floor']:.2f}，目标 {verdict['goal']:.2f}" if "floor" in verdict else ""
         state = "达到目标" if verdict["reached"] else "过" if verdict["passed"] else "**未达到**"
+        state += "" if group["is_quiet"] else "（机器不安静，不作结论）"
         lines.append(f"- {verdict['text']}：{verdict['ratio']:.2f}{floor} → {state}")
     failed = [check for check in group["loss_checks"] if not check["passed"]]
     lines.append(f"- 损失一致：{len(group['loss_checks']) - len(failed)} / {len(group['loss_checks'])}")

@@ -196,7 +196,12 @@ class GgufFile:
 
     def __init__(self, path: Path, num_heads: int):
         self._gguf = import_gguf()
-        self._tensors = {tensor.name: tensor for tensor in self._gguf.GGUFReader(path).tensors}
+        self._path = path
+        # 只留位置，不留 GGUFReader 的内存映射：读过的页会一直算在进程的内存里
+        self._tensors = {
+            tensor.name: (int(tensor.data_offset), int(tensor.n_bytes), tensor.tensor_type, tensor.shape.tolist())
+            for tensor in self._gguf.GGUFReader(path).tensors
+        }
         self._num_heads = num_heads
 
     def read(self, name: str) -> Tensor:
@@ -207,7 +212,8 @@ class GgufFile:
         return torch.cat([*(unpermute_rows(part, self._num_heads) for part in parts[:2]), parts[2]])
 
     def _dequantized(self, gguf_name: str) -> Tensor:
-        tensor = self._tensors[gguf_name]
-        values = self._gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        # GGUF 的形状是列在前
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(*map(int, reversed(tensor.shape)))
+        offset, num_bytes, kind, shape = self._tensors[gguf_name]
+        shape = shape[::-1]  # GGUF 的形状是列在前
+        content = np.fromfile(self._path, dtype=np.uint8, count=num_bytes, offset=offset)
+        rows = content.reshape(*shape[:-1], -1)
+        return torch.from_numpy(self._gguf.quants.dequantize(rows, kind)).reshape(shape)
