@@ -258,12 +258,21 @@ def build_model(
         f"可训练 {num_trainable:,} / {num_total:,}（{100 * num_trainable / num_total:.4f}%）"
     )
     if args.gradient_checkpointing != "none":
-        base = base_model_of(model)
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        named = {"all": 1, "attention": 0}
-        choice = args.gradient_checkpointing
-        base.model.checkpoint_every = named[choice] if choice in named else int(choice)
+        enable_gradient_checkpointing(model, args.gradient_checkpointing)
     return model
+
+
+def enable_gradient_checkpointing(model: nn.Module, choice: str):
+    """打开重算：choice 是 all、attention，或每几层一层（正整数）。
+
+    transformers 会顺带让词嵌入的输出需要梯度（可重入的重算才需要），这会把 freeze 的冻结底层全部拉进计算图；
+    这里用不可重入的重算，所以撤掉。
+    """
+    base = base_model_of(model)
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.disable_input_require_grads()
+    named = {"all": 1, "attention": 0}
+    base.model.checkpoint_every = named[choice] if choice in named else int(choice)
 
 
 def load_adapter(model: PeftModel, path: Path):

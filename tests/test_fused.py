@@ -1,0 +1,205 @@
+"""自带反向的算子（RMSNorm、SwiGLU、LoRA、分块交叉熵）与写开的式子对照，前向与反向；冻结底层的缓存与选择性重算。"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+
+from baichuan import BaichuanConfig, BaichuanForCausalLM, linear_cross_entropy
+from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
+from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
+from frozen_cache import FrozenCache
+from fused_lora import fuse_lora
+from model_factory import enable_gradient_checkpointing
+
+LENGTHS = [5, 1, 17, 9]
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    tensor = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return tensor.requires_grad_()
+
+
+def grads_of(function, *inputs):
+    """function(*inputs) 与固定方向的内积对各输入的梯度。"""
+    output = function(*inputs)
+    direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(9), dtype=output.dtype)
+    return output.detach(), torch.autograd.grad((output * direction).sum(), inputs)
+
+
+def assert_same(first, second, tolerance):
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(7, 24), (1, 1, 24), (2, 3, 5)])
+def test_rms_norm_equals_the_plain_formula(shape):
+    def plain(x, weight):
+        return weight * (x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    x, weight = randn(*shape, dtype=torch.float32), randn(shape[-1], seed=1, dtype=torch.float32)
+    expected, expected_grads = grads_of(plain, x, weight)
+    found, found_grads = grads_of(lambda x, w: RMSNormFunction.apply(x, w, 1e-6), x, weight)
+    assert_same([found, *found_grads], [expected, *expected_grads], 2e-6)
+
+
+def test_rms_norm_keeps_the_order_of_casts_in_half_precision():
+    x, weight = randn(3, 16, dtype=torch.float32), randn(16, seed=1, dtype=torch.float32)
+    x, weight = x.bfloat16(), weight.bfloat16()
+    normalized = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+    assert torch.equal(RMSNormFunction.apply(x, weight, 1e-6), weight * normalized.bfloat16())
+    # fp32 的权重配半精度的输入（autocast）：输出留在 fp32
+    assert RMSNormFunction.apply(x, weight.float(), 1e-6).dtype == torch.float32
+
+
+def test_swiglu_equals_the_plain_formula():
+    gate, up = randn(4, 6), randn(4, 6, seed=1)
+    expected = grads_of(lambda g, u: nn.functional.silu(g) * u, gate, up)
+    found = grads_of(SwiGLUFunction.apply, gate, up)
+    assert_same([found[0], *found[1]], [expected[0], *expected[1]], 1e-12)
+
+
+@pytest.mark.parametrize("is_norm_head", [False, True])
+@pytest.mark.parametrize("num_rows", [0, 1, 7, 50])
+def test_linear_cross_entropy_in_chunks(monkeypatch, is_norm_head, num_rows):
+    """块的大小不改变损失与梯度；NormHead 的梯度穿过归一化，与 F.normalize 写开的一致。"""
+    monkeypatch.setattr(linear_cross_entropy, "MAX_LOGITS_ELEMENTS", 8 * 31)  # 一块 8 行，50 行分 7 块
+    hidden, weight = randn(num_rows, 12, dtype=torch.float32), randn(31, 12, seed=1, dtype=torch.float32)
+    targets = torch.randint(0, 31, (num_rows,), generator=torch.Generator().manual_seed(2))
+
+    def plain(hidden, weight):
+        weight = nn.functional.normalize(weight) if is_norm_head else weight
+        return nn.functional.cross_entropy(hidden @ weight.t(), targets, reduction="sum")
+
+    def fused(hidden, weight):
+        scale = inverse_row_norms(weight.detach()) if is_norm_head else None
+        return LinearCrossEntropy.apply(hidden, weight, scale, targets)
+
+    expected = torch.autograd.grad(plain(hidden, weight) * 0.3, (hidden, weight))
+    loss = fused(hidden, weight)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain(hidden, weight), rtol=1e-6, atol=1e-6)
+    assert_same(torch.autograd.grad(loss * 0.3, (hidden, weight)), expected, 1e-5)
+
+
+def test_linear_cross_entropy_frozen_weight_has_no_gradient():
+    hidden, weight = randn(5, 12), randn(31, 12, seed=1).detach()
+    loss = LinearCrossEntropy.apply(hidden, weight, None, torch.arange(5))
+    loss.backward()
+    assert weight.grad is None and hidden.grad.abs().sum() > 0
+
+
+def small_model(position_embedding="rope", norm_head=True, num_layers=3):
+    lengths = {"max_position_embeddings": 64} if position_embedding == "rope" else {"model_max_length": 64}
+    torch.manual_seed(3)
+    config = BaichuanConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        norm_head=norm_head,
+        **lengths,
+    )
+    return BaichuanForCausalLM(config).train()
+
+
+def packed_batch():
+    input_ids = torch.randint(3, 97, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(4))
+    labels = input_ids.clone()
+    labels[0, [0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]] = -100
+    return {"input_ids": input_ids, "labels": labels, "document_lengths": LENGTHS}
+
+
+def trained_grads(model, **extra):
+    model.zero_grad()
+    loss = model(**packed_batch(), **extra, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_grads(first, second, tolerance=1e-6):
+    assert first[0] == pytest.approx(second[0], rel=tolerance)
+    assert first[1].keys() == second[1].keys()
+    for name, grad in first[1].items():
+        assert (grad - second[1][name]).norm() <= tolerance * grad.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_lora_equals_peft(dropout):
+    """同样的随机种子下，连 dropout 的掩码都相同；第一层的输入不需要梯度。"""
+    model = small_model()
+    config = LoraConfig(r=4, lora_alpha=30, lora_dropout=dropout, target_modules=["W_pack", "down_proj"])
+    model = get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    torch.manual_seed(5)
+    expected = trained_grads(model)
+    fuse_lora(model)
+    torch.manual_seed(5)
+    assert_same_grads(trained_grads(model), expected, 2e-6)
+    assert len(expected[1]) == 3 * 2 * 2
+
+
+def test_fused_lora_leaves_special_cases_to_peft():
+    model = get_peft_model(small_model(), LoraConfig(r=4, target_modules=["W_pack"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    fuse_lora(model).eval()
+    batch = {"input_ids": packed_batch()["input_ids"]}
+    adapted = model(**batch).logits
+    with model.disable_adapter():
+        base = model(**batch).logits
+    assert (adapted - base).abs().max() > 1e-3
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module.merge()
+    torch.testing.assert_close(model(**batch).logits, adapted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
+@pytest.mark.parametrize("every", [1, 2, 0])
+def test_selective_checkpointing_does_not_change_gradients(position_embedding, every):
+    model = small_model(position_embedding)
+    expected = trained_grads(model)
+    calls = []
+    enable_gradient_checkpointing(model, {1: "all", 2: "2", 0: "attention"}[every])
+    original = model.model._gradient_checkpointing_func
+    model.model._gradient_checkpointing_func = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    assert_same_grads(trained_grads(model), expected)
+    assert len(calls) == {1: 3, 2: 2, 0: 3}[every]
+
+
+def test_frozen_layers_are_neither_checkpointed_nor_in_the_graph():
+    model = small_model().requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    enable_gradient_checkpointing(model, "all")
+    seen = []
+    model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output[0].requires_grad))
+    trained_grads(model)
+    assert seen == [False]  # 只跑了一遍，没有计算图
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
+def test_frozen_cache_gives_the_same_gradients_without_running_the_layers(tmp_path, position_embedding):
+    model = small_model(position_embedding).requires_grad_(False)
+    model.model.layers[2].requires_grad_(True)
+    expected = trained_grads(model)
+    offsets = [0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]
+    cache = FrozenCache(tmp_path / "cache", 2, sum(LENGTHS), 32, torch.float32, needs_agreement=False)
+    model.model.frozen_cache = cache
+    runs = []
+    model.model.layers[0].register_forward_hook(lambda *args: runs.append(1))
+    first = trained_grads(model, document_offsets=offsets)
+    second = trained_grads(model, document_offsets=offsets)
+    assert_same_grads(first, expected)
+    assert_same_grads(second, expected)
+    assert len(runs) == 1
+    model.eval()
+    model(input_ids=packed_batch()["input_ids"], document_lengths=LENGTHS, document_offsets=offsets)
+    assert len(runs) == 2  # 评估不用缓存
+    cache.remove()
+    assert list(tmp_path.iterdir()) == []
