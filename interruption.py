@@ -7,11 +7,14 @@ SIGTERM、SIGINT、SIGUSR1 都当作「存好再停」；第二次 SIGINT（再�
 import os
 import signal
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+# 一次通信最多等别的进程多久；保存时别的进程在等 0 号进程写盘，要比它长
+WAIT_LIMIT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
 # 停下并已保存时的退出码：EX_TEMPFAIL，「暂时失败，可以重来」
 EXIT_INTERRUPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -56,6 +59,12 @@ class Interruption:
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
         self.reason = REASONS[int(code.item())]
         return self.reason is not None
+
+
+def limit_waiting():
+    """所有通信组都最多等 WAIT_LIMIT：DeepSpeed 自己建的组不理会它的 DEEPSPEED_TIMEOUT，断网之后要等半小时。"""
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(WAIT_LIMIT, group)
 
 
 def lost_connection(error: BaseException) -> str | None:

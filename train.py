@@ -23,7 +23,7 @@ from checkpoint import file_sha256, save_checkpoint
 from data_set import BaichuanDataSet
 from evaluation import batch_to_device, evaluate_nll
 from frozen_cache import FrozenCache
-from interruption import EXIT_INTERRUPTED, Interruption, lost_connection
+from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, limit_waiting, lost_connection
 from leftovers import remove_dead_shared_memory, remove_stale_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
 from prompting import Prompting, resolve_prompt_format
@@ -69,7 +69,7 @@ def main() -> int:
     ds_config, config = validate_args(args)
     clean_leftovers()
     skip_ops_without_compiler()
-    deepspeed.init_distributed()
+    deepspeed.init_distributed(timeout=WAIT_LIMIT)
     interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
@@ -98,6 +98,7 @@ def main() -> int:
 
     output_dir = Path(args.output_dir)
     engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
+    limit_waiting()
     progress = {} if resume_from is None else load_trainer_state(engine, resume_from.directory, num_steps)
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")

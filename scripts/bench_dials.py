@@ -60,7 +60,7 @@ def measure_loss(spec: dict[str, Any]) -> dict[str, float]:
         if chunk is not None:
             loss = linear_cross_entropy.LinearCrossEntropy.apply(chosen, weight, None, wanted)
         else:
-            wanted = wanted if only_targets else torch.where(is_target, wanted, -100)
+            wanted = wanted if only_targets else torch.where(is_target[rows], wanted, -100)
             loss = nn.functional.cross_entropy((chosen @ weight.t()).float(), wanted, reduction="sum")
         loss.backward()
         return loss.detach()
@@ -146,7 +146,8 @@ def run_dials(stage: str, args: argparse.Namespace) -> dict[str, Any]:
         print(f"  {form}：{results[form]}", flush=True)
     plain = results["plain"].get("extra_mb")
     lines = [
-        f"## 损失的内存与时间（词表 {sizes['vocab']}，{sizes['rows']} 行，宽 {sizes['hidden']}，目标占 {TARGET_SHARE:.0%}，{dtype}）",
+        f"## 损失的内存与时间（词表 {sizes['vocab']}，{sizes['rows']} 行，宽 {sizes['hidden']}，"
+        f"目标占 {TARGET_SHARE:.0%}，{dtype}）",
         "",
         "| 形式 | 前向加反向，秒 | 内存增量，MB | ÷ plain |",
         "|---|---|---|---|",

@@ -39,7 +39,7 @@ class Rows:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> SimpleNamespace:
-        return SimpleNamespace(**self._rows[index])
+        return bench_work.as_sample(self._rows[index])
 
 
 class BareEngine:

@@ -6,20 +6,25 @@ import torch
 from torch import Tensor, nn
 
 STANDARD_DEVIATION = 0.02
+HEAD_SCALE = 4.0  # 放大词表投影的理由见 bench_work.py
 # 一次在 GPU 上生成这么多元素，再拷到目标处（可能在主机内存里）
 CHUNK_ELEMENTS = 2**24
 
 
 def random_rows(name: str, out: Tensor, device: torch.device, offset: int = 0):
-    """按名字填 out（任意形状、设备与类型，连续）：N(0, 0.02)，norm 的向量填 1；offset 是 out 在整个张量里的起点。"""
+    """按名字填 out（任意形状、设备与类型，连续）：N(0, 0.02)（词表投影更大），norm 的向量填 1。
+
+    offset 是 out 在整个张量里的起点，元素数。
+    """
     if name.endswith("norm.weight"):
         out.fill_(1.0)
         return
+    deviation = STANDARD_DEVIATION * (HEAD_SCALE if name == "lm_head.weight" else 1.0)
     flat, start = out.view(-1), 0
     while start < flat.numel():
         chunk, within = divmod(offset + start, CHUNK_ELEMENTS)
         generator = torch.Generator(device).manual_seed(zlib.crc32(f"{name}/{chunk}".encode()))
-        values = torch.empty(CHUNK_ELEMENTS, device=device).normal_(0.0, STANDARD_DEVIATION, generator=generator)
+        values = torch.empty(CHUNK_ELEMENTS, device=device).normal_(0.0, deviation, generator=generator)
         count = min(CHUNK_ELEMENTS - within, flat.numel() - start)
         flat[start : start + count].copy_(values[within : within + count])
         start += count

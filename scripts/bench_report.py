@@ -17,7 +17,8 @@ MEMORY_SHARE = 0.5
 CACHE_SHARE = 0.85
 
 
-COLUMNS = "程序 说明 token/s 最慢–最快 ÷第一行 步，秒 CPU，秒 占矩阵速率 内存峰值，MB 首步损失 平均损失".split()
+COLUMNS = ["程序", "说明", "token/s", "最慢–最快", "÷ 第一行", "步，秒", "CPU，秒"]
+COLUMNS += ["占矩阵速率", "内存峰值，MB", "首步损失", "平均损失"]
 
 
 def summarize(program: dict[str, Any], clean_rounds: set[int]) -> dict[str, Any]:

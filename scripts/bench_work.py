@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,17 +207,26 @@ def choose_steps(lengths: Sequence[int], num_steps: int) -> list[list[int]]:
     return steps
 
 
-def spread_steps(kind: str, num_steps: int, vocab_size: int, seed: int = 7) -> list[list[dict[str, list[int]]]]:
-    """合成的步，平均长度都是 232：equal 等长；uneven 一长七短（1016 与 120）。目标都占末尾的 19%。"""
-    generator = random.Random(seed)
+def spread_row(length: int, vocab_size: int, seed: int, target_share: float = 0.19) -> dict[str, list[int]]:
+    """一个合成的样本：随机编号，目标占末尾的 target_share。"""
+    generator = random.Random(f"{seed}/{length}")
+    ids = [generator.randrange(3, vocab_size) for _ in range(length)]
+    first = max(1, round(length * (1 - target_share)))
+    return {"input_ids": ids, "labels": [-100] * first + ids[first:]}
+
+
+def spread_steps(kind: str, num_steps: int, vocab_size: int) -> list[list[dict[str, list[int]]]]:
+    """合成的步，平均长度都是 232：equal 等长；uneven 一长七短（1016 与 120）。"""
     lengths = {"equal": [232] * SAMPLES_PER_STEP, "uneven": [1016, *[120] * (SAMPLES_PER_STEP - 1)]}[kind]
+    return [
+        [spread_row(length, vocab_size, SAMPLES_PER_STEP * step + index) for index, length in enumerate(lengths)]
+        for step in range(num_steps)
+    ]
 
-    def row(length: int) -> dict[str, list[int]]:
-        ids = [generator.randrange(3, vocab_size) for _ in range(length)]
-        first = round(length * 0.81)
-        return {"input_ids": ids, "labels": [-100] * first + ids[first:]}
 
-    return [[row(length) for length in lengths] for _ in range(num_steps)]
+def as_sample(row: dict[str, list[int]]) -> SimpleNamespace:
+    """batching.collate 要的形式。"""
+    return SimpleNamespace(**row)
 
 
 def write_data(directory: Path, num_rows: int) -> Path:

@@ -381,7 +381,7 @@ def main() -> int:
         print(f"\n失败 {outcome.kind} #{outcome.number} {outcome.file} {outcome.damage}\n{outcome.detail}")
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        cases = [outcome._replace(detail=outcome.detail.split("\n")[0][:300])._asdict() for outcome in outcomes]
+        cases = [outcome._replace(detail=" ".join(outcome.detail.split())[:300])._asdict() for outcome in outcomes]
         write_json(args.output_dir / "damage.json", {"seed": args.seed, "seconds": round(seconds), "cases": cases})
         command = f"python scripts/damage_campaign.py --seed {args.seed} --scale {args.scale:g}"
         title = f"# 损坏战役\n\n`{command}`，用时 {seconds:.0f} 秒"

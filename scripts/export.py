@@ -87,7 +87,8 @@ def export(
             path = directory / f"{name}-{gguf_type}.gguf"
             write_gguf(source, tokenizer, checkpoint.prompting, path, gguf_type, name)
             reader = GgufFile(path, config.num_attention_heads)
-        comparison = check_export(source, exported_config, reader.read, prompts, kind)
+        vector_kind = "float32" if to == "gguf" else kind
+        comparison = check_export(source, exported_config, reader.read, prompts, kind, vector_kind)
         (directory / "README.md").write_text(model_card(checkpoint, to, kind, comparison), encoding="utf-8")
         write_manifest(directory, checkpoint.run_config.get("global_step", 0))
     return comparison

@@ -103,14 +103,19 @@ def streamed_logits(
 
 
 def check_export(
-    source: TensorSource, config: BaichuanConfig, read: Callable[[str], Tensor], prompts: list[list[int]], kind: str
+    source: TensorSource,
+    config: BaichuanConfig,
+    read: Callable[[str], Tensor],
+    prompts: list[list[int]],
+    kind: str,
+    vector_kind: str | None = None,
 ) -> Comparison:
     """核对写出的权重：合并公式严格相等，写出的每个张量恰是合并结果舍入一次，logits 之差只是舍入。
 
     Args:
         config: 写出的模型的结构（词表投影已归一化时 norm_head 为 False）。
         read: 官方名字 → 写出的张量。
-        kind: 写出的类型，ROUNDING_TOLERANCES 的键。
+        kind: 写出的类型，ROUNDING_TOLERANCES 的键；vector_kind: 向量（RMSNorm 的权重）的类型，缺省与 kind 相同。
 
     Returns:
         来源（适配器不合并）与写出的权重的 logits 之差。
@@ -127,7 +132,8 @@ def check_export(
         tensor = source.read(name)
         if source.config.norm_head and not config.norm_head:
             tensor = normalized_head(source.config, name, tensor)
-        check_rounding(name, tensor, read(name).float(), kind)
+        tensor_kind = vector_kind if vector_kind and tensor.dim() == 1 else kind
+        check_rounding(name, tensor, read(name).float(), tensor_kind)
     result = compare_logits(expected, streamed_logits(config, read, prompts))
     if not result.relative_rms <= ROUNDING_TOLERANCES[kind]:
         raise CheckFailed(f"写出的权重算出的 logits 与来源不同：{result}，上限 {ROUNDING_TOLERANCES[kind]}（{kind}）")
@@ -135,13 +141,13 @@ def check_export(
 
 
 def check_rounding(name: str, exact: Tensor, written: Tensor, kind: str):
-    """written 恰是 exact 舍入一次的结果；q8_0（向量仍是 fp32）时误差不超过每 32 个数的步长的一半。
+    """written 恰是 exact 舍入一次的结果；q8_0 时误差不超过每 32 个数的步长的一半。
 
     Raises:
         CheckFailed: 不是。
     """
-    if kind != "q8_0" or exact.dim() == 1:
-        is_same = torch.equal(written, exact if exact.dim() == 1 and kind == "q8_0" else exact.to(DTYPES[kind]).float())
+    if kind != "q8_0":
+        is_same = torch.equal(written, exact.to(DTYPES[kind]).float())
     else:
         blocks = exact.flatten().unfold(0, 32, 32)
         # 步长存成 fp16：乘 127 之后的相对误差至多 2^-11，非规格化的步长另有 127 · 2^-25

@@ -189,7 +189,9 @@ def check_conversation(messages: list[tuple[str, str]], tokenizer: BaichuanToken
     assert all(ok or (token == 195 and label == eos) for ok, token, label in zip(same, ids, labels, strict=True)), (
         "标签"
     )
-    if messages[-2][0] == "user":
+    # v1 的官方代码不用第一条用户消息之前的回答；这样的行读取时就会拒绝
+    starts_with_user = next(role for role, _ in messages if role != "system") == "user"
+    if messages[-2][0] == "user" and starts_with_user:
         prompt = encode_prompt(tokenizer, messages[:-1], max_src_len=max_src_len, **options)
         assert prompt == ids[: item.num_src_tokens], "预测的提示词与训练的 src 不同"
     limit = rng.choice([None, 1, 10, 50])

@@ -9,14 +9,13 @@
 #     bash scripts/train_multinode.sh baichuan2-13B/
 # 其余参数原样交给 train.py；中断之后在每台机器上用同样的命令加 --resume auto。
 # 环境变量：HOSTFILE（缺省 hostfile），PORT 通信端口（缺省 29500），TRAIN_PATH、OUTPUT_DIR、DS_FILE；
-#     DEEPSPEED_TIMEOUT 等别的机器的时限，分钟（缺省 10；要比存一个检查点久）；
+#     DEEPSPEED_TIMEOUT 等别的机器的时限，分钟（缺省 30；要比存一个检查点久）；
 #     NCCL_SOCKET_IFNAME、GLOO_SOCKET_IFNAME 走哪块网卡（机器有几块时须指定）。
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 MODEL="${1:?请给出检查点目录，例如 bash scripts/train_multinode.sh baichuan2-13B/}"
 HOSTFILE="${HOSTFILE:-hostfile}"
-export DEEPSPEED_TIMEOUT="${DEEPSPEED_TIMEOUT:-10}"
 [ -f "$HOSTFILE" ] || {
     echo "错误：没有 $HOSTFILE。请写一个 hostfile（每行「地址 slots=卡数」），或用 HOSTFILE=路径 指定。" >&2
     exit 2

@@ -61,6 +61,8 @@ class TrainingProcess:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # 后台运行的 shell 让子进程忽略 SIGINT，会一路传到 deepspeed
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def text(self) -> str:

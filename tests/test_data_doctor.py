@@ -152,12 +152,14 @@ def test_what_is_cut_is_told_exactly(write, base, capsys):
     cut = [encode_sample(s, tokenizer, "chat", 64, 40) for s in samples]
     src, total = whole[1].num_src_tokens, len(whole[2].input_ids)
     lost = total - len(cut[2].input_ids)
+    first_lost = tokenizer.decode(whole[2].input_ids[total - lost :], skip_special_tokens=True)
+    assert first_lost == "高高高"
     assert [item.src_truncated or item.tgt_truncated for item in cut] == [False, True, True, False]
     assert lines == [
         f"2: 提示: 提示 {src} token，超过 --max_src_len(40)，截去 {src - 40}（先丢较早的轮次，再截用户消息的尾部）: "
         f"请调大 --max_src_len（这一行要 {src}），或缩短这一行",
         f"3: output: 全长 {total} token，超过 --max_len(64)，回答 {total - whole[2].num_src_tokens} token 截去 {lost}"
-        f"（从「{tokenizer.decode(whole[2].input_ids[-lost : -lost + 8], skip_special_tokens=True)}」起，连同结束符）: "
+        f"（从「{first_lost}」起，连同结束符）: "
         f"请调大 --max_len（这一行要 {total}），或拆分这一行",
     ]
 

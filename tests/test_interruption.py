@@ -54,7 +54,8 @@ def check_saved(ended: Ended, directory: Path, reason: str) -> Path:
     """停下的样子：所有进程都结束，说了原因，最后一步的检查点完整，没有写了一半的东西；返回那个检查点。"""
     assert ended.returncode is not None, f"没有结束\n{ended.output[-3000:]}"
     assert f"收到 {reason}，已保存；用 --resume auto 接着训练" in ended.output, ended.output[-3000:]
-    assert "Traceback" not in ended.output
+    # deepspeed 自己收到 Ctrl-C 时打印它的 KeyboardInterrupt
+    assert "Traceback" not in ended.output or "KeyboardInterrupt" in ended.output, ended.output[-3000:]
     last = records_of(directory / "output")[-1]["step"]
     assert last < STEPS
     saved = directory / "output" / f"epoch-{(last - 1) // STEPS_PER_EPOCH + 1}-step-{last}"
@@ -122,8 +123,8 @@ def test_any_signal_to_anyone_saves(base, tmp_path, target, number, code):
         assert run.wait_for(r"步 3/"), run.text()[-3000:]
         run.send(target, number, rank=1)
         ended = run.wait(90)
-    # deepspeed 自己死了，launch.py 活着，rank 与它一起停；launch.py 死于 SIGUSR1 也一样
-    reason = "启动器已消失" if target == "runner" else number.name
+    # launch.py 收到什么都给各 rank 补发 SIGTERM；deepspeed 什么也不转告，rank 自己发现它没了
+    reason = {"runner": "启动器已消失", "launcher": "SIGTERM"}.get(target, number.name)
     saved = check_saved(ended, tmp_path, reason)
     assert ended.returncode == code
     print(f"{target} {number.name}：退出码 {ended.returncode}，{ended.seconds:.1f} 秒，存在 {saved.name}")
@@ -136,16 +137,13 @@ def test_a_second_sigint_leaves_at_once(base, tmp_path):
     with training(base, tmp_path, 1) as run:
         assert run.wait_for(r"步 3/"), run.text()[-3000:]
         [pid] = run.ranks()
-        os.kill(pid, signal.SIGSTOP)  # 让两次信号都在下一步之前到
         os.kill(pid, signal.SIGINT)
-        os.kill(pid, signal.SIGCONT)
-        deadline = time.monotonic() + 10
-        while not (tmp_path / "output").glob(".tmp-epoch*") and time.monotonic() < deadline:
-            time.sleep(0.001)
+        assert run.wait_until(lambda: any((tmp_path / "output").glob(".tmp-epoch-*")), 30, 0.0005)
         os.kill(pid, signal.SIGINT)
-        ended = run.wait(30)
-    assert ended.returncode in (128 + signal.SIGINT, EXIT_INTERRUPTED)  # 来不及的一次，保存先完成了
-    assert ended.seconds < 10
+        ended = run.wait(60)
+    assert ended.returncode == 128 + signal.SIGINT
+    assert "已保存" not in ended.output
+    assert not list((tmp_path / "output").glob("epoch-*"))
 
 
 @pytest.mark.slow
