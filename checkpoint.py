@@ -60,7 +60,7 @@ def save_checkpoint(
     try:
         if global_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            temporary.mkdir()  # output_dir 不在了（挂载点消失）是错误，不能悄悄重建
     except OSError as os_error:
         error = os_error
     raise_together(_save_error(final, error))
