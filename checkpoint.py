@@ -7,6 +7,7 @@
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -169,9 +170,16 @@ def write_manifest(directory: Path, step: int):
         if path.is_file():
             _fsync(path)
             files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    write_json(directory / MANIFEST, {"step": step, "tensors": _num_tensors(directory), "files": files})
+    manifest = {"step": step, "tensors": _num_tensors(directory), "files": files}
+    (directory / MANIFEST).write_bytes(_manifest_bytes(manifest))
     _fsync(directory / MANIFEST)
     _fsync(directory)
+
+
+def _manifest_bytes(manifest: dict) -> bytes:
+    """清单的字节：末尾是其余内容的校验和；写法唯一，所以清单自己的任何一个字节变了也看得出来。"""
+    checksum = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**manifest, "manifest_sha256": checksum}, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _num_tensors(directory: Path) -> int:
@@ -200,11 +208,13 @@ def verify_checkpoint(directory: str | Path) -> list[str]:
     try:
         manifest = read_json(directory / MANIFEST)
         files = dict(manifest["files"])
-    except (ValueError, TypeError, KeyError) as error:
+        checksum = manifest.pop("manifest_sha256", None)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} 损坏：{error}"]
     problems = []
     for name, expected in files.items():
         path = directory / name
+        expected = expected if isinstance(expected, dict) else {}
         if Path(name).is_absolute() or ".." in Path(name).parts:
             problems.append(f"{name}: 清单里的路径指向目录之外")
         elif not path.is_file():
@@ -215,6 +225,8 @@ def verify_checkpoint(directory: str | Path) -> list[str]:
             problems.append(f"{name}: 内容与清单的 SHA-256 不符")
     present = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
     problems += [f"{name}: 不在清单里" for name in sorted(present - files.keys())]
+    if checksum is None or (directory / MANIFEST).read_bytes() != _manifest_bytes(manifest):
+        problems.append(f"{MANIFEST}: 内容与它自己的校验和不符")
     return problems
 
 

@@ -23,8 +23,9 @@ from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from config_check import model_config_problems, tokenizer_model_problems
 from fused_lora import fuse_lora
-from utils import log_rank_0
+from utils import log_rank_0, read_json
 from weights import check_weights, load_weights
 
 
@@ -185,9 +186,14 @@ def load_config(path: str | Path, mode: str) -> BaichuanConfig:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {path} 里没有 config.json，请给出 Baichuan 检查点的本地目录")
+    problems = model_config_problems(read_json(path / "config.json"))
+    if problems:
+        raise ValueError(f"{path / 'config.json'} 损坏，请重新下载：{'；'.join(problems)}")
     try:
         config = MODEL_FAMILIES[mode].config_class.from_pretrained(path)
-    except (OSError, TypeError, AttributeError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # 内容来自外面，transformers 对坏的值抛各种异常
         raise ValueError(f"{path / 'config.json'} 读不了：{error}") from error
     if config.model_type != "baichuan":
         raise ValueError(f"{path / 'config.json'} 的 model_type 是 {config.model_type!r}，本项目只训练 baichuan")
@@ -202,8 +208,20 @@ def load_tokenizer(path: str | Path, mode: str, vocab_size: int) -> BaichuanToke
     """
     try:
         tokenizer = MODEL_FAMILIES[mode].tokenizer_class.from_pretrained(path)
-    except OSError as error:
+    except ValueError:
+        raise
+    except Exception as error:  # 内容来自外面，transformers 对坏的 JSON 抛各种异常
         raise ValueError(f"{path} 里没有可用的分词器（tokenizer.model、tokenizer_config.json）：{error}") from error
+    problems = tokenizer_model_problems((Path(path) / "tokenizer.model").read_bytes())
+    if problems:
+        raise ValueError(f"{Path(path) / 'tokenizer.model'} 损坏，请重新下载：{'；'.join(problems)}")
+    for name, expected in (("bos", tokenizer.sp_model.bos_id()), ("eos", tokenizer.sp_model.eos_id())):
+        token, found = getattr(tokenizer, f"{name}_token"), getattr(tokenizer, f"{name}_token_id")
+        if found != expected:
+            raise ValueError(
+                f"{path} 的 {name}_token 是 {token!r}（{found} 号），tokenizer.model 里是 {expected} 号："
+                "tokenizer_config.json 或 special_tokens_map.json 损坏，请重新下载"
+            )
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"{path} 的分词器有 {len(tokenizer)} 个词，config.json 的 vocab_size 只有 {vocab_size}："
@@ -237,7 +255,10 @@ def load_base_model(
             model = BaichuanForCausalLM(config)
     load_weights(model, path)
     if (Path(path) / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(path)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(path)
+        except Exception as error:  # 内容来自外面，transformers 对坏的值抛各种异常
+            raise ValueError(f"{Path(path) / 'generation_config.json'} 损坏，请重新下载：{error}") from error
     model.config.dtype = dtype
     model.name_or_path = str(path)  # peft 把它写进 adapter_config.json
     return model

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from config_check import generation_config_problems
+
 IGNORE_INDEX = -100
 PROMPT_FORMATS = ("plain", "chat")
 PROMPT_FAMILIES = ("baichuan", "baichuan2")
@@ -253,7 +255,13 @@ def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prom
     """
     _check_choice("prompt_format", requested, ("auto", *PROMPT_FORMATS))
     path = Path(directory) / "generation_config.json"
-    generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} 不是合法的 JSON，请重新下载：{error}") from error
+    problems = generation_config_problems(generation, config.vocab_size)
+    if problems:
+        raise ValueError(f"{path} 损坏，请重新下载：{'；'.join(problems)}")
     is_chat = "user_token_id" in generation
     return Prompting(
         prompt_format=("chat" if is_chat else "plain") if requested == "auto" else requested,

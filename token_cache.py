@@ -31,7 +31,7 @@ class TokenCache:
 
     def load(self) -> tuple[tuple[dict[str, np.ndarray], dict[str, int]] | None, str]:
         """读缓存，返回 (内容或 None, 说明)；损坏的缓存当作没有。"""
-        if not self.file.exists():
+        if not self.file.is_file():  # 目录、FIFO 也当作没有：打开 FIFO 会一直等下去
             others = list(self.directory.glob(f"{self.stem}-*.tokens"))
             return None, "数据、分词器或设置与旧缓存不同，已重新编码" if others else "没有缓存，已编码"
         try:

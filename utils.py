@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from config_check import ds_config_problems
+
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
@@ -99,6 +101,8 @@ def read_json(path: str | Path) -> Any:
         ValueError: 文件不存在、不是 UTF-8 或不是合法的 JSON，信息里有路径与位置。
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # 打开 FIFO 会一直等下去
+            raise ValueError(f"{path} 不是普通文件（可能是目录或管道），请给出 JSON 文件")
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"读不了 {path}：{error.strerror}") from error
@@ -147,21 +151,14 @@ def read_ds_config(path: str | Path) -> dict:
     """读 DeepSpeed 的 JSON 并检查 DeepSpeed 自己不检查、会悄悄忽略的地方。
 
     Raises:
-        ValueError: 不是合法的 JSON 对象；学习率调度的 type 或 warmup_type 不是 DeepSpeed 认得的值。
+        ValueError: 不是合法的 JSON 对象，或有不认识的键、不对的类型、不支持的学习率调度；全部列出。
     """
     config = read_json(path)
     if not isinstance(config, dict):
         raise ValueError(f"{path} 应是一个 JSON 对象，得到 {type(config).__name__}")
-    scheduler = config.get("scheduler", {})
-    schedulers = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
-    if scheduler and scheduler.get("type") not in schedulers:
-        raise ValueError(f"{path}: scheduler.type={scheduler.get('type')!r} 不支持，可选：{' | '.join(schedulers)}")
-    warmup_type = scheduler.get("params", {}).get("warmup_type", "linear")
-    if warmup_type not in ("linear", "log"):
-        raise ValueError(
-            f"{path}: scheduler.params.warmup_type={warmup_type!r} 不是 DeepSpeed 认得的值（linear | log）；"
-            "想要余弦衰减，请把 scheduler.type 写成 WarmupCosineLR"
-        )
+    problems = ds_config_problems(config)
+    if problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
     return config
 
 

@@ -29,7 +29,8 @@ def weight_files(directory: str | Path) -> list[Path]:
         if (directory / single).is_file():
             return [directory / single]
         if (directory / index).is_file():
-            weight_map = read_json(directory / index).get("weight_map")
+            content = read_json(directory / index)
+            weight_map = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{directory / index} 没有 weight_map，请重新下载这个文件")
             names = sorted(set(map(str, weight_map.values())))
