@@ -1,6 +1,7 @@
 """train.py 的命令行参数：定义、缺省值与互相之间的检查。"""
 
 import argparse
+import math
 import os
 from argparse import SUPPRESS, Namespace
 from pathlib import Path
@@ -255,8 +256,8 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     )
     expect(args.max_steps == -1 or args.max_steps >= 1, f"--max_steps({args.max_steps}) 必须为 -1（不限）或至少为 1")
     expect(args.save_model_step >= 0, f"--save_model_step({args.save_model_step}) 必须为 0（每轮）或正数")
-    expect(args.learning_rate > 0, f"--learning_rate({args.learning_rate}) 必须大于 0")
-    expect(args.weight_decay >= 0, f"--weight_decay({args.weight_decay}) 不能为负")
+    expect(0 < args.learning_rate < math.inf, f"--learning_rate({args.learning_rate}) 必须是大于 0 的有限数")
+    expect(0 <= args.weight_decay < math.inf, f"--weight_decay({args.weight_decay}) 必须是不小于 0 的有限数")
     expect(0 <= args.seed < 2**63, f"--seed({args.seed}) 必须在 [0, 2^63) 内")
     for name in ("warmup_ratio", "lora_dropout"):
         expect(0 <= getattr(args, name) < 1, f"--{name}({getattr(args, name)}) 必须在 [0, 1) 内")
@@ -271,6 +272,10 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     expect(
         "prefix_hidden_size" not in args.given or args.prefix_projection or args.ptuning_version == 1,
         "--prefix_hidden_size 只在 --prefix_projection 或 --ptuning_version 1 时起作用，请去掉或加上其一",
+    )
+    expect(
+        args.ptuning_version == 2 or not args.prefix_projection,
+        "--prefix_projection 只用于 --ptuning_version 2（第 1 版的提示总是经过一个 MLP），请去掉",
     )
     expect(
         args.ptuning_version == 2 or args.train_type != "ptuning" or not args.packing,

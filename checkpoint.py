@@ -165,9 +165,11 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(directory: Path, step: int):
     """写 manifest.json（文件、大小、SHA-256、步数、张量数），并把每个文件刷到磁盘；它总是最后写的文件。"""
-    files = {}
+    files, umask = {}, os.umask(0)
+    os.umask(umask)
     for path in sorted(directory.rglob("*")):
         if path.is_file():
+            path.chmod(0o666 & ~umask)  # safetensors 建的文件只有属主可读，这里与别的文件一致
             _fsync(path)
             files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     manifest = {"step": step, "tensors": _num_tensors(directory), "files": files}

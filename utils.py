@@ -199,6 +199,9 @@ def resolve_ds_config(
     """
     warmup_steps = round(num_steps * warmup_ratio)
     warmup_start = 1.0 / (max(2, warmup_steps) + 1) if warmup_steps else 1.0
+    # WarmupDecayLR 衰减到预热的起点，起点就是峰值的话一点也不衰减
+    decays_to_start = config.get("scheduler", {}).get("type") == "WarmupDecayLR"
+    warmup_start_lr = learning_rate * (0.1 if decays_to_start and not warmup_steps else warmup_start)
     auto_values = {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulation_steps,
@@ -208,7 +211,7 @@ def resolve_ds_config(
         "total_num_steps": num_steps,
         "warmup_num_steps": max(1, warmup_steps),
         "warmup_min_ratio": warmup_start,
-        "warmup_min_lr": learning_rate * warmup_start,
+        "warmup_min_lr": warmup_start_lr,
         "warmup_max_lr": learning_rate,
     }
 

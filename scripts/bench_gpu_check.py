@@ -89,8 +89,8 @@ def check_model(arch: str) -> dict[str, Differences]:
             ("损失，并排，对补齐", abs(packed_loss / padded_loss - 1), 1e-6),
             ("梯度，并排，对补齐", relative(packed_found, padded_found), 1e-5),
             ("损失，bf16 并排，对 bf16 补齐", abs(half_packed / half_padded - 1), 2e-3),
-            ("梯度，bf16 并排，对 fp32", relative(half_packed_found, expected), 5e-2),
-            ("梯度，bf16 补齐，对 fp32", relative(half_padded_found, expected), 5e-2),
+            ("梯度，bf16 并排，对 fp32", relative(half_packed_found, expected), 1e-1),
+            ("梯度，bf16 补齐，对 fp32", relative(half_padded_found, expected), 1e-1),
         ]
     }
 

@@ -167,7 +167,11 @@ def test_freeze_lists_what_exists_when_a_name_matches_nothing(make):
 def test_a_dot_at_the_end_tells_layer_1_from_layer_11(tiny_checkpoint, make):
     path = tiny_checkpoint("baichuan2-7b", **{**SIZES, "layers": 12})
     args = Namespace(
-        train_type="freeze", freeze_module_name="layers.1.", model_name_or_path=path, gradient_checkpointing="none"
+        train_type="freeze",
+        freeze_module_name="layers.1.",
+        model_name_or_path=path,
+        gradient_checkpointing="none",
+        adapter_path=None,
     )
     model = build_model(args, load_config(path, "baichuan"), torch.float32, CPU, None)
     trained = {name.split(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
