@@ -251,8 +251,10 @@ def load_base_model(
     else:
         import deepspeed
 
-        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero3_config, dtype=dtype):
+        # 类型由配置里的 bf16、fp16 定；不传 dtype：没有 fp16 的设备（CPU）上 DeepSpeed 0.19.8 会把它当作 bf16
+        with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero3_config):
             model = BaichuanForCausalLM(config)
+    assert next(model.parameters()).dtype == dtype, "模型的类型与 --precision 不符"
     load_weights(model, path)
     if (Path(path) / "generation_config.json").is_file():
         try:

@@ -126,13 +126,23 @@ class TrainingProcess:
             os.kill(pid, number)
         return [pid]
 
-    def wait(self, timeout: float = 300) -> Ended:
-        """等全部进程消失（启动器死后 rank 可能还在保存）；到限期就杀掉，returncode 为 None。"""
+    def wait(self, timeout: float = 300, leave_compilers: bool = False) -> Ended:
+        """等全部进程消失（启动器死后 rank 可能还在保存）；到限期就杀掉，returncode 为 None。
+
+        leave_compilers: 只等 deepspeed、launch.py 与各 rank；被杀的 rank 拉起的编译器还活着，留给 kill()。
+        """
         start = time.monotonic()
-        is_over = self.wait_until(lambda: self.process.poll() is not None and not self.alive(), timeout, 0.05)
-        seconds = time.monotonic() - start
-        self.kill()
-        return Ended(self.process.returncode if is_over else None, self.text(), seconds)
+
+        def is_over() -> bool:
+            if self.process.poll() is None:
+                return False
+            return not (self.ranks() or self.launcher()) if leave_compilers else not self.alive()
+
+        in_time = self.wait_until(is_over, timeout, 0.05)
+        ended = Ended(self.process.returncode if in_time else None, self.text(), time.monotonic() - start)
+        if not (in_time and leave_compilers):
+            self.kill()
+        return ended
 
     def kill(self):
         """杀掉整个进程组，清理它的共享内存文件。"""
