@@ -68,11 +68,19 @@ def limit_waiting():
 
 
 def lost_connection(error: BaseException) -> str | None:
-    """error 若是进程间通信断了（别的进程死了、网络断了、等到了时限），返回给人看的说明，否则为 None。"""
+    """error 若是进程间通信断了（别的进程死了、网络断了、等到了时限），返回给人看的说明，否则为 None。
+
+    还没连上时（端口被占、没有权限、连不到 0 号机器）说明怎样换端口。
+    """
     words = ("gloo", "Gloo", "NCCL", "Connection closed by peer", "TCPStore", "wait timeout")
     is_network = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     if not (is_network or isinstance(error, dist.DistError)):
         return None
+    if not dist.is_initialized():
+        return (
+            f"各进程没有连上：{str(error).splitlines()[0]}\n"
+            "端口被占用就换一个 --master_port；小于 1024 的端口（如 520）要 root；多机时检查地址与防火墙"
+        )
     return (
         f"与其他进程的通信断了：有进程已死（看它自己的输出），或机器之间的网络中断。{str(error).splitlines()[0]}\n"
         "已有的检查点没有受影响，请排除原因后用 --resume auto 接着训练"

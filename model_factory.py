@@ -243,6 +243,9 @@ def load_base_model(
     Raises:
         ValueError: 权重文件缺少、损坏，或与 config.json 不符。
     """
+    code = sorted(file.name for file in Path(path).glob("*.py"))
+    if code:
+        log_rank_0(f"{path} 里有代码（{'、'.join(code)}）：本项目用自己的实现，不会执行它们")
     with torch.device("meta"):
         skeleton = BaichuanForCausalLM(config)
     check_weights(path, {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()})

@@ -46,6 +46,12 @@ from utils import (
 )
 
 
+OUT_OF_MEMORY = (
+    "显存不够。依次试：加 --gradient_checkpointing；--per_device_train_batch_size 1 并用 --gradient_accumulation_steps 补足；"
+    "调小 --max_len；--ds_file ds_zero3_offload.json；换 lora 或 freeze"
+)
+
+
 @dataclass
 class Run:
     """一次训练的全部零件。"""
@@ -349,7 +355,7 @@ def run_main() -> int:
         if isinstance(error, ValueError) or getattr(error, "is_agreed", False):
             log_rank_0(f"错误：\n{error}")
             return 2 if isinstance(error, ValueError) else 1
-        reason = lost_connection(error)
+        reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else lost_connection(error)
         if reason is None:
             raise
         print(f"错误：rank {global_rank()} {reason}", file=sys.stderr, flush=True)

@@ -163,9 +163,14 @@ def read_ds_config(path: str | Path) -> dict:
 
 
 def has_cpp_compiler() -> bool:
-    """有没有 C++ 编译器：DeepSpeed 自带的 Adam 要在首次使用时编译。"""
+    """有没有编译器：DeepSpeed 自带的 Adam 要在首次使用时编译，在 GPU 上还要 CUDA 工具包（nvcc）。"""
     compiler = os.environ.get("CXX") or "g++"
-    return any(shutil.which(name) for name in (compiler, "c++", "clang++"))
+    has_host_compiler = any(shutil.which(name) for name in (compiler, "c++", "clang++"))
+    if not torch.cuda.is_available():
+        return has_host_compiler
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return has_host_compiler and CUDA_HOME is not None
 
 
 def skip_ops_without_compiler():
