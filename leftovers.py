@@ -13,7 +13,7 @@ SHM_PATTERNS = ("deepspeed_allreduce_buffer_{uid}_*", ".tmp-frozen-*")
 SHM_MIN_AGE_SECONDS = 60.0
 # 两次核对锁的间隔；看不到持有者的锁，多久没有动静算死的（最慢的一个文件编译不到 3 分钟）
 RECHECK_SECONDS, STALE_SECONDS = 1.0, 1800.0
-# 后台照看锁的间隔；等一个活着的编译多久之后说一声
+# 后台照看锁的间隔；等一个活着的编译多久之后说一声，以后每十倍这么久再说一声
 WATCH_SECONDS, WAIT_NOTICE_SECONDS = 10.0, 60.0
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"}
 # 缓存在几台机器共享的文件系统上时，别的机器上的编译看不到：只删这么久以前的锁
@@ -54,34 +54,56 @@ def remove_stale_locks(directory: Path | None = None) -> list[Path]:
     if not _locks(directory):
         return []
     removed = []
-    with open(directory / ".leftovers.flock", "a") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        first = _unused(directory)
-        if first:
-            time.sleep(RECHECK_SECONDS)
-        second = _unused(directory) if first else {}
-        for lock in (lock for lock, identity in first.items() if second.get(lock) == identity):
-            lock.unlink(missing_ok=True)
-            removed.append(lock)
+    try:
+        with open(directory / ".leftovers.flock", "a") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            first = _unused(directory)
+            if first:
+                time.sleep(RECHECK_SECONDS)
+            second = _unused(directory) if first else {}
+            for lock in (lock for lock, identity in first.items() if second.get(lock) == identity):
+                lock.unlink(missing_ok=True)
+                removed.append(lock)
+    except PermissionError as error:
+        raise ValueError(
+            f"编译缓存 {directory} 里有锁，却没有权限清理（{error.strerror}）；"
+            "请删去其中的 */lock，或换一个 TORCH_EXTENSIONS_DIR"
+        ) from error
     return removed
 
 
+def settle_locks(report: Callable[[str], None] = print):
+    """等到编译缓存里没有锁：死锁删去，活着的编译（别的训练的，或被杀的训练留下的编译器）等它完成，并说明在等谁。
+
+    每个进程载入算子之前都要调用。锁消失时 FileBaton 就当编译好了：不能让它去等一个没有人会编完的锁。
+    """
+    deadline = time.monotonic() + WAIT_NOTICE_SECONDS
+    while True:
+        for lock in remove_stale_locks():
+            report(f"删除了编译中途被杀留下的锁 {lock}（没有进程在用）")
+        locks = sorted(_locks(extensions_dir()))
+        if not locks:
+            return
+        if time.monotonic() > deadline:
+            report(f"{locks[0]} 还在：有进程在编译（也许在别的机器上），等它完成；确知没有时请删去它")
+            deadline += 10 * WAIT_NOTICE_SECONDS
+        time.sleep(RECHECK_SECONDS)
+
+
 def watch_locks(report: Callable[[str], None] = print) -> threading.Thread:
-    """在后台一直照看编译缓存：清理死锁，还有人占着的锁说明在等谁；daemon 线程，随进程结束。"""
+    """在后台照看编译缓存：本次运行正等着的编译（别的训练的）若死了，删去它的锁，免得永远等下去。
+
+    它若没有编完，随后的载入会报错，而不是挂起；重新运行即可。daemon 线程，随进程结束。
+    """
 
     def watch():
-        told = set()
         while True:
+            time.sleep(WATCH_SECONDS)
             try:
                 for lock in remove_stale_locks():
                     report(f"删除了编译中途被杀留下的锁 {lock}（没有进程在用）")
-                for lock in _locks(extensions_dir()) - told:
-                    if time.time() - lock.stat().st_mtime > WAIT_NOTICE_SECONDS:
-                        report(f"{lock} 已有 {WAIT_NOTICE_SECONDS:.0f} 秒：有进程在编译（也许在别的机器上），等它完成")
-                        told.add(lock)
-            except OSError:
-                pass  # 锁刚刚被释放，或缓存目录只读：下一轮再看
-            time.sleep(WATCH_SECONDS)
+            except (OSError, ValueError):
+                continue  # 锁刚刚被释放，或缓存目录不能写：下一轮再看
 
     thread = threading.Thread(target=watch, name="watch_locks", daemon=True)
     thread.start()

@@ -24,7 +24,7 @@ from data_set import BaichuanDataSet
 from evaluation import batch_to_device, evaluate_nll
 from frozen_cache import FrozenCache
 from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, limit_waiting, lost_connection
-from leftovers import remove_dead_shared_memory, remove_stale_locks, watch_locks
+from leftovers import remove_dead_shared_memory, settle_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
 from prompting import Prompting, resolve_prompt_format
 from resume import load_trainer_state, save_trainer_state
@@ -45,10 +45,9 @@ from utils import (
     write_json,
 )
 
-
 OUT_OF_MEMORY = (
-    "显存不够。依次试：加 --gradient_checkpointing；--per_device_train_batch_size 1 并用 --gradient_accumulation_steps 补足；"
-    "调小 --max_len；--ds_file ds_zero3_offload.json；换 lora 或 freeze"
+    "显存不够。依次试：加 --gradient_checkpointing；--per_device_train_batch_size 1 并用 --gradient_accumulation_steps "
+    "补足；调小 --max_len；--ds_file ds_zero3_offload.json；换 lora 或 freeze"
 )
 
 
@@ -240,10 +239,9 @@ def not_finite(what: str, value: float, engine, step: StepBatch) -> RuntimeError
 
 def clean_leftovers():
     """清理本机被杀的进程留下的编译锁与共享内存，否则后来的运行会一直等，或耗尽内存。"""
+    settle_locks()
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
-    for lock in remove_stale_locks():
-        log_rank_0(f"删除了编译中途被杀留下的锁 {lock}（没有进程在用）")
     dead = remove_dead_shared_memory()
     if dead:
         log_rank_0(f"删除了已死的运行留在 /dev/shm 的 {len(dead)} 个文件")

@@ -87,6 +87,9 @@ class Bench:
         rows = bench_work.encode_rows(baichuan, vocab)
         chosen = bench_work.choose_steps([len(row["input_ids"]) for row in rows], num_steps)
         steps = {"real": [[rows[index] for index in step] for step in chosen]}
+        if stage == "lora":
+            grouped = bench_work.group_steps([len(row["input_ids"]) for row in rows], STEPS_PER_TURN * self.args.rounds)
+            steps["group"] = [[rows[index] for index in step] for step in grouped]
         if stage == "spread":
             steps |= {kind: bench_work.spread_steps(kind, num_steps, vocab) for kind in ("equal", "uneven")}
         files = {name: self.scratch / f"work-{vocab}-{name}.json" for name in steps}
@@ -110,8 +113,7 @@ class Bench:
             return "没有给出它的 python，见 --trl_python、--llamafactory_python"
         if not Path(python).is_file():
             return f"{python} 不存在"
-        spec = peer_spec(program, llama, files["real"], self.precision, threads)
-        spec["group_steps"] = STEPS_PER_TURN * self.args.rounds
+        spec = peer_spec(program, llama, files, self.precision, threads)
         return [python, str(here / "bench_peers.py"), json.dumps(spec)]
 
     def run_group(self, stage: str, vocab: int) -> dict[str, Any]:
@@ -173,7 +175,7 @@ class Bench:
             "options": program.options,
             "precision": program.options.get("precision", self.precision),
             "same_function": program.same_function,
-            "is_uneven": program.options.get("layout") == "group",
+            "is_uneven": program.is_uneven,
             "versions": {},
             "steps": [],
             "reason": "",

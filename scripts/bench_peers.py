@@ -65,30 +65,10 @@ def step_callback(spec: dict[str, Any], work: dict[str, Any], channel: Channel):
 
 
 def read_work(spec: dict[str, Any]) -> dict[str, Any]:
-    """各步的样本；layout 为 group 时，要量的 group_steps 步的样本按 transformers 的长度分组重排。"""
+    """各步的样本，与每步的非补齐 token 数 step_tokens。"""
     work = json.loads(Path(spec["work"]).read_text(encoding="utf-8"))
-    steps = work["steps"]
-    if spec["layout"] == "group":
-        steps = group_by_length(steps[: spec["group_steps"]])
-    work["steps"] = steps
-    work["step_tokens"] = [sum(len(row["input_ids"]) for row in step) for step in steps]
+    work["step_tokens"] = [sum(len(row["input_ids"]) for row in step) for step in work["steps"]]
     return work
-
-
-def group_by_length(steps: list[list[dict]]) -> list[list[dict]]:
-    """transformers 自己的 LengthGroupedSampler 定的次序，仍是每步同样多的样本。"""
-    import torch
-    from transformers.trainer_pt_utils import LengthGroupedSampler
-
-    rows, size = [row for step in steps for row in step], len(steps[0])
-    sampler = LengthGroupedSampler(
-        size,
-        dataset=rows,
-        lengths=[len(row["input_ids"]) for row in rows],
-        generator=torch.Generator().manual_seed(0),
-    )
-    order = list(sampler)
-    return [[rows[index] for index in order[start : start + size]] for start in range(0, len(order), size)]
 
 
 def pad_collate(rows: list[dict]) -> dict[str, Any]:
@@ -178,7 +158,7 @@ def common_arguments(spec: dict[str, Any], num_steps: int, output_dir: str) -> d
 
 
 def run_hf(spec: dict[str, Any], channel: Channel, output_dir: str):
-    """transformers Trainer + peft；layout：padded、group（按长度分组）、flat（DataCollatorWithFlattening，免补齐）。"""
+    """transformers Trainer + peft；layout：padded、flat（DataCollatorWithFlattening，免补齐）。"""
     from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
     work = read_work(spec)

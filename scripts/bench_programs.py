@@ -28,7 +28,12 @@ class Program:
     @property
     def same_function(self) -> bool:
         """第一步的损失应与其他程序相同：样本相同、没有 dropout、没有随机的新参数。"""
-        return self.method != "ptuning" and not self.options.get("dropout") and self.options.get("layout") != "group"
+        return self.method != "ptuning" and not self.options.get("dropout") and not self.is_uneven
+
+    @property
+    def is_uneven(self) -> bool:
+        """各步的长度不同（按长度分组）：速度取总和之比，损失不与别的程序比。"""
+        return self.options.get("work") == "group"
 
 
 def ours(name: str, text: str, method: str = "lora", **options: Any) -> Program:
@@ -49,7 +54,7 @@ LORA = [
     peer("hf", "hf_bs8", "transformers + peft，batch 8 补齐（缺省）"),
     peer("hf", "hf_bs1", "transformers + peft，batch 1 累积 8", **ONE_BY_ONE),
     peer("hf", "hf_bs1_pure", "同上，不用 autocast，适配器也用计算精度", **ONE_BY_ONE, amp=False),
-    peer("hf", "hf_group", "transformers + peft，batch 8 按长度分组", layout="group"),
+    peer("hf", "hf_group", "transformers + peft，batch 8 按长度分组", work="group"),
     peer("hf", "hf_flat", "transformers + peft，免补齐（DataCollatorWithFlattening）", layout="flat", amp=False),
     peer("lf", "lf_bs8", "LLaMA-Factory，batch 8 补齐（缺省）"),
     peer("lf", "lf_bs1", "LLaMA-Factory，batch 1 累积 8", **ONE_BY_ONE),
@@ -174,7 +179,7 @@ def last_layers(layers: int, count: int = TRAINED_LAYERS) -> str:
     return ",".join(f"layers.{index}." for index in range(layers - count, layers))
 
 
-def peer_spec(program: Program, model: Path, work: Path, precision: str, threads: int) -> dict[str, Any]:
+def peer_spec(program: Program, model: Path, work: dict[str, Path], precision: str, threads: int) -> dict[str, Any]:
     """对方的规格，见 bench_peers.py。"""
     return {
         "dropout": 0.0,
@@ -183,7 +188,7 @@ def peer_spec(program: Program, model: Path, work: Path, precision: str, threads
         "kind": program.kind,
         "method": program.method,
         "model": str(model),
-        "work": str(work),
+        "work": str(work[program.options.get("work", "real")]),
         "precision": precision,
         "threads": threads,
         "learning_rate": LEARNING_RATES[program.method],

@@ -137,6 +137,7 @@ def make_models(directory: Path, shape: Shape, precision: str, seed: int = 1234)
     baichuan, llama = directory / f"baichuan-{tag}", directory / f"llama-{tag}"
     dtype = {"bf16": "bfloat16", "fp32": "float32"}[precision]
     if not baichuan.exists():
+        tokenizer = _tokenizer_model(shape.vocab)
         staging = build_tiny_model(
             "baichuan-7b",
             directory / f"making-{baichuan.name}",
@@ -147,8 +148,8 @@ def make_models(directory: Path, shape: Shape, precision: str, seed: int = 1234)
             vocab_size=shape.vocab,
             dtype=dtype,
             seed=seed,
-            tokenizer_model=_tokenizer_model(shape.vocab),
-            train_text=[ROOT / "data" / "spo_0.json"],
+            tokenizer_model=tokenizer,
+            train_text=None if tokenizer else [ROOT / "data" / "spo_0.json"],
             overwrite=True,
         )
         weights = load_file(staging / "model.safetensors")
@@ -205,6 +206,17 @@ def choose_steps(lengths: Sequence[int], num_steps: int) -> list[list[int]]:
         random.Random(step).shuffle(chosen)
         steps.append(chosen)
     return steps
+
+
+def group_steps(lengths: Sequence[int], num_steps: int) -> list[list[int]]:
+    """按 transformers 的长度分组排好整份数据，从头一组（其中从长到短）里等距取 num_steps 步。"""
+    import torch
+    from transformers.trainer_pt_utils import get_length_grouped_indices
+
+    order = get_length_grouped_indices(list(lengths), SAMPLES_PER_STEP, generator=torch.Generator().manual_seed(0))
+    num_batches = max(num_steps, min(len(lengths) // (4 * SAMPLES_PER_STEP), 50))
+    batches = [int((k + 0.5) / num_steps * num_batches) for k in range(num_steps)]
+    return [order[SAMPLES_PER_STEP * batch : SAMPLES_PER_STEP * (batch + 1)] for batch in batches]
 
 
 def spread_row(length: int, vocab_size: int, seed: int, target_share: float = 0.19) -> dict[str, list[int]]:

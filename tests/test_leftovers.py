@@ -11,7 +11,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 import leftovers
-from leftovers import remove_dead_shared_memory, remove_stale_locks, watch_locks
+from leftovers import remove_dead_shared_memory, remove_stale_locks, settle_locks, watch_locks
 
 
 @pytest.fixture(autouse=True)
@@ -144,19 +144,35 @@ def test_the_watch_frees_a_waiting_run(build, monkeypatch):
     assert told == [f"删除了编译中途被杀留下的锁 {build / 'lock'}（没有进程在用）"]
 
 
-def test_the_watch_says_what_it_waits_for(build, monkeypatch):
+def test_settling_waits_for_a_live_build_and_says_so(build, monkeypatch):
+    """被杀的训练留下的编译器还在编：锁等它完成才删，随后自己编译；此前载入会得到缺了的动态库。"""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(build.parent))
     monkeypatch.setattr(leftovers, "WAIT_NOTICE_SECONDS", 0.0)
-    holder, told = child(HOLD, build / "lock"), []
-    watch_locks(told.append)
-    deadline = time.monotonic() + 5
-    while not told and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.3)
-    holder.kill()
-    holder.wait()
-    assert told[0] == f"{build / 'lock'} 已有 0 秒：有进程在编译（也许在别的机器上），等它完成"
-    assert sum("等它完成" in line for line in told) == 1
+    (build / "lock").touch()
+    code = "import os, sys, time; os.chdir(sys.argv[1]); print('ready', flush=True); time.sleep(600)"
+    ninja, told = child(code, build), []
+    settling = threading.Thread(target=settle_locks, args=(told.append,))
+    settling.start()
+    settling.join(0.5)
+    assert settling.is_alive()
+    assert (build / "lock").exists()
+    ninja.kill()
+    ninja.wait()
+    settling.join(10)
+    assert not settling.is_alive()
+    assert told[0] == f"{build / 'lock'} 还在：有进程在编译（也许在别的机器上），等它完成；确知没有时请删去它"
+    assert told[-1] == f"删除了编译中途被杀留下的锁 {build / 'lock'}（没有进程在用）"
+
+
+def test_a_cache_that_cannot_be_cleaned_is_told(build, monkeypatch):
+    (build / "lock").touch()
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(leftovers.fcntl, "flock", refuse)
+    with pytest.raises(ValueError, match="却没有权限清理（Permission denied）"):
+        remove_stale_locks(build.parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
