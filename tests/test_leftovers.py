@@ -153,12 +153,14 @@ def test_settling_waits_for_a_live_build_and_says_so(build, monkeypatch):
     ninja, told = child(code, build), []
     settling = threading.Thread(target=settle_locks, args=(told.append,))
     settling.start()
-    settling.join(0.5)
+    deadline = time.monotonic() + 30
+    while not told and time.monotonic() < deadline:
+        settling.join(0.2)
     assert settling.is_alive()
     assert (build / "lock").exists()
     ninja.kill()
     ninja.wait()
-    settling.join(10)
+    settling.join(30)
     assert not settling.is_alive()
     assert told[0] == f"{build / 'lock'} 还在：有进程在编译（也许在别的机器上），等它完成；确知没有时请删去它"
     assert told[-1] == f"删除了编译中途被杀留下的锁 {build / 'lock'}（没有进程在用）"
