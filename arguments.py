@@ -6,10 +6,12 @@ import os
 from argparse import SUPPRESS, Namespace
 from pathlib import Path
 
+import torch
+
 from baichuan import BaichuanConfig
 from data_check import check_file
 from data_set import PROMPT_FORMATS
-from model_factory import MODEL_FAMILIES, TRAIN_METHODS, freeze_parts, load_config
+from model_factory import MODEL_FAMILIES, TRAIN_METHODS, check_model, freeze_parts, load_config
 from utils import PRECISIONS, read_ds_config
 
 TRAIN_TYPE_ALIASES = {"all": "full"}
@@ -262,6 +264,10 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     for name in ("warmup_ratio", "lora_dropout"):
         expect(0 <= getattr(args, name) < 1, f"--{name}({getattr(args, name)}) 必须在 [0, 1) 内")
 
+    expect(
+        args.precision != "fp16" or torch.cuda.is_available(),
+        "--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）",
+    )
     for method, entry in TRAIN_METHODS.items():
         foreign = [f"--{flag}" for flag in entry.flags if flag in args.given and method != args.train_type]
         expect(not foreign, f"{'、'.join(foreign)} 属于 --train_type {method}，对 {args.train_type} 不起作用，请去掉")
@@ -302,6 +308,8 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     expect(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} 是一个文件，请给出目录")
     ds_config = read(read_ds_config, args.ds_file)
     config = read(load_config, args.model_name_or_path, args.mode)
+    if config is not None and (args.train_type != "freeze" or freeze_parts(args)):
+        read(check_model, args, config)
     if problems:
         raise ValueError("\n".join(problems))
     return ds_config, config

@@ -106,9 +106,7 @@ def _save_model(module: nn.Module, directory: Path) -> Exception | None:
             continue
         try:
             writer.add(name, tensor)
-        except (OSError, RuntimeError) as write_error:  # safetensors 把磁盘满报成 RuntimeError 的子类
-            error = write_error
-        except Exception as write_error:
+        except Exception as write_error:  # safetensors 把磁盘满报成它自己的异常
             error = write_error
     prompt = prompt_embedding(module) if is_adapter else None
     if global_rank() != 0 or error is not None:

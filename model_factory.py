@@ -73,11 +73,11 @@ def freeze_parts(args: Namespace) -> list[str]:
     return [part.strip() for part in (args.freeze_module_name or "").split(",") if part.strip()]
 
 
-def apply_lora(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
-    """LoRA（Hu 等，2021），由 peft 实现；--lora_module_name 是逗号分隔的模块名，或 all-linear。
+def lora_target_modules(model: nn.Module, args: Namespace) -> list[str]:
+    """--lora_module_name 所指的线性层的名字。
 
     Raises:
-        ValueError: 模块名没有匹配到线性层；列出可用的名字。
+        ValueError: 某个名字不是模型里的线性层；列出可用的名字。
     """
     linear_names = sorted(
         {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -91,11 +91,20 @@ def apply_lora(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
             raise ValueError(
                 f"--lora_module_name 的 {unknown} 不是模型里的线性层，可选：{'、'.join(linear_names)}、all-linear"
             )
+    return target_modules
+
+
+def apply_lora(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
+    """LoRA（Hu 等，2021），由 peft 实现；--lora_module_name 是逗号分隔的模块名，或 all-linear。
+
+    Raises:
+        ValueError: 模块名没有匹配到线性层；列出可用的名字。
+    """
     config = LoraConfig(
         r=args.lora_dim,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=target_modules,
+        target_modules=lora_target_modules(model, args),
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
@@ -230,6 +239,31 @@ def load_tokenizer(path: str | Path, mode: str, vocab_size: int) -> BaichuanToke
     return tokenizer
 
 
+def checked_skeleton(path: str | Path, config: BaichuanConfig) -> BaichuanForCausalLM:
+    """没有存储的模型（meta 设备），并核对权重文件的名字与形状与它一致；只读文件头。
+
+    Raises:
+        ValueError: 权重文件缺少、损坏，或与 config.json 不符。
+    """
+    with torch.device("meta"):
+        skeleton = BaichuanForCausalLM(config)
+    check_weights(path, {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()})
+    return skeleton
+
+
+def check_model(args: Namespace, config: BaichuanConfig):
+    """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配。
+
+    Raises:
+        ValueError: 见 checked_skeleton、apply_freeze、lora_target_modules。
+    """
+    skeleton = checked_skeleton(args.model_name_or_path, config)
+    if args.train_type == "freeze":
+        apply_freeze(skeleton, args)
+    elif args.train_type == "lora":
+        lora_target_modules(skeleton, args)
+
+
 def load_base_model(
     path: str | Path, config: BaichuanConfig, dtype: torch.dtype, device: torch.device, zero3_config: dict | None = None
 ) -> BaichuanForCausalLM:
@@ -246,9 +280,7 @@ def load_base_model(
     code = sorted(file.name for file in Path(path).glob("*.py"))
     if code:
         log_rank_0(f"{path} 里有代码（{'、'.join(code)}）：本项目用自己的实现，不会执行它们")
-    with torch.device("meta"):
-        skeleton = BaichuanForCausalLM(config)
-    check_weights(path, {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()})
+    skeleton = checked_skeleton(path, config)
     if zero3_config is None:
         model = skeleton.to(dtype).to_empty(device=device)
     else:
