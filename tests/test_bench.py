@@ -233,6 +233,16 @@ def test_report_files(tmp_path):
     assert "- ours：torch 2.13" in paths[1].read_text(encoding="utf-8")
 
 
+def test_big_vocabulary_is_measured_in_two_batches(tmp_path, monkeypatch):
+    args = bench.parse_args(["--stage", "lora", "--precision", "fp32"])
+    for memory, expected in ((24.0, [6, 7]), (64.0, [12])):
+        monkeypatch.setattr(bench, "machine", lambda memory=memory: {"memory_gb": memory})
+        batches = bench.Bench(args, tmp_path).batches("lora", 64000)
+        assert [len(names) for names in batches] == expected
+        assert all(names[0] == "ours" for names in batches)
+        assert {name for names in batches for name in names} == {program.name for program in GROUPS["lora"]}
+
+
 def test_gpu_cases_have_real_lengths():
     rows, per_step, max_len = bench_gpu.case_rows({}, 1000, 2, toy=False)
     assert (len(rows), per_step, max_len) == (128, 64, 1024)

@@ -22,6 +22,7 @@ def scripts():
 
 
 @pytest.mark.deepspeed
+@pytest.mark.slow
 def test_forty_damaged_files(scripts, tmp_path):
     campaign = scripts("damage_campaign")
     outcomes = campaign.run_campaign(COUNTS, seed=2024, scratch=tmp_path, timeout_s=30)

@@ -64,6 +64,7 @@ def check_saved(ended: Ended, directory: Path, reason: str) -> Path:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_sigterm_to_one_rank_stops_both(base, tmp_path):
     with training(base, tmp_path, 2) as run:
@@ -75,6 +76,7 @@ def test_sigterm_to_one_rank_stops_both(base, tmp_path):
     assert ended.seconds < 30
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_orphaned_ranks_save_and_stop(base, tmp_path):
     """deepspeed 与 launch.py 都被 SIGKILL：没有人转告，rank 自己发现。"""
@@ -86,6 +88,7 @@ def test_orphaned_ranks_save_and_stop(base, tmp_path):
     check_saved(ended, tmp_path, "启动器已消失")
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_a_killed_rank_ends_the_run(base, tmp_path):
     with training(base, tmp_path, 2) as run:

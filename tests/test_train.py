@@ -468,7 +468,8 @@ def failing_runs(tiny_checkpoint, directory: Path) -> dict[str, tuple[list[str],
         ),
         "wrong_tokenizer": (
             task("wrong_tokenizer", model=damaged(
-                "wrong_tokenizer", lambda path: shutil.copy(small / "config.json", path))),
+                "wrong_tokenizer",
+                lambda path: [shutil.copy(small / name, path) for name in ("config.json", "model.safetensors")])),
             "的分词器有 2000 个词，config.json 的 vocab_size 只有 600：分词器与权重不是一套",
         ),
         "freeze_name": (
