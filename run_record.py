@@ -1,5 +1,6 @@
 """一次训练的记录与 output_dir：写下足以重现与续训的一切，决定从头开始还是接着训练。"""
 
+import errno
 import fcntl
 import os
 import time
@@ -68,6 +69,8 @@ def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
         output_dir = Path(args.output_dir)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
+            if not os.access(output_dir, os.W_OK | os.X_OK):  # 只读的文件系统，root 也写不了
+                raise PermissionError(errno.EACCES, "没有写权限，或文件系统是只读的")
             hold_output_dir(output_dir)
             remove_leftovers(output_dir)
             directory = find_resume_point(args.resume, output_dir)

@@ -354,6 +354,10 @@ def run_main() -> int:
             log_rank_0(f"错误：\n{error}")
             return 2 if isinstance(error, ValueError) else 1
         reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else lost_connection(error)
+        if isinstance(error, OSError) and error.strerror:  # 写日志时磁盘满、变成只读、挂载点消失
+            reason = (
+                f"读写 {error.filename or '文件'} 失败：{error.strerror}。请检查磁盘空间与权限；已有的检查点没有受影响"
+            )
         if reason is None:
             raise
         print(f"错误：rank {global_rank()} {reason}", file=sys.stderr, flush=True)

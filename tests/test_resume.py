@@ -6,6 +6,8 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -20,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from checkpoint import verify_checkpoint
 from model_factory import TRAIN_METHODS
 from resume import FREE_FLAGS, check_same_run, find_resume_point, random_state, set_random_state
+from run_record import hold_output_dir
 from utils import read_json, write_json
 
 WORKER = Path(__file__).with_name("resume_worker.py")
@@ -477,3 +480,22 @@ def test_other_ranks_keep_the_curve_in_new_processes(bases, tmp_path, zero, rank
 
 def test_the_combinations_name_every_method():
     assert set(METHODS) == set(TRAIN_METHODS)
+
+
+def test_two_runs_do_not_share_an_output_dir(tmp_path, capsys):
+    """另一个进程占着时等一会儿，说明在等；还占着就拒绝，它一结束就能用。"""
+    code = (
+        "import fcntl, os, sys, time; fd = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(fd, fcntl.LOCK_EX);"
+        "print('ready', flush=True); time.sleep(600)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "ready\n"
+        with pytest.raises(ValueError, match="正被另一个训练使用，请等它结束、结束它，或换一个目录"):
+            hold_output_dir(tmp_path, wait_seconds=0.5)
+        assert f"{tmp_path} 正被另一个训练使用（也许还在保存），最多等 0 秒" in capsys.readouterr().out
+    finally:
+        other.kill()
+        other.wait()
+    hold_output_dir(tmp_path, wait_seconds=0.5)
+    hold_output_dir(tmp_path, wait_seconds=0.5)  # 同一个进程再来一次（测试里接连训练）不算别人
