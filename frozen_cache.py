@@ -49,15 +49,17 @@ class FrozenCache:
             has_all = bool(flag.item())
         if not has_all:
             return None
-        pieces = [self._states[offset : offset + length] for offset, length in zip(offsets, lengths, strict=True)]
-        states = torch.cat(pieces) if pieces else like.new_zeros(like.shape[1:])
+        pieces = [self._states[offset : offset + length] for offset, length in zip(offsets, lengths, strict=False)]
+        num_rows, hidden_size = like.shape[1:]
+        filler = self._states.new_zeros(num_rows - sum(map(len, pieces)), hidden_size)  # 末尾补成整块的行，不存
+        states = torch.cat([*pieces, filler])
         return states[None].to(like.device, non_blocking=True)
 
     def write(self, offsets: list[int], lengths: list[int], hidden_states: Tensor):
         """存下并排样本的底层输出 [1, T, H]；没有样本（占位的 micro batch）时不存。"""
         if not offsets:
             return
-        for offset, states in zip(offsets, hidden_states[0].detach().cpu().split(lengths), strict=True):
+        for offset, states in zip(offsets, hidden_states[0].detach().cpu().split(lengths), strict=False):
             self._states[offset : offset + len(states)] = states
             self._filled[offset] = 1  # 内容在先，标记在后
 

@@ -20,11 +20,13 @@ class LoraFunction(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         dropped, mask = torch.native_dropout(rows, dropout, True) if dropout else (rows, None)
         z = dropped @ lora_a.t()  # [T, r]
-        y = rows @ weight.t()
-        y.addmm_(z, lora_b.t(), alpha=scaling)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])  # 不是视图：旋转位置编码随后就地改写它
+        y_rows = y.view(-1, weight.shape[0])
+        torch.mm(rows, weight.t(), out=y_rows)
+        y_rows.addmm_(z, lora_b.t(), alpha=scaling)
         ctx.save_for_backward(weight, lora_a, lora_b, dropped, mask, z)
         ctx.scaling, ctx.keep = scaling, 1.0 - dropout
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     @once_differentiable

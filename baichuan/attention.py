@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # CPU 上短样本用矩阵乘法 + softmax 更快，长样本用 SDPA（不存 S×S 的概率）；交叉点由 scripts/bench.py 量得
 CPU_MATMUL_MAX_LENGTH = 512
@@ -28,14 +29,43 @@ def rotary_tables(position_ids: Tensor, head_dim: int, base: float = 10000.0) ->
     return angles.cos(), angles.sin()
 
 
-def apply_rotary(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """states [..., L, heads, d] 乘旋转位置编码；结果与 states 同类型。
+class RotaryFunction(torch.autograd.Function):
+    """给 W_pack 的输出 [b, L, 3H] 里的 q、k 加旋转位置编码，就地改写，v 不动。
 
-    cos、sin 是 fp32 时先升到 fp32 再转回（Baichuan2 的做法），是 states 的类型时直接在该类型里算（Baichuan 的做法）。
+    cos、sin [b, L, 1, d]：是 fp32 时在 fp32 里旋转再转回（Baichuan2 的做法），是输入的类型时直接在该类型里算
+    （Baichuan 的做法）。旋转的反向就是反着转，什么都不必保留。
     """
-    first, second = states.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return torch.addcmul(states * cos, rotated, sin).to(states.dtype)
+
+    @staticmethod
+    def forward(ctx, packed_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.mark_dirty(packed_states)
+        _rotate(packed_states, packed_states, cos, sin)
+        return packed_states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        cos, sin = ctx.saved_tensors
+        packed_grad = torch.empty_like(grad)
+        hidden_size = grad.shape[-1] // 3
+        packed_grad[..., 2 * hidden_size :] = grad[..., 2 * hidden_size :]
+        _rotate(grad, packed_grad, cos, -sin)
+        return packed_grad, None, None
+
+
+def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor):
+    """q、k 的 (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)，x₁、x₂ 是各头的前后两半；source 与 target 可以相同。"""
+    half = cos.shape[-1] // 2
+    cos, sin = cos[..., None, :, :half], sin[..., None, :, :half]  # 前后两半相同；[b, L, 1, 1, d/2]
+    by_head = (*source.shape[:2], 3, -1, 2 * half)
+    first, second = source.view(by_head)[:, :, :2].split(half, dim=-1)
+    new_first = torch.addcmul(first * cos, second, sin, value=-1)
+    new_second = torch.addcmul(second * cos, first, sin)
+    for states, new_states in zip(
+        target.view(by_head)[:, :, :2].split(half, dim=-1), (new_first, new_second), strict=True
+    ):
+        states.copy_(new_states)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

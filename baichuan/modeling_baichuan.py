@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from baichuan.attention import (
     AttentionContext,
+    RotaryFunction,
     alibi_slopes,
     allowed_mask,
-    apply_rotary,
     counted_positions,
     eager_attention,
     packed_attention,
@@ -43,6 +43,9 @@ def chosen_cache(past_key_values, cache):
 # ---------------------------------------------------------------------------------------------------------------------
 # 层
 
+# 并排的行数补成它的倍数：行数不齐时，oneDNN 的矩阵乘法慢一成（GPU 的矩阵单元也要求 8 的倍数）
+ROW_MULTIPLE = 8
+
 
 class BaichuanRMSNorm(nn.Module):
     """RMSNorm：方差用 fp32；权重是半精度时先转回权重的类型再相乘。"""
@@ -54,6 +57,11 @@ class BaichuanRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return RMSNormFunction.apply(hidden_states, self.weight, self.eps)
+
+
+def take_rows(hidden_states: Tensor, rows: Tensor | None) -> Tensor:
+    """[b, L, H] 展平后的这些行，[1, N, H]；rows 为 None 时原样。"""
+    return hidden_states if rows is None else hidden_states.flatten(0, 1).index_select(0, rows)[None]
 
 
 class BaichuanMLP(nn.Module):
@@ -86,14 +94,18 @@ class BaichuanAttention(nn.Module):
         past_key_values=None,
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
+        output_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [b, L, H] → ([b, L, H], 注意力概率或 None)；prefix_* [b, heads, V, d]。"""
+        """hidden_states [b, L, H] → ([b, L, H]，给了 output_rows [N] 时为 [1, N, H]；注意力概率或 None)。
+
+        prefix_key、prefix_value: [b, heads, V, d]。
+        """
         batch_size, length, hidden_size = hidden_states.shape
         packed_states = self.W_pack(hidden_states)
+        if context.rotary is not None:
+            packed_states = RotaryFunction.apply(packed_states, *context.rotary)
         packed_states = packed_states.view(batch_size, length, 3, self.config.num_attention_heads, self.config.head_dim)
         query, key, value = packed_states.unbind(dim=2)  # 各 [b, L, heads, d]
-        if context.rotary is not None:
-            query, key = apply_rotary(query, *context.rotary), apply_rotary(key, *context.rotary)
 
         attentions = None
         if context.document_lengths is not None:
@@ -112,7 +124,8 @@ class BaichuanAttention(nn.Module):
                     query, key, value, attn_mask=context.bias, is_causal=context.is_causal
                 )
             output = output.transpose(1, 2)
-        return self.o_proj(output.reshape(batch_size, length, hidden_size)), attentions
+        output = output.reshape(batch_size, length, hidden_size)
+        return self.o_proj(take_rows(output, output_rows)), attentions
 
 
 class BaichuanDecoderLayer(nn.Module):
@@ -132,15 +145,20 @@ class BaichuanDecoderLayer(nn.Module):
         past_key_values=None,
         prefix_key: Tensor | None = None,
         prefix_value: Tensor | None = None,
+        output_rows: Tensor | None = None,
         checkpoint_attention=None,
     ) -> tuple[Tensor, Tensor | None]:
+        """hidden_states [b, L, H] → ([b, L, H], 注意力概率或 None)。
+
+        output_rows [N]：只算展平后的这些行，[1, N, H]；其余各行在注意力里只作键与值，之后不再有人用。
+        """
         attend = (
             self.self_attn.__call__ if checkpoint_attention is None else partial(checkpoint_attention, self.self_attn)
         )
         attention_output, attentions = attend(
-            self.input_layernorm(hidden_states), context, past_key_values, prefix_key, prefix_value
+            self.input_layernorm(hidden_states), context, past_key_values, prefix_key, prefix_value, output_rows
         )
-        hidden_states = hidden_states + attention_output
+        hidden_states = take_rows(hidden_states, output_rows) + attention_output
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), attentions
 
 
@@ -254,6 +272,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         output_hidden_states: bool | None = None,
         document_lengths: list[int] | None = None,
         document_offsets: list[int] | None = None,
+        output_rows: Tensor | None = None,
         cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -266,6 +285,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             past_key_values: transformers 的 Cache。训练与并排时视为固定的前缀（P-Tuning）：不追加，不返回。
             document_lengths: 并排样本的各自长度（此时 b = 1，L 为其和）；各样本只看自己。
             document_offsets: 各样本在 frozen_cache 里的位置；没有 frozen_cache 时不用。
+            output_rows: [N]，只要展平后的这些行（如目标行）：最后一层的注意力之后只算它们，输出是 [1, N, H]；
+                要 output_hidden_states 或 output_attentions 时不可用。
 
         Raises:
             ValueError: input_ids 与 inputs_embeds 没有恰好给一个，或 document_lengths 与输入不符。
@@ -285,6 +306,13 @@ class BaichuanModel(BaichuanPreTrainedModel):
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
+
+        num_rows = hidden_states.shape[1]
+        filler = -num_rows % ROW_MULTIPLE if document_lengths is not None else 0
+        if filler:  # 末尾补成整块，自成一个没有人看的样本
+            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, filler))
+            position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, filler))
+            document_lengths = [*document_lengths, filler]
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         prefixes = None
@@ -311,19 +339,20 @@ class BaichuanModel(BaichuanPreTrainedModel):
             if cached is not None and index < self.frozen_cache.num_layers:
                 continue
             if output_hidden_states:
-                all_hidden_states.append(hidden_states)
+                all_hidden_states.append(hidden_states[:, :num_rows])
             prefix = (None, None) if prefixes is None else prefixes[index]
+            rows = output_rows if layer is self.layers[-1] else None
             if self._checkpoints(index, layer, hidden_states, prefix[0]):
                 checkpoint = self._gradient_checkpointing_func
                 if self.checkpoint_every:
                     run = partial(checkpoint, layer.__call__)
                 else:
                     run = partial(layer, checkpoint_attention=checkpoint)
-                hidden_states, attentions = run(hidden_states, context, None, *prefix)
+                hidden_states, attentions = run(hidden_states, context, None, *prefix, rows)
             else:
-                hidden_states, attentions = layer(hidden_states, context, past_key_values, *prefix)
+                hidden_states, attentions = layer(hidden_states, context, past_key_values, *prefix, rows)
             all_attentions.append(attentions)
-        hidden_states = self.norm(hidden_states)
+        hidden_states = self.norm(hidden_states if output_rows is not None else hidden_states[:, :num_rows])
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache is not False else None,
@@ -450,6 +479,15 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             logits_to_keep: 只算最后几行（或给定下标）的 logits，generate() 用。
             其余见 BaichuanModel.forward。
         """
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        next_labels = None
+        if labels is not None:  # 第 t 行的目标是第 t+1 个 label
+            next_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:].flatten()
+            # 提示放在词嵌入处时（P-Tuning 第 1 版），主机上按原来的长度算好的行号不对
+            if target_rows is None or inputs_embeds is not None:
+                target_rows = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
+        is_loss_only = not (return_logits or output_hidden_states or output_attentions or self.config.z_loss_weight)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -461,17 +499,21 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             document_lengths=document_lengths,
             document_offsets=document_offsets,
+            output_rows=target_rows if is_loss_only else None,
         )
         hidden_states = outputs.last_hidden_state
-        if return_logits is None:
-            return_logits = labels is None or not self.training
 
         logits = loss = None
         if return_logits:
             rows = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states if labels is not None else hidden_states[:, rows])
         if labels is not None:
-            loss = self._loss(hidden_states, logits, labels, target_rows, num_items_in_batch)
+            num_items = max(1, len(target_rows)) if num_items_in_batch is None else num_items_in_batch
+            targets = next_labels[target_rows]
+            if is_loss_only:
+                loss = self.lm_head(hidden_states[0], targets) / num_items
+            else:
+                loss = self._loss(hidden_states, logits, targets, target_rows, num_items)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -481,15 +523,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def _loss(self, hidden_states, logits, labels, target_rows, num_items_in_batch) -> Tensor:
-        """标量 fp32。z_loss_weight 不为 0 时需要所有行的 logits，其余只算目标行。"""
-        next_labels = nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[
-            :, 1:
-        ].flatten()  # 第 t 行的目标是第 t+1 个 label
-        if target_rows is None:
-            target_rows = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
-        num_items = max(1, len(target_rows)) if num_items_in_batch is None else num_items_in_batch
-        targets = next_labels[target_rows]
+    def _loss(self, hidden_states, logits, targets, target_rows, num_items) -> Tensor:
+        """由各行的 logits 算损失，标量 fp32；z_loss_weight 不为 0 时需要所有行。"""
         if logits is None and not self.config.z_loss_weight:
             return self.lm_head(hidden_states.flatten(0, 1)[target_rows], targets) / num_items
         if logits is None:
