@@ -9,10 +9,13 @@ from pathlib import Path
 import torch
 
 from baichuan import BaichuanConfig
-from data_check import check_file
-from data_set import PROMPT_FORMATS
+from config_check import fixed_numbers
+from data_set import PROMPT_FORMATS, check_first_rows
+from evaluation_flags import add_evaluation_flags, evaluation_problems
 from model_factory import MODEL_FAMILIES, TRAIN_METHODS, check_model, freeze_parts, load_config
-from utils import PRECISIONS, read_ds_config
+from numerics import spike_choice
+from quantization import quantization_problems
+from utils import PRECISIONS, log_rank_0, read_ds_config
 
 TRAIN_TYPE_ALIASES = {"all": "full"}
 
@@ -80,7 +83,7 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         help="模型族；结构以检查点的 config.json 为准（缺省 %(default)s）",
     )
     add(base, "train_path", required=True, help="训练数据，JSON Lines 或 JSON 数组（必填），格式见 data/README.md")
-    add(base, "eval_path", help="评估数据，格式同训练数据；每轮结束时报告目标 token 的平均损失（缺省不评估）")
+    add(base, "eval_path", help="评估数据，格式同训练数据；每轮结束时评估（缺省不评估）")
     add(
         base,
         "prompt_format",
@@ -120,6 +123,8 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         "W_pack",
         help="lora：套在哪些线性层上，逗号分隔；all-linear 为全部（缺省 %(default)s）",
     )
+    add(method, "load_in_4bit", False, action=BoolFlag, help="lora：基座量化成 4 位（nf4，QLoRA），要 bitsandbytes")
+    add(method, "load_in_8bit", False, action=BoolFlag, help="lora：基座量化成 8 位（LLM.int8），要 bitsandbytes")
     add(method, "pre_seq_len", 16, **typed(int), help="ptuning：前缀的长度，token（缺省 %(default)s）")
     add(method, "prefix_projection", False, action=BoolFlag, help="ptuning：前缀经过一个两层 MLP 产生；缺省直接训练")
     add(
@@ -193,6 +198,12 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
     )
     add(
         train,
+        "loss_spike_factor",
+        "0",
+        help="一步的损失超过近来平均的多少倍时警告，如 3；写成 3,stop 则在更新之前停下；0 为不看（缺省 %(default)s）",
+    )
+    add(
+        train,
         "resume",
         "no",
         help="no 从头训练；auto 接着 output_dir 里最新的完整检查点；或给出检查点目录（缺省 %(default)s）",
@@ -204,7 +215,15 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         action=BoolFlag,
         help="检查点里存续训所需的优化器状态（每个可训练参数 12 字节）；--no-save_trainer_state 只存模型（缺省存）",
     )
+    add_evaluation_flags(add, parser.add_argument_group("评估、遗忘与重放"))
     add(train, "logging_dir", help="TensorBoard 的目录（缺省 output_dir/runs）")
+    add(
+        train,
+        "dry_run",
+        False,
+        action=BoolFlag,
+        help="只推算 token、步数、显存、主机内存与时间，不读权重也不训练；退出码 0 放得下，1 放不下",
+    )
     add(train, "local_rank", -1, **typed(int), help="由 deepspeed 启动器传入，不必自己写")
     return parser
 
@@ -219,6 +238,33 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     if args.ptuning_version == 1 and args.train_type == "ptuning" and "packing" not in args.given:
         args.packing = False
     return args
+
+
+def settle_fixed_numbers(args: Namespace, ds_config: dict) -> list[str]:
+    """DeepSpeed 配置写了具体的数、命令行没写时，以配置为准并说一声；两处都写而不同是错误，返回全部。"""
+    problems = []
+    for name, place, value in fixed_numbers(ds_config):
+        if name is None:
+            log_rank_0(f"注意：{args.ds_file} 的 {place} 写成 {value}，不随命令行变化")
+        elif name == "warmup_ratio" and name in args.given:
+            problems.append(
+                f"--{name} 与 {args.ds_file} 的 {place}（{value}）都写了，后者会盖住前者；"
+                '请去掉一个，或把配置里的改成 "auto"'
+            )
+        elif name == "warmup_ratio":
+            log_rank_0(f"注意：预热以 {args.ds_file} 的 {place}（{value}）为准，不是 --{name} {args.warmup_ratio}")
+        elif isinstance(getattr(args, name), int) and type(value) is not int:
+            problems.append(f"{args.ds_file} 的 {place} 应为整数，实际是 {value}")
+        elif getattr(args, name) != value and name in args.given:
+            problems.append(
+                f"--{name} {getattr(args, name)} 与 {args.ds_file} 的 {place}（{value}）不同；"
+                '请去掉一个，或把配置里的改成 "auto"'
+            )
+        elif getattr(args, name) != value:
+            log_rank_0(f"注意：{name} 以 {args.ds_file} 的 {place} 为准：{value}（缺省是 {getattr(args, name)}）")
+            setattr(args, name, value)
+            args.given = sorted({*args.given, name})  # 配置里另一处再写一个不同的数也是错误
+    return problems
 
 
 def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
@@ -239,6 +285,9 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
         except ValueError as error:
             problems.append(str(error))
 
+    ds_config = read(read_ds_config, args.ds_file)
+    if ds_config is not None:
+        problems += settle_fixed_numbers(args, ds_config)
     for name in (
         "max_len",
         "max_src_len",
@@ -301,14 +350,17 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
         f"--cache_frozen {args.cache_frozen} 只用于 --train_type freeze，并且要开着 --packing，请去掉或改过来",
     )
 
+    problems += quantization_problems(args, ds_config)
+    problems += evaluation_problems(args)
     for path in (args.train_path, args.eval_path):
         if path is not None:
-            read(check_file, path)
+            read(check_first_rows, path)
     output_dir = Path(args.output_dir)
     expect(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} 是一个文件，请给出目录")
-    ds_config = read(read_ds_config, args.ds_file)
+    read(spike_choice, args.loss_spike_factor)
     config = read(load_config, args.model_name_or_path, args.mode)
-    if config is not None and (args.train_type != "freeze" or freeze_parts(args)):
+    has_what_to_train = args.train_type != "freeze" or freeze_parts(args)
+    if config is not None and has_what_to_train and not args.dry_run:  # 推算时权重可以还没有下载
         read(check_model, args, config)
     if problems:
         raise ValueError("\n".join(problems))

@@ -224,5 +224,5 @@ class StepLoader:
             micro_batches=micro_batches,
             num_target_tokens=sum(self.dataset.num_targets[i] for i in indices),
             num_tokens=sum(self.dataset.lengths[i] for i in indices),
-            rows=[(self.dataset.path, self.dataset.lines[i]) for micro in dealt for i in micro],
+            rows=[(self.dataset.paths[i], self.dataset.lines[i]) for micro in dealt for i in micro],
         )

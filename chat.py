@@ -2,11 +2,14 @@
 
 import contextlib
 import sys
+from collections.abc import Sequence
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from generation import generate_batch
+from generation import cut_at_stop
+
+NO_ADAPTER = "无"
 
 
 def note(message: str) -> None:
@@ -14,11 +17,17 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-class TerminalStreamer(BaseStreamer):
-    """边生成边打印；凑不成完整字符的字节片段先留着。"""
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """末尾有几个字可能是某个停止字符串的开头，先不能打印。"""
+    sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return max(sizes, default=0)
 
-    def __init__(self, tokenizer) -> None:
-        self.tokenizer = tokenizer
+
+class TerminalStreamer(BaseStreamer):
+    """边生成边打印；凑不成完整字符的字节片段、可能是停止字符串开头的字先留着，停止字符串不打印。"""
+
+    def __init__(self, tokenizer, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
         self.ids: list[int] = []
         self.printed = 0
         self.seen_prompt = False
@@ -29,12 +38,13 @@ class TerminalStreamer(BaseStreamer):
             self.seen_prompt = True
             return
         self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        self._print(text.rstrip("\ufffd"))
+        text, is_stopped = cut_at_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stops)
+        text = text.rstrip("\ufffd")
+        self._print(text if is_stopped else text[: len(text) - held_back(text, self.stops)])
 
     def end(self) -> None:
         """打印剩下的，换行。"""
-        self._print(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        self._print(cut_at_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stops)[0])
         print(flush=True)
 
     def _print(self, text: str) -> None:
@@ -43,11 +53,15 @@ class TerminalStreamer(BaseStreamer):
 
 
 def chat(predictor) -> None:
-    """与 predict.Predictor 的多轮对话；/clear 清空历史，/exit 或文件结束退出，生成时按 Ctrl-C 停下这一句。"""
+    """与 predictor.Predictor 的多轮对话；/clear 清空历史，/exit 或文件结束退出，生成时按 Ctrl-C 停下这一句。
+
+    挂了适配器时，/adapter 名字 换用一个，/adapter 无 不用，/adapter 列出；历史不变。
+    """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 （载入后 input() 才能正确退格汉字）
 
-    note("输入文字开始对话；/clear 清空历史，/exit 退出，生成时 Ctrl-C 停下这一句。")
+    switching = "/adapter 换适配器，" if predictor.adapters else ""
+    note(f"输入文字开始对话；/clear 清空历史，{switching}/exit 退出，生成时 Ctrl-C 停下这一句。")
     history: list[tuple[str, str]] = []
     while True:
         try:
@@ -60,8 +74,23 @@ def chat(predictor) -> None:
         if text == "/clear":
             history.clear()
             note("历史已清空。")
+        elif text.split(maxsplit=1)[:1] == ["/adapter"]:
+            switch_adapter(predictor, text.partition("/adapter")[2].strip())
         elif text:
             answer(predictor, history, text)
+
+
+def switch_adapter(predictor, name: str) -> None:
+    """/adapter 命令：name 为空时列出，否则换用；没有这个适配器时说明有哪些。"""
+    try:
+        if name:
+            predictor.use_adapter(None if name == NO_ADAPTER else name)
+    except ValueError as error:
+        note(f"错误：{error}")
+        return
+    now = predictor.adapter or NO_ADAPTER
+    others = [item for item in (*predictor.adapters, NO_ADAPTER) if item != now]
+    note(f"现在的适配器：{now}；还可选：{'、'.join(others) or '没有（用 --adapter 给出）'}")
 
 
 def answer(predictor, history: list[tuple[str, str]], text: str) -> None:
@@ -72,10 +101,10 @@ def answer(predictor, history: list[tuple[str, str]], text: str) -> None:
     except ValueError as error:
         note(f"错误：{error}")
         return
-    streamer = TerminalStreamer(predictor.tokenizer)
+    streamer = TerminalStreamer(predictor.tokenizer, predictor.args.stop)
     print("模型：", end="", flush=True)
     try:
-        ids = generate_batch(predictor.model, [prompt], predictor.generation_config, streamer=streamer)[0]
+        ids = predictor.generate_batch([prompt], streamer=streamer)[0]
     except KeyboardInterrupt:
         ids = streamer.ids
         streamer.end()

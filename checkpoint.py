@@ -3,6 +3,7 @@
 保存先写入 .tmp- 开头的目录，逐文件落盘，最后写清单 manifest.json 再改名：看得见的检查点总是完整的。
 
     python checkpoint.py verify output/epoch-1-step-40      # 核对一个检查点的每个文件
+    python checkpoint.py hash baichuan2-7B                  # 任何目录各文件的 SHA-256；--check 文件 与记下的比较
 """
 
 import argparse
@@ -29,11 +30,17 @@ MANIFEST = "manifest.json"
 RUN_CONFIG = "run_config.json"
 TEMPORARY_PREFIX = ".tmp-"
 # 一次训练留在 output_dir 里的东西：再次运行时移走的只有这些
-RUN_RESULTS = ("train_log.jsonl", "loss.png", RUN_CONFIG, "ds_config.json", "runs")
+RUN_RESULTS = ("train_log.jsonl", "loss.png", RUN_CONFIG, "ds_config.json", "runs", "bad_steps")
+RUN_RESULTS += ("best.json", "forgetting.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 保存
+
+
+def checkpoint_name(epoch: int, step: int) -> str:
+    """第 epoch 轮（从 1 起）、第 step 个优化器步的检查点的目录名。"""
+    return f"epoch-{epoch}-step-{step}"
 
 
 def save_checkpoint(
@@ -53,7 +60,7 @@ def save_checkpoint(
     Raises:
         RuntimeError: 任一进程写盘失败（磁盘满、没有权限……）；所有进程一起抛出，已有的检查点不受影响。
     """
-    final = output_dir / f"epoch-{epoch}-step-{engine.global_steps}"
+    final = output_dir / checkpoint_name(epoch, engine.global_steps)
     if final.is_dir():
         return final
     temporary = output_dir / f"{TEMPORARY_PREFIX}{final.name}"
@@ -251,6 +258,23 @@ def remove_leftovers(output_dir: Path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def rotate_checkpoints(output_dir: Path, limit: int, best: str | None):
+    """只留最新的 limit 个检查点（0 为不限）；最好的（目录名 best）与最新的总是留下。只在 0 号进程调用。"""
+    newest_first = [path for _, _, path in iter_checkpoints(output_dir)]
+    kept = {path.name for path in newest_first[:1]} | ({best} & {path.name for path in newest_first})
+    kept |= {path.name for path in [p for p in newest_first if p.name not in kept][: max(0, limit - len(kept))]}
+    for path in newest_first if limit else ():
+        if path.name in kept:
+            continue
+        try:
+            doomed = path.with_name(f"{TEMPORARY_PREFIX}{path.name}")  # 先改名：看得见的检查点总是完整的
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+            log_rank_0(f"已删除旧的 {path}（--save_total_limit {limit}）")
+        except OSError as error:
+            log_rank_0(f"删不掉旧的 {path}：{error.strerror}，请手工删除")
+
+
 def set_aside_previous_run(output_dir: Path, after_step: int | None = None):
     """把 output_dir 里上一次训练的结果（只是我们写的那些）移进 previous-N/，不覆盖任何东西。
 
@@ -271,13 +295,67 @@ def set_aside_previous_run(output_dir: Path, after_step: int | None = None):
     log_rank_0(f"{output_dir} 里已有的 {'、'.join(sorted(path.name for path in results))} 移到了 {target}")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 任何目录的哈希
+
+
+def hash_directory(directory: Path) -> dict[str, str]:
+    """目录里各文件的 SHA-256：{相对路径: 十六进制}，按路径排序；跳过以点开头的文件与目录（下载工具的缓存）。
+
+    Raises:
+        ValueError: 目录不在，或一个文件也没有。
+    """
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    names = [path.relative_to(directory) for path in paths]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not names:
+        raise ValueError(f"{directory} 不是目录，或里面没有文件，请给出检查点的目录")
+    return {name.as_posix(): file_sha256(directory / name) for name in names}
+
+
+def hash_problems(found: dict[str, str], listing: Path) -> list[str]:
+    """与 sha256sum 格式的清单（每行「哈希 文件名」）比较，返回不同之处；清单里没有的文件不管。
+
+    Raises:
+        ValueError: 清单读不了，或有的行不是这个格式。
+    """
+    try:
+        lines = [line.split(maxsplit=1) for line in listing.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"读不了 {listing}：{error}") from error
+    bad = [" ".join(line) for line in lines if len(line) != 2 or not re.fullmatch(r"[0-9a-fA-F]{64}", line[0])]
+    if bad or not lines:
+        raise ValueError(f"{listing} 的每一行应是「SHA-256 文件名」，得到 {bad[0] if bad else '空文件'!r}")
+    problems = []
+    for digest, name in lines:
+        name = name.strip().lstrip("*")
+        if name not in found:
+            problems.append(f"{name}: 不存在")
+        elif found[name] != digest.lower():
+            problems.append(f"{name}: 内容不符，请重新下载")
+    return problems
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="按清单核对一个检查点的每个文件")
     verify.add_argument("directory", type=Path, help="检查点目录")
+    hashes = commands.add_parser("hash", help="打印任何目录里各文件的 SHA-256，与 sha256sum 同样的格式")
+    hashes.add_argument("directory", type=Path, help="目录，如下载的基座")
+    hashes.add_argument("--check", type=Path, help="清单，每行「SHA-256 文件名」；不符时退出码 1")
     args = parser.parse_args()
-    problems = verify_checkpoint(args.directory)
+    if args.command == "verify":
+        problems = verify_checkpoint(args.directory)
+    else:
+        try:
+            found = hash_directory(args.directory)
+            problems = hash_problems(found, args.check) if args.check else []
+        except ValueError as error:
+            parser.error(str(error))
+        print("".join(f"{digest}  {name}\n" for name, digest in found.items()), end="")
+        if args.check is None:
+            return
     for problem in problems:
         print(problem)
     print(f"{args.directory}：" + (f"{len(problems)} 处问题" if problems else "完整"))

@@ -108,6 +108,30 @@ def ds_config_problems(config: dict[str, Any]) -> list[str]:
     return problems
 
 
+# 配置里的位置 → 决定同一个数的命令行参数；None 为没有对应的参数
+FIXED_PLACES = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "optimizer.params.lr": "learning_rate",
+    "scheduler.params.warmup_max_lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "scheduler.params.warmup_num_steps": "warmup_ratio",
+    "scheduler.params.total_num_steps": None,
+}
+
+
+def fixed_numbers(config: dict[str, Any]) -> list[tuple[str | None, str, float]]:
+    """配置里写成具体的数（不是 "auto"）、命令行也决定的地方：[(参数名, 位置, 值)]。"""
+    found = []
+    for place, flag in FIXED_PLACES.items():
+        node: Any = config
+        for name in place.split("."):
+            node = node.get(name, "auto") if isinstance(node, dict) else "auto"
+        if node != "auto":
+            found.append((flag, place, node))
+    return found
+
+
 def _unknown(prefix: str, section: dict[str, Any], known: set[str]) -> list[str]:
     problems = []
     for name in section:

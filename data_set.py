@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +50,10 @@ __all__ = [
 
 # 编码规则改变时加一，旧缓存随之作废
 ENCODING_VERSION = 1
-ROWS_PER_CHUNK = 256
+# 一批至多这么多行、这么多字节；多进程编码时在途的至多这么多字节（一行再长也至少放一行）
+ROWS_PER_CHUNK, BYTES_PER_CHUNK, BYTES_IN_FLIGHT = 256, 4 * 2**20, 64 * 2**20
+# 读模型、编译算子之前先看的行数与字节数
+FIRST_ROWS, FIRST_BYTES = 1000, 16 * 2**20
 # 小文件单进程只要一两秒，不值得起子进程
 PARALLEL_BYTES = 8 * 2**20
 PROGRESS_ROWS_BYTES = 2**20
@@ -102,6 +104,11 @@ def encode_chunk(
             + _CONTROL * item.has_control_pieces
             + _EMPTY_OUTPUT * (sample.messages[-1][1] == "")
         )
+    num_bytes = sum(map(_num_bytes, rows))
+    return EncodedChunk(_to_arrays(encoded, flags), digests, problems, len(rows), num_bytes)
+
+
+def _to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[str, np.ndarray]:
     ids = np.array([token for item in encoded for token in item.input_ids], dtype="<i4")
     labels = np.array([label for item in encoded for label in item.labels], dtype="<i4")
     kinds = np.where(labels == IGNORE_INDEX, _NO_TARGET, np.where(labels == ids, _SAME_TARGET, _EOS_TARGET))
@@ -114,9 +121,7 @@ def encode_chunk(
         "flags": flags,
         "lines": [item.line for item in encoded],
     }
-    arrays = {name: np.asarray(columns[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
-    num_bytes = sum(len(row.content) for row in rows if isinstance(row, RawRow))
-    return EncodedChunk(arrays, digests, problems, len(rows), num_bytes)
+    return {name: np.asarray(columns[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
 
 
 class BaichuanDataSet:
@@ -167,12 +172,23 @@ class BaichuanDataSet:
             cached = _encode_file(self.path, tokenizer, options, **choices, workers=num_workers, progress=show_progress)
             if cache_dir is not None:
                 self.cache_note += cache.save(*cached)
-        self._arrays, self.counts = cached
+        arrays, self.counts = cached
+        self.paths: list[str] = []
+        self._set_arrays(arrays)
+
+    def _set_arrays(self, arrays: dict[str, np.ndarray], path: str | None = None):
+        self._arrays = arrays
+        self.paths += [path or self.path] * (len(arrays["lengths"]) - len(self.paths))
         # 各样本在全部 token 里的起点，[样本数 + 1]
         self.offsets = np.concatenate([[0], np.cumsum(self._arrays["lengths"], dtype=np.int64)])
         self.lengths: list[int] = self._arrays["lengths"].tolist()
         self.num_targets: list[int] = self._arrays["num_targets"].tolist()
         self.lines: list[int] = self._arrays["lines"].tolist()
+
+    def append(self, samples: Sequence[EncodedSample], path: str):
+        """在末尾接上 path 里的样本（重放的通用文字）；它们与原有的一起洗牌、装箱。"""
+        added = _to_arrays(samples, [0] * len(samples))
+        self._set_arrays({name: np.concatenate([self._arrays[name], added[name]]) for name in _ARRAYS}, path)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -287,8 +303,35 @@ def _select(arrays: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.nda
 
 
 def _chunks(rows: Iterator[RawRow | Problem]) -> Iterator[list[RawRow | Problem]]:
-    while chunk := list(islice(rows, ROWS_PER_CHUNK)):
+    """把行分批：行数与字节数都有上限。"""
+    chunk, num_bytes = [], 0
+    for row in rows:
+        chunk.append(row)
+        num_bytes += _num_bytes(row)
+        if len(chunk) == ROWS_PER_CHUNK or num_bytes >= BYTES_PER_CHUNK:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
         yield chunk
+
+
+def _num_bytes(row: RawRow | Problem) -> int:
+    return len(row.content) if isinstance(row, RawRow) else 0
+
+
+def check_first_rows(path: str | os.PathLike):
+    """只检查文件开头的 FIRST_ROWS 行（不分词）：多数的错误在载入模型、编译算子之前就能说出来。
+
+    Raises:
+        ValueError: 文件不能读，或开头的行有错；列法同读完整个文件。
+    """
+    problems, num_bytes = ProblemList(path), 0
+    for count, row in enumerate(iter_rows(path), 1):
+        problems.add(parse_row(row, str(path), "train")[1])
+        num_bytes += _num_bytes(row)
+        if count == FIRST_ROWS or num_bytes >= FIRST_BYTES:
+            break
+    problems.raise_if_any()
 
 
 _worker_encode = None  # 只在子进程里有值
@@ -316,17 +359,21 @@ def _encode_chunks(
         yield from map(encode, chunks)
         return
     # spawn 会在每个子进程里重新导入 torch 与 deepspeed，比分词还慢；子进程不碰 torch 与 CUDA，fork 是安全的
-    pending: deque = deque()
+    pending: deque = deque()  # (结果, 那一批的字节数)
+    in_flight = 0
     # encode 经 initargs 随 fork 继承：若随任务传递，每批都要序列化一次分词器
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encode,))
     try:
         for chunk in chunks:
-            pending.append(pool.submit(_work, chunk))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
+            pending.append((pool.submit(_work, chunk), sum(map(_num_bytes, chunk))))
+            in_flight += pending[-1][1]
+            while len(pending) > 4 * workers or (in_flight > BYTES_IN_FLIGHT and len(pending) > 1):
+                coming, num_bytes = pending.popleft()
+                in_flight -= num_bytes
+                yield coming.result()
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     except BrokenProcessPool as error:
         raise RuntimeError(f"编码 {path} 的子进程意外退出（多半是内存不足），请减少 rank 数或增加内存后重试") from error
     finally:

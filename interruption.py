@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from utils import raise_together
+
 # 一次通信最多等别的进程多久；保存时别的进程在等 0 号进程写盘，要比它长
 WAIT_LIMIT = timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", "30")))
 # 停下并已保存时的退出码：EX_TEMPFAIL，「暂时失败，可以重来」
@@ -50,14 +52,24 @@ class Interruption:
         if self._own_reason is None or number == signal.SIGINT:
             self._own_reason = signal.Signals(number).name
 
-    def agreed(self, device: torch.device) -> bool:
-        """任何一个进程收到信号或失去启动器，所有进程都得到 True；集合操作，每步一次。"""
+    def agreed(self, device: torch.device, error: Exception | None = None) -> bool:
+        """任何一个进程收到信号或失去启动器，所有进程都得到 True；集合操作，每步一次。
+
+        error 是本进程这一步里的错误（0 号进程写日志失败）：搭这一次通信告诉大家，所有进程一起抛出，不留下谁空等。
+
+        Raises:
+            AgreedError: 有进程给出了 error。
+        """
         if self._own_reason is None and any(not _is_alive(pid, start) for pid, start in self._watched):
             self._own_reason = LAUNCHER_GONE
-        code = torch.tensor([REASONS.index(self._own_reason)], dtype=torch.float32, device=device)
+        number = REASONS.index(self._own_reason) if error is None else len(REASONS)
+        code = torch.tensor([number], dtype=torch.float32, device=device)
         if dist.is_initialized():
             dist.all_reduce(code, op=dist.ReduceOp.MAX)
-        self.reason = REASONS[int(code.item())]
+        number = int(code.item())
+        if number == len(REASONS):
+            raise_together(error)
+        self.reason = REASONS[number]
         return self.reason is not None
 
 
@@ -65,6 +77,15 @@ def limit_waiting():
     """所有通信组都最多等 WAIT_LIMIT：DeepSpeed 自己建的组不理会它的 DEEPSPEED_TIMEOUT，断网之后要等半小时。"""
     for group in dist.distributed_c10d._world.pg_map:
         dist.distributed_c10d._set_pg_timeout(WAIT_LIMIT, group)
+
+
+def leave_group(is_agreed: bool):
+    """退出之前销毁通信组：gloo 的线程活到解释器收尾时，偶尔（实测四十次里几次）会使进程以 SIGABRT 结束。
+
+    is_agreed 为 False 时别的进程可能已经死了，NCCL 的销毁会等它们，所以只销毁 gloo 的。
+    """
+    if dist.is_initialized() and (is_agreed or dist.get_backend() == "gloo"):
+        dist.destroy_process_group()
 
 
 def lost_connection(error: BaseException) -> str | None:

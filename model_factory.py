@@ -25,8 +25,12 @@ from transformers.initialization import no_init_weights
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from config_check import model_config_problems, tokenizer_model_problems
 from fused_lora import fuse_lora
+from quantization import load_quantized, quantization_of
 from utils import log_rank_0, read_json
 from weights import check_weights, load_weights
+
+# 词表比分词器大一些是常有的补齐；分词器不到词表的这个比例就提醒
+UNUSED_ROWS_ALLOWED = 0.9
 
 
 class ModelFamily(NamedTuple):
@@ -83,14 +87,13 @@ def lora_target_modules(model: nn.Module, args: Namespace) -> list[str]:
         {name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     )
     if args.lora_module_name == "all-linear":
-        target_modules = linear_names
-    else:
-        target_modules = [name.strip() for name in args.lora_module_name.split(",") if name.strip()]
-        unknown = [name for name in target_modules if name not in linear_names]
-        if unknown or not target_modules:
-            raise ValueError(
-                f"--lora_module_name 的 {unknown} 不是模型里的线性层，可选：{'、'.join(linear_names)}、all-linear"
-            )
+        return linear_names
+    target_modules = [name.strip() for name in args.lora_module_name.split(",") if name.strip()]
+    unknown = [name for name in target_modules if name not in linear_names]
+    if unknown or not target_modules:
+        raise ValueError(
+            f"--lora_module_name 的 {unknown} 不是模型里的线性层，可选：{'、'.join(linear_names)}、all-linear"
+        )
     return target_modules
 
 
@@ -144,7 +147,7 @@ TRAIN_METHODS = {
     "lora": TrainMethod(
         apply=apply_lora,
         is_trainable=lambda name, args: "lora_" in name,
-        flags=("lora_dim", "lora_alpha", "lora_dropout", "lora_module_name"),
+        flags=("lora_dim", "lora_alpha", "lora_dropout", "lora_module_name", "load_in_4bit", "load_in_8bit"),
         learning_rate=2e-4,
     ),
     "ptuning": TrainMethod(
@@ -182,8 +185,9 @@ def check_trainable(model: nn.Module, args: Namespace) -> int:
 
 
 def num_elements(parameter: nn.Parameter) -> int:
-    """参数的元素数；被 ZeRO-3 切分的取完整大小。"""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    """参数的元素数；被 ZeRO-3 切分的、4 位量化后打包的都取完整大小。"""
+    state = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_numel", parameter.numel()) if state is None else state.shape.numel()
 
 
 def load_config(path: str | Path, mode: str) -> BaichuanConfig:
@@ -236,6 +240,11 @@ def load_tokenizer(path: str | Path, mode: str, vocab_size: int) -> BaichuanToke
             f"{path} 的分词器有 {len(tokenizer)} 个词，config.json 的 vocab_size 只有 {vocab_size}："
             "分词器与权重不是一套"
         )
+    if len(tokenizer) < UNUSED_ROWS_ALLOWED * vocab_size:
+        log_rank_0(
+            f"警告：{path} 的分词器只有 {len(tokenizer)} 个词，config.json 的 vocab_size 是 {vocab_size}："
+            "一代是 64,000，二代是 125,696，请确认 tokenizer.model 与权重是一套"
+        )
     return tokenizer
 
 
@@ -265,14 +274,19 @@ def check_model(args: Namespace, config: BaichuanConfig):
 
 
 def load_base_model(
-    path: str | Path, config: BaichuanConfig, dtype: torch.dtype, device: torch.device, zero3_config: dict | None = None
+    path: str | Path,
+    config: BaichuanConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    zero3_config: dict | None = None,
+    quantization: str | None = None,
 ) -> BaichuanForCausalLM:
     """造模型并读入权重；没有复制整个模型的一步。
 
     Args:
-        dtype: 权重的类型。
-        device: 权重放在哪里（ZeRO-3 由 DeepSpeed 决定）。
+        dtype、device: 权重的类型与位置（ZeRO-3 的位置由 DeepSpeed 决定）。
         zero3_config: ZeRO-3 的 DeepSpeed 配置：各层一造出来就切分，每个进程只读自己的一段；其他情况为 None。
+        quantization: 4bit、8bit，见 quantization.py；None 为不量化。
 
     Raises:
         ValueError: 权重文件缺少、损坏，或与 config.json 不符。
@@ -281,7 +295,9 @@ def load_base_model(
     if code:
         log_rank_0(f"{path} 里有代码（{'、'.join(code)}）：本项目用自己的实现，不会执行它们")
     skeleton = checked_skeleton(path, config)
-    if zero3_config is None:
+    if quantization is not None:
+        model = load_quantized(skeleton, path, dtype, device, quantization)
+    elif zero3_config is None:
         model = skeleton.to(dtype).to_empty(device=device)
     else:
         import deepspeed
@@ -290,7 +306,8 @@ def load_base_model(
         with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=zero3_config):
             model = BaichuanForCausalLM(config)
     assert next(model.parameters()).dtype == dtype, "模型的类型与 --precision 不符"
-    load_weights(model, path)
+    if quantization is None:
+        load_weights(model, path)
     if (Path(path) / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path)
@@ -305,7 +322,7 @@ def build_model(
     args: Namespace, config: BaichuanConfig, dtype: torch.dtype, device: torch.device, zero3_config: dict | None
 ) -> nn.Module:
     """读基座、套上训练方法、打开重算，返回可以交给 DeepSpeed 的模型。"""
-    model = load_base_model(args.model_name_or_path, config, dtype, device, zero3_config)
+    model = load_base_model(args.model_name_or_path, config, dtype, device, zero3_config, quantization_of(args))
     model = TRAIN_METHODS[args.train_type].apply(model, args)
     if args.adapter_path is not None:
         load_adapter(model, Path(args.adapter_path))

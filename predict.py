@@ -1,40 +1,42 @@
-"""用训练好的检查点预测：一条样本、一个文件（可同时评测）或在终端里对话。
+"""用训练好的检查点预测：一条样本、一个文件（可同时评测）、几个检查点的对照，或在终端里对话。
 
 启动：
     python predict.py --model_path output-baichuan/epoch-2-step-80 --instruction "……" --input "……"
     python predict.py --model_path CKPT --test_path data/spo_1.json --output_path out.jsonl --metric triple_f1
+    python predict.py --compare CKPT1 CKPT2 --test_path data/spo_1.json
     python predict.py --model_path CKPT                                   # 终端对话，/clear 清空，/exit 退出
+    python predict.py --model_path BASE --adapter CKPT1 CKPT2             # 对话中用 /adapter 切换
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from arguments import Parser
 from chat import chat, note
+from compare import compare
 from data_check import Sample, read_samples
-from generation import generate_all, make_generation_config, target_nll
-from loading import Checkpoint, inspect_checkpoint, load_checkpoint_model, load_checkpoint_tokenizer
+from file_prediction import partial_path, predict_file
+from loading import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from metrics import METRICS
-from prompting import PROMPT_FORMATS, encode_prompt, encode_sample, max_prompt_tokens
-from tables import format_result
-from utils import (
-    PRECISIONS,
-    TORCH_DTYPES,
-    choose_precision,
-    cpu_has_native_bf16,
-    quiet_libraries,
-    seed_everything,
-    write_json,
-)
+from predictor import SAMPLING_DEFAULTS, Predictor, short_names
+from prompting import PROMPT_FORMATS, max_prompt_tokens
+from quantization import quantization_problems
+from tables import format_table
+from utils import PRECISIONS, quiet_libraries, read_json, seed_everything
 
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+
+class Plan(NamedTuple):
+    """载入权重之前已经核对过的一切。"""
+
+    checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
+    adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
+    device: torch.device
+    rows: list[Sample]  # 要预测的行；空的是对话
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,9 +45,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     model = parser.add_argument_group("模型")
-    model.add_argument("--model_path", required=True, help="检查点目录：训练器写的、合并后的，或官方布局的基座")
+    model.add_argument(
+        "--model_path", help="检查点目录：训练器写的、合并后的，或官方布局的基座（必填，除非用 --compare）"
+    )
+    model.add_argument(
+        "--adapter", nargs="+", metavar="目录",
+        help="挂在 --model_path（任何完整的模型）上的适配器；对话时可给几个，用 /adapter 切换",
+    )  # fmt: skip
+    model.add_argument(
+        "--compare", nargs="+", metavar="目录",
+        help="同样的提示词依次交给这几个检查点，回答并排显示，并写成 HTML；代替 --model_path",
+    )  # fmt: skip
     model.add_argument("--base_model_path", help="适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
     model.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N；auto 有 GPU 用 GPU（缺省 auto）")
+    model.add_argument(
+        "--num_gpus", type=int, default=1, help="文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）"
+    )
+    model.add_argument("--load_in_4bit", action="store_true", help="基座量化成 4 位（nf4），要 bitsandbytes")
+    model.add_argument("--load_in_8bit", action="store_true", help="基座量化成 8 位（LLM.int8），要 bitsandbytes")
     model.add_argument("--precision", default="auto", choices=PRECISIONS, help="计算精度，auto 按设备决定（缺省 auto）")
     model.add_argument(
         "--prompt_format", default="auto", choices=("auto", *PROMPT_FORMATS),
@@ -57,9 +74,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--input", help="一条样本的输入，直接接在指令之后")
     data.add_argument("--test_path", help="要预测的文件：JSON 行或 JSON 数组，字段同训练文件，output 可缺，也可是列表")
     data.add_argument(
-        "--output_path", help="预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）"
+        "--output_path",
+        help="预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
+        "做完的行先在 输出文件名.partial，中断后用同样的命令接着做。--compare 时是 HTML（缺省 compare.html）",
     )
     data.add_argument("--metric", choices=list(METRICS), help="按文件里的 output 评测，结果写到 *.metrics.json")
+    data.add_argument(
+        "--label_scores", nargs="*", metavar="标签",
+        help="分类：各标签的得分，即模型恰好回答这个标签（连同 eos）的对数概率（nat，不除以长度），"
+        "以及在各标签之间归一化的概率；不写标签时取文件里 output 出现过的全部",
+    )  # fmt: skip
     data.add_argument("--batch_size", type=int, help="文件预测每批的行数（缺省 8）")
 
     generation = parser.add_argument_group("生成（缺省贪心）")
@@ -78,6 +102,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     generation.add_argument(
         "--repetition_penalty", type=float, default=1.0, help="重复惩罚，1.0 为没有（缺省 1.0，不取检查点自带的值）"
     )
+    generation.add_argument(
+        "--stop", nargs="+", metavar="文字", help="出现任一文字就停，结果不含它；\\n 是换行（缺省只在 eos 处停）"
+    )
     generation.add_argument("--seed", type=int, default=1234, help="采样的随机种子（缺省 1234）")
     return parser.parse_args(argv)
 
@@ -90,9 +117,25 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("--instruction/--input 与 --test_path 不能同时给，请只留一种输入")
     if single and not f"{args.instruction or ''}{args.input or ''}".strip():
         problems.append("--instruction 与 --input 都是空的，请至少填写一个")
+    if (args.model_path is None) == (args.compare is None):
+        problems.append("请给出 --model_path（一个检查点）或 --compare（两个以上），不能都不给，也不能同时给")
     for name in ("output_path", "metric", "batch_size"):
-        if getattr(args, name) is not None and args.test_path is None:
+        is_html = name == "output_path" and args.compare
+        if getattr(args, name) is not None and args.test_path is None and not is_html:
             problems.append(f"--{name} 只用于文件预测，请同时给出 --test_path")
+    if args.num_gpus < 1 or (args.num_gpus > 1 and (args.test_path is None or args.compare)):
+        problems.append(f"--num_gpus({args.num_gpus}) 必须是正整数，大于 1 时只用于 --test_path 的文件预测")
+    if args.adapter and len(args.adapter) > 1 and (single or args.test_path is not None):
+        problems.append("几个 --adapter 只用于对话（/adapter 切换），预测请只给一个，对照请用 --compare")
+    problems += quantization_problems(args)
+    problems += compare_problems(args, single) if args.compare else []
+    if any(not text for text in args.stop or ()):
+        problems.append("--stop 里有空的文字，请去掉")
+    labels = args.label_scores
+    if labels is not None and not (single or args.test_path is not None):
+        problems.append("--label_scores 不用于对话，请同时给出 --test_path 或 --instruction/--input")
+    if labels and (len(set(labels)) < max(2, len(labels))):
+        problems.append(f"--label_scores 要两个以上不同的标签，现在是 {labels}")
     if args.max_src_len is not None and not single and args.test_path is None:
         problems.append("--max_src_len 在对话中不起作用（对话按上下文长度整轮截断），请去掉它")
     for name in SAMPLING_DEFAULTS:
@@ -114,8 +157,25 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def choose_device(requested: str) -> torch.device:
-    """--device 的设备；写法不对或没有这块 GPU 时抛 ValueError。"""
+def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
+    """--compare 特有的问题。"""
+    problems = []
+    if len(args.compare) < 2:
+        problems.append("--compare 要两个以上的检查点目录")
+    if not single and args.test_path is None:
+        problems.append("--compare 需要提示词，请同时给出 --test_path 或 --instruction/--input")
+    unused = [name for name in ("adapter", "metric", "label_scores") if getattr(args, name) is not None]
+    problems += [f"--{name} 不能与 --compare 同用，请去掉它" for name in unused]
+    return problems
+
+
+def choose_device(requested: str, num_gpus: int) -> torch.device:
+    """--device 的设备；写法不对、没有这块 GPU 或 GPU 不够 num_gpus 块时抛 ValueError。"""
+    if num_gpus > 1 and requested != "cpu" and (requested not in ("auto", "cuda") or torch.cuda.is_available()):
+        if requested not in ("auto", "cuda"):
+            raise ValueError(f"--num_gpus {num_gpus} 时 --device({requested}) 只能是 auto、cuda 或 cpu")
+        if num_gpus > torch.cuda.device_count():
+            raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {torch.cuda.device_count()} 块 GPU，请调小")
     if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -152,7 +212,34 @@ def read_test_rows(args: argparse.Namespace) -> list[Sample]:
     return rows
 
 
-def prepare(args: argparse.Namespace) -> tuple[Checkpoint, torch.device, list[Sample]]:
+def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
+    """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
+    adapters = {}
+    for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
+        if not (Path(path) / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"--adapter {path} 里没有 {ADAPTER_CONFIG}，请给出 lora 或 ptuning 的检查点目录")
+        checkpoint = inspect_checkpoint(path, args.model_path, args.prompt_format, any_base=True)
+        differing = base_differences(checkpoint.base_path, checkpoint.run_config)
+        if differing:
+            note(f"注意：适配器 {path} 是在别的基座上训练的（{'、'.join(differing[:3])}），结果可能变差")
+        adapters[name] = checkpoint
+    if len(adapters) < len(args.adapter):
+        raise ValueError("--adapter 里有重复的目录，请去掉")
+    kinds = {name: read_json(adapter.path / ADAPTER_CONFIG).get("peft_type") for name, adapter in adapters.items()}
+    if len({*kinds.values()}) > 1:
+        raise ValueError(f"--adapter 的几个适配器必须是同一种，现在是 {kinds}，请分开使用")
+    return adapters
+
+
+def label_set(args: argparse.Namespace, rows: list[Sample]) -> list[str]:
+    """--label_scores 的标签：写明的，否则文件里 output 出现过的全部；不足两个时抛 ValueError。"""
+    labels = args.label_scores or sorted({text for row in rows for text in row.references or ()})
+    if len(labels) < 2:
+        raise ValueError(f"--label_scores 要两个以上的标签，文件的 output 里有 {len(labels)} 个，请在它后面写明")
+    return labels
+
+
+def prepare(args: argparse.Namespace) -> Plan:
     """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
     problems = option_problems(args)
 
@@ -162,171 +249,91 @@ def prepare(args: argparse.Namespace) -> tuple[Checkpoint, torch.device, list[Sa
         except ValueError as error:
             problems.append(str(error))
 
-    device = attempt(choose_device, args.device)
+    device = attempt(choose_device, args.device, args.num_gpus)
+    args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
+    args.batch_size = 8 if args.batch_size is None else args.batch_size
     rows = []
     if args.test_path is not None:
-        args.output_path = args.output_path or f"{Path(args.test_path).stem}.predictions.jsonl"
-        args.batch_size = 8 if args.batch_size is None else args.batch_size
-        rows = attempt(read_test_rows, args)
+        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
+        args.output_path = args.output_path or default
+        rows = attempt(read_test_rows, args) or []
     elif args.instruction is not None or args.input is not None:
         rows = [Sample((("user", f"{args.instruction or ''}{args.input or ''}"),), line=1, path="命令行")]
-        args.batch_size = 1
-    checkpoint = attempt(inspect_checkpoint, args.model_path, args.base_model_path, args.prompt_format)
-    if checkpoint is not None:
-        length = checkpoint.context_length
+        args.output_path = args.output_path or "compare.html"
+    if args.label_scores is not None and rows:
+        args.label_scores = attempt(label_set, args, rows)
+    checkpoints = []
+    for path in args.compare or ([args.model_path] if args.model_path else []):
+        is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
+        base = args.base_model_path if is_adapter or not args.compare else None
+        checkpoints.append(attempt(inspect_checkpoint, path, base, args.prompt_format))
+    if args.adapter and checkpoints and checkpoints[0] is not None and checkpoints[0].is_adapter:
+        problems.append(f"--adapter 要挂在完整的模型上，而 --model_path {args.model_path} 是适配器")
+    adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
+    found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    if found:
+        shortest = min(checkpoint.context_length for checkpoint in found)
         if args.max_new_tokens is None:
-            args.max_new_tokens = min(512, length // 2)
-        if args.max_src_len is None:
-            args.max_src_len = checkpoint.run_config.get("args", {}).get("max_src_len")
-        attempt(max_prompt_tokens, length, args.max_new_tokens, checkpoint.prompting.family)
+            args.max_new_tokens = min(512, shortest // 2)
+        attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
     if problems:
         raise ValueError("\n".join(problems))
-    return checkpoint, device, rows
+    return Plan(checkpoints, adapters, device, rows)
 
 
-def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
-    """--precision 对应的类型；auto 按实际使用的设备决定，而不是按机器上有没有 GPU。"""
-    if requested == "auto" and device.type == "cpu":
-        return TORCH_DTYPES["bf16" if cpu_has_native_bf16() else "fp32"]
-    return TORCH_DTYPES[choose_precision(requested)[0]]
-
-
-class Predictor:
-    """一个检查点，与把文字变成提示词、把 id 变回文字的设置；先能编码，load_model 之后才能生成。"""
-
-    def __init__(self, args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-        self.args, self.checkpoint = args, checkpoint
-        self.tokenizer = load_checkpoint_tokenizer(checkpoint)
-        family = checkpoint.prompting.family
-        self.max_input_tokens = max_prompt_tokens(checkpoint.context_length, args.max_new_tokens, family)
-
-    def load_model(self, device: torch.device) -> None:
-        """读权重，定下生成配置。"""
-        dtype = prediction_dtype(self.args.precision, device)
-        self.model = load_checkpoint_model(self.checkpoint, dtype, device)
-        options: dict[str, Any] = {"repetition_penalty": self.args.repetition_penalty}
-        if self.args.do_sample:
-            given = {name: getattr(self.args, name) for name in SAMPLING_DEFAULTS}
-            given = {name: value for name, value in given.items() if value is not None}
-            options |= {"do_sample": True, **SAMPLING_DEFAULTS, **given}
-        self.generation_config = make_generation_config(self.model, self.args.max_new_tokens, **options)
-        kind = f"适配器，基座 {self.checkpoint.base_path}" if self.checkpoint.is_adapter else "完整模型"
-        prompt_format = self.checkpoint.prompting.prompt_format
-        note(f"已载入 {self.checkpoint.path}（{kind}）；{device}，{dtype}，提示词格式 {prompt_format}")
-
-    def encode(self, messages: tuple[tuple[str, str], ...], **limits: int | None) -> list[int]:
-        """对话 → 提示词 id；limits 是 encode_prompt 的 max_src_len（同训练）与 max_input_tokens（上下文长度）。"""
-        return encode_prompt(self.tokenizer, messages, **limits, **self.checkpoint.prompting._asdict())
-
-    def decode(self, ids: list[int]) -> str:
-        """生成的 id → 文字，不含特殊符号。"""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def encode_rows(self, rows: list[Sample]) -> list[list[int]]:
-        """各行的提示词，截断规则同训练；报告截断了多少行。对话格式不合要求时抛 ValueError，带行号。"""
-        limits = {"max_src_len": self.args.max_src_len, "max_input_tokens": self.max_input_tokens}
-        prompts, num_cut = [], 0
-        for row in rows:
-            try:
-                prompts.append(self.encode(row.messages, **limits))
-                num_cut += len(prompts[-1]) < len(self.encode(row.messages))
-            except ValueError as error:
-                raise ValueError(f"{row.place}: {error}") from error
-        if num_cut:
-            limit = min(value for value in limits.values() if value is not None)
-            note(f"{num_cut} 行的提示词超过 {limit} 个 token，已按训练的规则截断")
-        return prompts
-
-    def generate(self, prompts: list[list[int]]) -> list[str]:
-        """各提示词的回答，次序同输入；报告没有写完的行数。"""
-        with tqdm(
-            total=len(prompts), desc="预测", unit="条", dynamic_ncols=True, disable=len(prompts) == 1
-        ) as progress:
-            results = generate_all(
-                self.model, prompts, self.generation_config, self.args.batch_size, on_batch=progress.update
-            )
-        num_unfinished = sum(len(ids) >= self.args.max_new_tokens for ids in results)
-        if num_unfinished:
-            note(f"{num_unfinished} 行到 --max_new_tokens({self.args.max_new_tokens}) 还没有写完，可能需要调大")
-        return [self.decode(ids) for ids in results]
-
-    def reference_nll(self, rows: list[Sample]) -> dict[str, Any]:
-        """参考答案的 NLL；一行有多条参考时取平均每 token 最低的一条。"""
-        trained = self.checkpoint.run_config.get("args", {})
-        max_len = trained.get("max_len") or self.checkpoint.context_length
-        max_src_len = min(self.args.max_src_len or self.max_input_tokens, max_len - 1)
-        best_sums, best_counts = [], []
-        for row in tqdm(rows, desc="计算 NLL", unit="条", dynamic_ncols=True):
-            encoded = [
-                encode_sample(
-                    row._replace(messages=(*row.messages, ("assistant", reference))),
-                    self.tokenizer, max_len=max_len, max_src_len=max_src_len, **self.checkpoint.prompting._asdict(),
-                )
-                for reference in row.references
-            ]  # fmt: skip
-            sums, counts = target_nll(self.model, encoded)
-            best = min(range(len(sums)), key=lambda k: sums[k] / max(1, counts[k]))
-            best_sums.append(sums[best])
-            best_counts.append(counts[best])
-        return METRICS["nll"](best_sums, best_counts)
-
-
-def predict_file(predictor: Predictor, rows: list[Sample], prompts: list[list[int]], args: argparse.Namespace) -> None:
-    """预测整个文件，写结果；给了 --metric 时评测并打印表。"""
-    predictions = predictor.generate(prompts)
-    output_path = Path(args.output_path)
-    write_json_lines(
-        output_path, [{**row.raw, "prediction": text} for row, text in zip(rows, predictions, strict=True)]
-    )
-    note(f"{len(rows)} 条预测已写到 {output_path}")
-    if args.metric is None:
+def run(args: argparse.Namespace, plan: Plan) -> None:
+    """按命令行做事：对照、文件、一条样本，或对话。"""
+    if args.compare:
+        predictors = [Predictor(args, checkpoint) for checkpoint in plan.checkpoints]
+        compare(predictors, plan.rows, plan.device, Path(args.output_path))
         return
-    if args.metric == "nll":
-        result = predictor.reference_nll(rows)
-    else:
-        result = METRICS[args.metric](predictions, [row.references for row in rows])
-    metrics_path = output_path.with_suffix(".metrics.json")
-    write_json(metrics_path, {**result, "model_path": args.model_path, "test_path": args.test_path})
-    print(format_result(result))
-    note(f"评测结果已写到 {metrics_path}")
-
-
-def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """先写临时文件再改名：读者看不到写了一半的结果；写不了时删去临时文件，抛 OSError。"""
-    temporary = path.with_name(f".tmp-{path.name}")
-    try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            for row in rows:
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    predictor = Predictor(args, plan.checkpoints[0], plan.adapters)
+    prompts = predictor.encode_rows(plan.rows)
+    if args.test_path is not None:
+        predict_file(predictor, plan.rows, prompts, plan.device, args.num_gpus)
+        return
+    predictor.load_model(plan.device)
+    if not plan.rows:
+        chat(predictor)
+        return
+    [record] = predictor.predict(plan.rows, prompts)
+    print(record["prediction"])
+    if args.label_scores:
+        lines = [
+            [name, f"{score['log_prob']:.4f}", f"{score['probability']:.4f}"]
+            for name, score in record["label_scores"].items()
+        ]
+        print(format_table(["标签", "对数概率", "归一化概率"], lines))
 
 
 def main(argv: list[str] | None = None) -> int:
     """命令行入口；返回退出码。"""
     quiet_libraries()
     args = parse_args(argv)
+    kept = ""
     try:
-        checkpoint, device, rows = prepare(args)
+        plan = prepare(args)
         seed_everything(args.seed)
-        predictor = Predictor(args, checkpoint)
-        prompts = predictor.encode_rows(rows)
-        predictor.load_model(device)
+        if args.test_path is not None and not args.compare:
+            kept = f"；做完的行留在 {partial_path(Path(args.output_path))}，用同样的命令可以接着做"
+        run(args, plan)
     except ValueError as error:
         note(f"错误：\n{error}")
         return 2
-    if args.test_path is None and not rows:
-        chat(predictor)
-    elif args.test_path is None:
-        print(predictor.generate(prompts)[0])
-    else:
-        try:
-            predict_file(predictor, rows, prompts, args)
-        except OSError as error:
-            note(f"错误：写不了 {error.filename or args.output_path}：{error.strerror}，请检查磁盘空间与权限")
-            return 1
+    except torch.OutOfMemoryError:
+        note(f"错误：显存不够，请调小 --batch_size（现在是 {args.batch_size}）或 --max_new_tokens{kept}")
+        return 1
+    except OSError as error:
+        note(f"错误：写不了 {error.filename or args.output_path}：{error.strerror}，请检查磁盘空间与权限{kept}")
+        return 1
+    except RuntimeError as error:
+        if not args.num_gpus > 1:
+            raise
+        note(f"错误：{error}{kept}")
+        return 1
+    except KeyboardInterrupt:
+        note(f"已停下{kept}")
+        return 130
     return 0
 
 

@@ -28,13 +28,16 @@ FREE_FLAGS = frozenset(
             "logging_dir",
             "show_loss_step",
             "save_model_step",
+            "loss_spike_factor",
             "save_trainer_state",
             "resume",
             "cache_dir",
         ),
-        *("num_train_epochs", "max_steps", "eval_path"),
+        *("num_train_epochs", "max_steps", "early_stopping_patience", "save_total_limit"),
+        *("eval_path", "eval_step", "eval_metric", "eval_max_new_tokens", "general_path", "forgetting_threshold"),
         # 下面几项比较的是内容，不是写法：文件按哈希，精度按结果，累积按全局 batch
-        *("model_name_or_path", "train_path", "ds_file", "precision", "gradient_accumulation_steps"),
+        *("model_name_or_path", "train_path", "replay_path"),
+        *("ds_file", "precision", "gradient_accumulation_steps"),
     }
 )
 
@@ -156,8 +159,9 @@ def check_same_run(directory: Path, args: Namespace, run_config: dict):
         for name in sorted(old.keys() | new.keys())
         if name not in FREE_FLAGS and old.get(name) != new.get(name)
     ]
-    if saved["data"].get("train") != run_config["data"].get("train"):
-        differences.append(f"训练数据 {args.train_path} 的内容变了")
+    for name, what in (("train", "训练数据"), ("replay", "重放的文字")):
+        if saved["data"].get(name) != run_config["data"].get(name):
+            differences.append(f"{what} {getattr(args, f'{name}_path')} 的内容变了")
     if saved["base_model"]["hashes"] != run_config["base_model"]["hashes"]:
         differences.append(f"基座 {args.model_name_or_path} 的文件变了")
     if saved["ds_file"] != run_config["ds_file"]:

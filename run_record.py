@@ -40,9 +40,9 @@ def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precisi
     hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
-    data = {"train": args.train_path, "eval": args.eval_path}
+    data = {name: getattr(args, f"{name}_path") for name in ("train", "eval", "general", "replay")}
     return {
-        "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank")},
+        "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank", "dry_run")},
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,

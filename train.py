@@ -14,22 +14,24 @@ from pathlib import Path
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from arguments import parse_args, validate_args
 from batching import StepBatch, StepLoader
-from checkpoint import file_sha256, save_checkpoint
+from checkpoint import checkpoint_name, file_sha256, rotate_checkpoints, save_checkpoint
 from data_set import BaichuanDataSet
-from evaluation import batch_to_device, evaluate_nll
+from dry_run import dry_run
+from evaluation import Evaluation, batch_to_device
+from forgetting import Forgetting
 from frozen_cache import FrozenCache
-from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, limit_waiting, lost_connection
+from general_text import general_pieces, replay_pieces
+from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave_group, limit_waiting, lost_connection
 from leftovers import remove_dead_shared_memory, settle_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
+from numerics import NumberWatch
 from prompting import Prompting, resolve_prompt_format
 from resume import load_trainer_state, save_trainer_state
 from run_record import describe_run, open_run
-from train_log import TrainLog
+from train_log import TrainLog, open_log
 from utils import (
     TORCH_DTYPES,
     broadcast_from_rank_0,
@@ -42,7 +44,7 @@ from utils import (
     seed_everything,
     skip_ops_without_compiler,
     world_size,
-    write_json,
+    write_failed,
 )
 
 OUT_OF_MEMORY = (
@@ -58,13 +60,20 @@ class Run:
     args: Namespace
     engine: deepspeed.DeepSpeedEngine
     loader: StepLoader
-    eval_set: BaichuanDataSet | None
+    evaluation: Evaluation
+    forgetting: Forgetting | None
     tokenizer: object
     run_config: dict
     output_dir: Path
     num_steps: int
     log: TrainLog
+    numbers: NumberWatch
     interruption: Interruption
+
+    @property
+    def is_finished(self) -> bool:
+        """走完了全部的步，或不再进步而停下。"""
+        return self.engine.global_steps >= self.num_steps or self.evaluation.has_stopped
 
 
 def main() -> int:
@@ -72,6 +81,8 @@ def main() -> int:
     quiet_libraries()
     args = parse_args()
     ds_config, config = validate_args(args)
+    if args.dry_run:
+        return dry_run(args, ds_config, config)
     clean_leftovers()
     skip_ops_without_compiler()
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
@@ -104,35 +115,40 @@ def main() -> int:
     output_dir = Path(args.output_dir)
     engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
     limit_waiting()
+    forgetting = open_forgetting(args, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
     progress = {} if resume_from is None else load_trainer_state(engine, resume_from.directory, num_steps)
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")
-    if global_rank() == 0:
-        write_json(output_dir / "ds_config.json", ds_config)
-        write_json(output_dir / "run_config.json", run_config)
+    configs = {"ds_config.json": ds_config, "run_config.json": run_config}
+    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs)
     frozen_cache = open_frozen_cache(args, engine, train_set)
-    log = TrainLog(
-        output_dir, Path(args.logging_dir or output_dir / "runs"), num_steps, args.show_loss_step, progress.get("log")
+    numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
+    eval_sha256 = run_config["data"].get("eval")
+    evaluation = Evaluation(args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
+    run = Run(
+        *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
+        *(num_steps, log, numbers, interruption),
     )
-    run = Run(args, engine, loader, eval_set, tokenizer, run_config, output_dir, num_steps, log, interruption)
-    is_finished = train(run)
-    log.close()
+    broadcast_from_rank_0(lambda: settle_checkpoints(run))
+    train(run)
+    raise_together(log.close())
     if frozen_cache is not None:
         frozen_cache.remove()
-    state = (
-        "训练结束" if is_finished else f"收到 {interruption.reason or '停止信号'}，已保存；用 --resume auto 接着训练"
-    )
+    reason = interruption.reason or "停止信号"
+    state = "训练结束" if run.is_finished else f"收到 {reason}，已保存；用 --resume auto 接着训练"
     log_rank_0(f"{state}：{engine.global_steps} 步，结果在 {output_dir}")
-    return 0 if is_finished else EXIT_INTERRUPTED
+    return 0 if run.is_finished else EXIT_INTERRUPTED
 
 
-def train(run: Run) -> bool:
-    """训练循环：每轮一个新的次序，每步一次 train_step，之后该评估的评估、该保存的保存；返回是否走完。"""
+def train(run: Run):
+    """训练循环：每轮一个新的次序，每步一次 train_step，之后该评估的评估、该保存的保存，直到走完或该停下。"""
     engine, loader = run.engine, run.loader
+    if run.is_finished or (run.evaluation.is_owed and after_step(run, False)):  # 上次停在评估的途中：先补上
+        return
     first_epoch, first_step = divmod(engine.global_steps, loader.steps_per_epoch)
     for epoch in range(first_epoch, run.args.num_train_epochs):
         for step in loader.epoch(epoch, start_step=first_step if epoch == first_epoch else 0):
-            loss, learning_rate, grad_norm = train_step(engine, step)
+            loss, learning_rate, grad_norm = train_step(engine, step, run.numbers)
             run.log.step(
                 engine.global_steps,
                 engine.global_steps / loader.steps_per_epoch,
@@ -141,96 +157,96 @@ def train(run: Run) -> bool:
                 num_tokens=step.num_tokens,
                 lr=learning_rate,
                 grad_norm=grad_norm,
+                num_overflows=run.numbers.overflows.total,
             )
-            is_interrupted = run.interruption.agreed(engine.device)
-            after_step(run, epoch, is_interrupted)
-            if is_interrupted or engine.global_steps == run.num_steps:
-                return engine.global_steps == run.num_steps
-    return True
+            if after_step(run, run.interruption.agreed(engine.device, run.log.error)):
+                return
 
 
-def after_step(run: Run, epoch: int, is_interrupted: bool):
-    """一步之后：轮末评估；轮末、每 --save_model_step 步、被打断时保存。"""
-    step = run.engine.global_steps
+def after_step(run: Run, is_interrupted: bool) -> bool:
+    """一步之后：该评估的先评估，该保存的再保存；返回是否停下（走完、不再进步或被打断）。"""
+    step, evaluation = run.engine.global_steps, run.evaluation
     is_epoch_end = step % run.loader.steps_per_epoch == 0 or step == run.num_steps
     is_save_step = run.args.save_model_step > 0 and step % run.args.save_model_step == 0
-    if not (is_epoch_end or is_save_step or is_interrupted):
-        return
+    is_eval_step = evaluation.is_due(step, is_epoch_end)
+    if not (is_epoch_end or is_save_step or is_eval_step or is_interrupted):
+        return False
     run.log.pause()
-    if run.eval_set is not None and is_epoch_end:
-        evaluate(run)
+    is_better = is_eval_step and evaluate(run)
+    is_stopping = run.is_finished or is_interrupted or evaluation.is_owed
+    if run.is_finished and run.forgetting is not None:
+        run.forgetting.report(run.engine, run.output_dir)
+    if is_epoch_end or is_save_step or is_better or is_stopping:
+        save(run)
+    run.log.resume()
+    return is_stopping
+
+
+def evaluate(run: Run) -> bool:
+    """评估一次，返回分数是否超过以往；被打断时放弃（最后一步的除外），续训时补上。"""
+    step = run.engine.global_steps
+    name = checkpoint_name(epoch_of(run), step)
+    epoch = round(step / run.loader.steps_per_epoch, 4)
+
+    def should_stop() -> bool:
+        return step != run.num_steps and run.interruption.agreed(run.engine.device, run.log.error)
+
+    return run.evaluation.run(run.engine, run.log, name, epoch, should_stop)
+
+
+def save(run: Run):
+    """存一个检查点，再记下哪个最好、删去多余的旧的。"""
 
     def save_state(directory: Path) -> Exception | None:
-        progress = {"num_steps": run.num_steps, "log": run.log.state()}
+        progress = {
+            "num_steps": run.num_steps,
+            "log": {**run.log.state(), "owes_evaluation": run.evaluation.is_owed},
+            "numbers": run.numbers.state(),
+            "evaluation": run.evaluation.state(),
+        }
         return save_trainer_state(run.engine, directory, progress) if run.args.save_trainer_state else None
 
-    save_checkpoint(run.engine, run.tokenizer, run.run_config, run.output_dir, epoch + 1, save_state)
-    run.log.resume()
+    save_checkpoint(run.engine, run.tokenizer, run.run_config, run.output_dir, epoch_of(run), save_state)
+    broadcast_from_rank_0(lambda: settle_checkpoints(run))
+
+
+def epoch_of(run: Run) -> int:
+    """刚走完的一步属于第几轮，从 1 起。"""
+    return (run.engine.global_steps - 1) // run.loader.steps_per_epoch + 1
+
+
+def settle_checkpoints(run: Run):
+    """写 best.json，删去 --save_total_limit 以外的旧检查点；只在 0 号进程调用。"""
+    try:
+        run.evaluation.write_best(run.output_dir)
+    except OSError as error:
+        raise write_failed(error) from error
+    rotate_checkpoints(run.output_dir, run.args.save_total_limit, (run.evaluation.best or {}).get("checkpoint"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 一个优化器步
 
 
-def train_step(engine, step: StepBatch) -> tuple[float, float, float]:
+def train_step(engine, step: StepBatch, numbers: NumberWatch | None = None) -> tuple[float, float, float]:
     """一个优化器步：逐个 micro batch 前向、反向、累积，最后更新一次 → (损失, 学习率, 裁剪前的梯度范数)。
 
     这一步所有进程、所有 micro batch 的每个目标 token 权重相同：损失之和除以全局目标数 N。DeepSpeed 对进程取平均，
     所以各进程先乘 world_size。裁剪、精度与优化器由 DeepSpeed 按它的 JSON 完成。
     """
-    learning_rate = engine.get_lr()[0]
-    step_loss = torch.zeros((), device=engine.device)
+    numbers = numbers or NumberWatch()
+    learning_rate, losses = engine.get_lr()[0], []
     for index, batch in enumerate(step.micro_batches):
         is_last = index == len(step.micro_batches) - 1
         engine.set_gradient_accumulation_boundary(is_last)
         batch = batch_to_device(batch, engine.device)
         loss = engine(**batch, num_items_in_batch=step.num_target_tokens / world_size(), use_cache=False).loss
         engine.backward(loss, scale_wrt_gas=False)
-        step_loss += loss.detach()
+        losses.append(loss.detach())
         if is_last:
-            mean_loss = check_finite_loss(step_loss, engine, step)  # 更新之前：坏的一步不能进入权重
+            mean_loss = numbers.check_loss(losses, engine, step)  # 更新之前：坏的一步不能进入权重
         engine.step()
-    return mean_loss, learning_rate, check_grad_norm(engine, step)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 数值
-
-
-def check_finite_loss(step_loss: Tensor, engine, step: StepBatch) -> float:
-    """各进程平均后的损失；不是有限数就在更新之前停下，所有进程一起。
-
-    Raises:
-        RuntimeError: 损失为 NaN 或无穷；信息里有步数、进程、数据行、精度与办法。
-    """
-    losses = [torch.zeros_like(step_loss) for _ in range(world_size())]
-    dist.all_gather(losses, step_loss)
-    losses = torch.stack(losses).tolist()
-    bad_ranks = [rank for rank, loss in enumerate(losses) if not abs(loss) < float("inf")]
-    if bad_ranks:
-        is_here = global_rank() == bad_ranks[0]
-        raise_together(not_finite("损失", losses[bad_ranks[0]], engine, step) if is_here else None)
-    return sum(losses) / len(losses)
-
-
-def check_grad_norm(engine, step: StepBatch) -> float:
-    """这一步裁剪前的梯度范数。DeepSpeed 在范数不是有限数时不更新；fp16 是正常的缩放调整，其他精度到此为止。"""
-    norm = engine.get_global_grad_norm()
-    norm = float("nan") if norm is None else float(norm)
-    if getattr(engine.optimizer, "overflow", False) and not engine.fp16_enabled():
-        raise_together(not_finite("梯度范数", norm, engine, step))
-    return norm
-
-
-def not_finite(what: str, value: float, engine, step: StepBatch) -> RuntimeError:
-    """一条说得清的错误：哪一步、哪个进程、哪些行、什么精度、怎么办。"""
-    rows = "、".join(f"{path}:{line}" for path, line in step.rows[:8]) + ("……" if len(step.rows) > 8 else "")
-    precision = "bf16" if engine.bfloat16_enabled() else "fp16" if engine.fp16_enabled() else "fp32"
-    return RuntimeError(
-        f"第 {engine.global_steps + (what == '损失')} 步的{what}是 {value}，没有更新权重；"
-        f"rank {global_rank()}，精度 {precision}，本进程的数据行：{rows}。"
-        "请检查这些行与基座权重，调小 --learning_rate，或换 --precision bf16 / fp32"
-    )
+    return mean_loss, learning_rate, numbers.check_grad_norm(engine, step, losses)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,7 +265,7 @@ def clean_leftovers():
 
 
 def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
-    """读训练与评估数据，打印数据报告。
+    """读训练与评估数据，打印数据报告；有 --replay_path 时训练数据的末尾接上重放的文字。
 
     Raises:
         ValueError: 数据有错；列出 文件:行: 字段: 问题。
@@ -272,7 +288,14 @@ def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[Baichua
         log_rank_0(data_set.report())
         return data_set
 
-    return load(args.train_path), load(args.eval_path)
+    train_set, eval_set = load(args.train_path), load(args.eval_path)
+    if args.replay_path is not None:
+        num_samples = round(args.replay_ratio * len(train_set))
+        pieces = replay_pieces(args.replay_path, tokenizer, args.max_len, args.seed, num_samples)
+        train_set.append(pieces, args.replay_path)
+        num_tokens = sum(len(piece.input_ids) for piece in pieces)
+        log_rank_0(f"重放：{args.replay_path} 的 {num_samples} 条、{num_tokens} token 混入训练")
+    return train_set, eval_set
 
 
 def build_engine(args: Namespace, config, ds_config: dict, precision: str, num_steps: int):
@@ -298,6 +321,14 @@ def build_engine(args: Namespace, config, ds_config: dict, precision: str, num_s
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     engine.train()
     return engine, ds_config
+
+
+def open_forgetting(args: Namespace, engine, tokenizer) -> Forgetting | None:
+    """--general_path：记下基座在通用文字上的分布；没有要求时为 None。集合操作。"""
+    if args.general_path is None:
+        return None
+    pieces = general_pieces(args.general_path, tokenizer, args.max_len, args.replay_path)
+    return Forgetting(engine, pieces, tokenizer.pad_token_id, args.forgetting_threshold)
 
 
 def open_frozen_cache(args: Namespace, engine, train_set: BaichuanDataSet) -> FrozenCache | None:
@@ -329,35 +360,20 @@ def parameter_groups(model, args: Namespace) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
-def evaluate(run: Run):
-    """在 --eval_path 上算目标 token 的平均损失，写进日志。"""
-    args, step = run.args, run.engine.global_steps
-    nll = evaluate_nll(
-        run.engine,
-        run.eval_set,
-        args.per_device_train_batch_size,
-        args.max_len,
-        run.tokenizer.pad_token_id,
-        args.packing,
-    )
-    run.log.write({"step": step, "epoch": round(step / run.loader.steps_per_epoch, 4), "eval/nll": nll}, step)
-    log_rank_0(f"评估 {args.eval_path}：步 {step}，目标 token 的平均损失 {nll:.4f}")
-
-
 def run_main() -> int:
     """main() 的外壳：说得清的错误只打印说明，不打印回溯；返回退出码。"""
     try:
         return main()
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
         # ValueError 是用户的错；RuntimeError 若由 raise_together 抛出，各进程原因相同
         if isinstance(error, ValueError) or getattr(error, "is_agreed", False):
             log_rank_0(f"错误：\n{error}")
             return 2 if isinstance(error, ValueError) else 1
         reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else lost_connection(error)
-        if isinstance(error, OSError) and error.strerror:  # 写日志时磁盘满、变成只读、挂载点消失
-            reason = (
-                f"读写 {error.filename or '文件'} 失败：{error.strerror}。请检查磁盘空间与权限；已有的检查点没有受影响"
-            )
+        if isinstance(error, OSError) and error.strerror:  # 磁盘满、变成只读、挂载点消失
+            reason = str(write_failed(error))
+        if "loss scale already at minimum" in str(error):
+            reason = "fp16 的损失缩放已到最小，梯度仍然溢出。请换 --precision bf16 或 fp32，或调小 --learning_rate"
         if reason is None:
             raise
         print(f"错误：rank {global_rank()} {reason}", file=sys.stderr, flush=True)
@@ -365,4 +381,9 @@ def run_main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main())
+    code = 1
+    try:
+        code = run_main()
+    finally:
+        leave_group(is_agreed=code != 1)
+    sys.exit(code)

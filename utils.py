@@ -118,6 +118,12 @@ def write_json(path: str | Path, value: Any):
     os.replace(temporary, path)
 
 
+def write_failed(error: OSError) -> OSError:
+    """读写失败（磁盘满、只读、没有权限、挂载点消失）给人看的说明。"""
+    reason = error.strerror or str(error)
+    return OSError(f"读写 {error.filename or '文件'} 失败：{reason}。请检查磁盘空间与权限；已有的检查点没有受影响")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 精度与 DeepSpeed 配置
 
@@ -230,6 +236,16 @@ def resolve_ds_config(
         return node
 
     resolved = {name: fill(value, name) for name, value in config.items() if name not in ("bf16", "fp16")}
+    total = batch_size * accumulation_steps * num_ranks
+    if resolved.get("train_batch_size", total) != total:
+        raise ValueError(
+            f"DeepSpeed 配置的 train_batch_size 是 {resolved['train_batch_size']}，但 per_device_train_batch_size × "
+            f'gradient_accumulation_steps × 进程数 = {batch_size} × {accumulation_steps} × {num_ranks}；请改成 "auto"'
+        )
+    for name in ("bf16", "fp16"):
+        switch = config.get(name, {}).get("enabled", "auto")
+        if switch != "auto" and switch != (precision == name):
+            log_rank_0(f"注意：精度由 --precision 决定（{precision}），配置里的 {name}.enabled={switch} 不起作用")
     resolved.setdefault("train_micro_batch_size_per_gpu", batch_size)
     resolved.setdefault("gradient_accumulation_steps", accumulation_steps)
     resolved["bf16"] = {"enabled": precision == "bf16", **_without_enabled(config.get("bf16", {}))}

@@ -1,24 +1,12 @@
-"""bench 的共同材料：同一份权重（Baichuan 与导出的 Llama 两种布局）、每步相同的样本、FLOPs 公式、矩阵乘法的速率。
-
-FLOPs（一个优化步，乘与加各算一次；不计重算，不计补齐，注意力只计因果三角的一半）。记 h 宽度，i 前馈宽度，V 词表，
-L 层数，n = 4h² + 3hi 为一层的矩阵权重，T 非补齐 token 数，R 目标 token 数，S_d 各样本的长度：
-
-    前向            2·T·n·L + 2·R·h·V + Σ_d 2·S_d²·h·L
-    对激活的反向    2·T·n·L' + 2·R·h·V + Σ_d 4·S_d²·h·L'      L' 为从最低的可训练层往上的层数
-    对权重的反向    2·T·n·L'' [+ 2·R·h·V]                      L'' 为可训练的层数；词表投影只在 full 训练
-
-lora、ptuning：L' = L，L'' = 0（低秩部分不足 1%，不计）；freeze 末 k 层：L' = L'' = k；full：L' = L'' = L。
-cache_frozen 的第二轮起，前向的 L 也换成 k。MFU = 公式 / 秒 / 实测的矩阵乘法速率。
-"""
+"""bench 的共同材料：同一份权重（Baichuan 与导出的 Llama 两种布局）与每步相同的样本；FLOPs 公式在 flops.py。"""
 
 import json
 import random
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -26,26 +14,12 @@ for place in (ROOT, ROOT / "scripts"):
     if str(place) not in sys.path:
         sys.path.insert(0, str(place))
 
+from flops import Shape, gemm_rate, step_flops  # noqa: E402, F401  （bench 的其他文件从这里取）
+
 SAMPLES_PER_STEP = 8
 MAX_LEN, MAX_SRC_LEN = 1024, 768
 # 随机权重的 logits 标准差约 0.5，放大后约 2：函数不同（例如掩码错了），损失就明显不同
 HEAD_SCALE = 4.0
-
-
-class Shape(NamedTuple):
-    """模型的尺寸。"""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    vocab: int
-
-    @property
-    def layer_weights(self) -> int:
-        """一层的矩阵权重数。"""
-        return 4 * self.hidden**2 + 3 * self.hidden * self.intermediate
-
 
 CPU_SHAPES = {
     64000: Shape(12, 768, 2048, 12, 64000),
@@ -53,70 +27,6 @@ CPU_SHAPES = {
 }
 TOY_SHAPE = Shape(3, 64, 172, 4, 8000)
 GPU_SHAPES = {"7b": Shape(32, 4096, 11008, 32, 125696), "13b": Shape(40, 5120, 13696, 40, 125696)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FLOPs 与速率
-
-
-def step_flops(
-    shape: Shape,
-    lengths: Sequence[int],
-    num_targets: int,
-    method: str,
-    trained_layers: int = 0,
-    prefix_is_cached: bool = False,
-) -> float:
-    """一个优化步必要的 FLOPs，公式见文件开头。
-
-    Args:
-        lengths: 各样本的 token 数；num_targets: 目标 token 数。
-        method: lora、ptuning、freeze、full；trained_layers 是 freeze 训练的末尾层数。
-    """
-    layers = shape.layers
-    backward_layers = trained_layers if method == "freeze" else layers
-    weight_layers = {"freeze": trained_layers, "full": layers}.get(method, 0)
-    forward_layers = trained_layers if prefix_is_cached else layers
-    matmul = 2.0 * sum(lengths) * shape.layer_weights
-    head = 2.0 * num_targets * shape.hidden * shape.vocab
-    attention = 2.0 * sum(length**2 for length in lengths) * shape.hidden
-    return (
-        matmul * (forward_layers + backward_layers + weight_layers)
-        + attention * (forward_layers + 2 * backward_layers)
-        + head * (3 if method == "full" else 2)
-    )
-
-
-def gemm_rate(shape: Shape, rows: int, dtype: str, device: str = "cpu", seconds: float = 1.0) -> float:
-    """这台机器矩阵乘法的速率，FLOP/s：模型自己的四种形状与 2048（GPU 上 8192）的方阵，取最快的一种。
-
-    dtype 是 bf16 或 fp32；seconds 是总共量多久。
-    """
-    import torch
-
-    side = 8192 if device == "cuda" else 2048
-    shapes = [
-        (rows, shape.hidden, 3 * shape.hidden),
-        (rows, shape.hidden, shape.hidden),
-        (rows, shape.hidden, shape.intermediate),
-        (rows, shape.intermediate, shape.hidden),
-        (side, side, side),
-    ]
-    kind = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
-    best = 0.0
-    for m, k, n in shapes:
-        left, right = torch.randn(m, k, device=device).to(kind), torch.randn(n, k, device=device).to(kind).t()
-        left @ right
-        count, began = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - began) < seconds / len(shapes) or count < 2:
-            for _ in range(10 if device == "cuda" else 1):
-                left @ right
-                count += 1
-            if device == "cuda":
-                torch.cuda.synchronize()
-        elapsed = time.perf_counter() - began
-        best = max(best, 2.0 * m * k * n * count / elapsed)
-    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
-"""生成官方目录格式的微型 Baichuan 检查点（随机权重，四种架构任选），供快速上手、测试和用户命令试跑。
+"""生成官方目录格式的微型 Baichuan 检查点（四种架构任选），供快速上手、测试和用户命令试跑。
 
 python scripts/build_tiny_model.py --arch baichuan2-7b --output_dir baichuan2-6B/ --layers 32
+
+权重缺省是随机的；--pretrain 在给出的文本上从头训练一遍，见 pretrain_tiny.py。
 """
 
 import argparse
@@ -9,7 +11,7 @@ import math
 import re
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from safetensors.torch import save_file
 # 测试按文件路径载入本脚本时，同目录的模块不在搜索路径里
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from pretrain_tiny import pretrain as pretrain_weights
+from pretrain_tiny import weights_hash
 from tiny_tokenizer import ASSISTANT_TOKEN_ID, build_tokenizer, tokenizer_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -183,23 +187,32 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
+def initial_weights(arch: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Callable[[str], torch.Tensor]:
+    """返回 `weight(name)`：按种子的初值，fp32；须按 shapes 的次序逐个取。"""
+    generator = torch.Generator().manual_seed(seed)
+    norm_head = ARCHITECTURES[arch].version == 2
+    return lambda name: init_tensor(name, shapes[name], norm_head, generator)
+
+
 def write_weights(
-    directory: Path, arch: str, config: dict[str, Any], dtype: str, format: str, max_shard_size: str | int, seed: int
+    directory: Path,
+    shapes: dict[str, tuple[int, ...]],
+    weight: Callable[[str], torch.Tensor],
+    dtype: str,
+    format: str,
+    max_shard_size: str | int,
 ) -> None:
-    """逐片生成并写出权重与索引文件；内存里至多有一个分片。"""
+    """逐片取得并写出权重与索引文件；weight(name) 给出一个 fp32 张量，内存里至多有一个分片。"""
     suffix = {"safetensors": ".safetensors", "bin": ".bin"}[format]
     stem = "model" if format == "safetensors" else "pytorch_model"
-    shapes = tensor_shapes(arch, config, with_inv_freq=format == "bin")
     # inv_freq 是缓冲区，半精度检查点里也按 fp32 存
     dtypes = {name: torch.float32 if name.endswith("inv_freq") else DTYPES[dtype] for name in shapes}
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, parse_size(max_shard_size))
-    generator = torch.Generator().manual_seed(seed)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"{stem}{suffix}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
-        norm_head = ARCHITECTURES[arch].version == 2
-        tensors = {name: init_tensor(name, shapes[name], norm_head, generator).to(dtypes[name]) for name in names}
+        tensors = {name: weight(name).to(dtypes[name]) for name in names}
         if format == "safetensors":
             save_file(tensors, directory / file, metadata={"format": "pt"})
         else:
@@ -280,6 +293,9 @@ def build_tiny_model(
     format: str = "safetensors",
     max_shard_size: str | int = "5GB",
     overwrite: bool = False,
+    pretrain: Iterable[str | Path] | None = None,
+    pretrain_tokens: int | None = None,
+    pretrain_threads: int | None = None,
 ) -> Path:
     """生成一个微型检查点，返回其目录；各参数与同名命令行选项相同，同样的参数得到逐字节相同的文件。
 
@@ -294,7 +310,10 @@ def build_tiny_model(
         "intermediate_size": round(hidden_size * 2.6875) if intermediate_size is None else intermediate_size,
         "model_max_length": model_max_length,
     }
-    check_options(arch, {**sizes, "vocab_size": vocab_size}, dtype, format, chat)
+    counts = {"vocab_size": vocab_size, "pretrain_tokens": pretrain_tokens, "pretrain_threads": pretrain_threads}
+    check_options(arch, {**sizes, **counts}, dtype, format, chat)
+    if pretrain is None and (pretrain_tokens or pretrain_threads):
+        raise ValueError("--pretrain_tokens 与 --pretrain_threads 只在 --pretrain 时起作用，请去掉或加上 --pretrain")
     parse_size(max_shard_size)
     check_output_dir(target, overwrite)
     tokenizer, vocab_size = build_tokenizer(ARCHITECTURES[arch].version, vocab_size, tokenizer_model, train_text)
@@ -311,7 +330,18 @@ def build_tiny_model(
         for name, content in json_files.items():
             write_json(staging / name, content)
         (staging / "tokenizer.model").write_bytes(tokenizer)
-        write_weights(staging, arch, config, dtype, format, max_shard_size, seed)
+        shapes = tensor_shapes(arch, config, with_inv_freq=format == "bin")
+        weight = initial_weights(arch, shapes, seed)
+        if pretrain is not None:
+            trained = pretrain_weights(
+                staging,
+                {name: weight(name) for name in shapes},
+                [Path(file) for file in pretrain],
+                max_tokens=pretrain_tokens, num_threads=pretrain_threads or 2, seed=seed,
+            )  # fmt: skip
+            print(f"预训练后的权重 SHA-256 {weights_hash(trained)}")
+            weight = trained.__getitem__
+        write_weights(staging, shapes, weight, dtype, format, max_shard_size)
         if target.is_dir():
             shutil.rmtree(target)
         staging.rename(target)
@@ -342,6 +372,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--train_text", nargs="+", help="训练分词器的文本：JSON、JSON lines 或纯文本；默认项目的 data/*.json")
     add("--format", choices=["safetensors", "bin"], default="safetensors", help="权重文件格式，默认 safetensors")
     add("--max_shard_size", default="5GB", help="单个权重文件的上限，如 200KB、5GB，默认 5GB")
+    add(
+        "--pretrain",
+        nargs="+",
+        help="在这些文件上预训练：纯文本，或 JSON 行（按 plain 格式）；写几次用几遍；默认不训练",
+    )
+    add("--pretrain_tokens", type=int, help="预训练的 token 数，默认各文件恰好一遍")
+    add("--pretrain_threads", type=int, help="预训练的 CPU 线程数，默认 2；换了线程数，权重的末位会不同")
     add("--overwrite", action="store_true", help="输出目录里已有的检查点可以覆盖；有别的文件时仍报错")
     return parser.parse_args(argv)
 
@@ -353,10 +390,8 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         raise SystemExit(f"错误：{error}") from error
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    print(
-        f"已生成 {path}：{config['num_hidden_layers']} 层，宽 {config['hidden_size']}，词表 {config['vocab_size']}，"
-        f"{config['torch_dtype']}"
-    )
+    layers, width, vocab = (config[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    print(f"已生成 {path}：{layers} 层，宽 {width}，词表 {vocab}，{config['torch_dtype']}")
 
 
 if __name__ == "__main__":

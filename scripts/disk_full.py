@@ -3,12 +3,14 @@
     python scripts/disk_full.py --output benchmarks/reliability/              # 需要 root；约十分钟
     python scripts/disk_full.py --sizes 2 --output /tmp/disk/                 # 小的形式
 
-另有两种：走到一半文件系统变成只读；走到一半挂载点消失。结果写进 disk_full.json 与 disk_full.md。
+另有两种：走到一半文件系统变成只读；走到一半挂载点消失。每做完一种就写 disk_full.json 与 disk_full.md；
+被打断后再次运行，已有的几种不再做（要从头做就删去 disk_full.json）。
 """
 
 import argparse
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 from kill_campaign import EPOCHS, SAVE_STEP, STEPS, Line, compare, markdown_table  # noqa: E402
 
 from checkpoint import iter_checkpoints, verify_checkpoint  # noqa: E402
-from utils import write_json  # noqa: E402
+from utils import read_json, write_json  # noqa: E402
 
 # 能装下多少个检查点：第一种连第一个都装不下，其余的第一个装得下、第二个写到不同的地方为止
 SHARES = [0.5, 1.05, 1.15, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9]
@@ -103,15 +105,17 @@ def check_resumed(line: Line, output: Path, whole: Path, step: int) -> list[str]
     return problems + compare(output / FINAL, whole / FINAL)
 
 
-def run_all(work: Path, num_sizes: int, report: Callable[[dict], None]) -> list[dict]:
-    """各种大小，与变成只读、挂载点消失；每做完一种调用 report(那一行)。"""
+def run_all(work: Path, num_sizes: int, done: list[dict], report: Callable[[dict], None]):
+    """各种大小，与变成只读、挂载点消失；done 里的不再做，每做完一种调用 report(那一行)。"""
     step = max(1, len(SHARES) // num_sizes)
     shares = SHARES[::-step][:num_sizes][::-1] if num_sizes < len(SHARES) else SHARES
     cases = [("full", share) for share in shares] + ([("ro", 8.0), ("gone", 8.0)] if num_sizes >= len(SHARES) else [])
     wholes: dict[str, tuple[Line, Path]] = {}
-    rows = []
+    finished = {(row["line"], row["kind"], row["checkpoints_that_fit"]) for row in done}
     for index, (kind, share) in enumerate(cases):
         name, started = LINES[index % len(LINES)], time.monotonic()
+        if (name, kind, share) in finished:
+            continue
         if name not in wholes:
             line = Line(name, work)
             line.finish(line.work / "whole")
@@ -121,9 +125,7 @@ def run_all(work: Path, num_sizes: int, report: Callable[[dict], None]) -> list[
         row = run_case(kind, line, whole, int(share * checkpoint) + OVERHEAD)
         row = {"line": name, "kind": kind, "checkpoints_that_fit": share, **row}
         row["seconds"] = round(time.monotonic() - started, 1)
-        rows.append(row)
         report(row)
-    return rows
 
 
 def run_case(kind: str, line: Line, whole: Path, size: int) -> dict:
@@ -189,7 +191,9 @@ def main() -> int:
         print(f"错误：{reason}")
         return 2
     args.output.mkdir(parents=True, exist_ok=True)
-    rows: list[dict] = []
+    path = args.output / "disk_full.json"
+    rows: list[dict] = read_json(path) if path.is_file() else []
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # 卸下挂载的，结束正在进行的训练
 
     def report(row: dict):
         rows.append(row)
@@ -197,7 +201,7 @@ def main() -> int:
         print(f"{row['line']} {row['kind']} {row['bytes']} 字节：{row['problems'] or '无问题'}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="disk-full-") as directory:
-        run_all(Path(directory), args.sizes, report)
+        run_all(Path(directory), args.sizes, list(rows), report)
     return 1 if any(row["problems"] for row in rows) else 0
 
 

@@ -5,12 +5,13 @@
 
 16 条线（四种方法 × ZeRO-2、ZeRO-3 offload × 1、2 个进程），每条线先完整训练一次，再同样地训练一次，途中挨若干次杀。
 时刻：operator build（编译算子）、load、step、evaluation、save、rename；信号 SIGKILL 与 SIGTERM，发给一个 rank、
-launch.py、deepspeed 或整个进程组。结果随时写进 kills.json 与 kills.md；再次运行同样的命令，接着没做完的线做。
-退出码 0 表示没有一处不同、没有一次丢失。
+launch.py、deepspeed 或整个进程组。每次杀之后都写 kills.json 与 kills.md；被打断后再次运行同样的命令，从下一次杀接着做
+（--work 目录还在时；不在了，没做完的那条线从头做）。退出码 0 表示没有一处不同、没有一次丢失。
 """
 
 import argparse
 import json
+import os
 import platform
 import random
 import shutil
@@ -65,12 +66,13 @@ class Line:
         self.method, self.stage, ranks = name.split("-")
         self.num_ranks = int(ranks)
         self.work = work / name
-        shutil.rmtree(self.work, ignore_errors=True)
-        self.work.mkdir(parents=True)
+        self.work.mkdir(parents=True, exist_ok=True)
         arch, self.method_flags = METHODS[self.method]
         self.base = work / arch
         if not self.base.exists():
-            build_tiny_model(arch, self.base, **SIZES)
+            shutil.rmtree(work / f".{arch}", ignore_errors=True)
+            build_tiny_model(arch, work / f".{arch}", **SIZES)
+            (work / f".{arch}").rename(self.base)  # 造到一半被打断的不算
         self.rows = work / "rows.json"
         lines = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
         self.rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -154,6 +156,8 @@ def wait_for_moment(run: TrainingProcess, plan: dict, output: Path, extensions: 
         found = [path for path in output.glob(".tmp-epoch-*") if int(path.name.rsplit("-", 1)[1]) >= step]
         return [path for path in found if moment == "save" or (path / "manifest.json").exists()]
 
+    if step > first and not run.wait_for(f"步 {step - 1}/", START_TIMEOUT):  # 到了跟前才盯得紧
+        return None
     if not run.wait_until(lambda: bool(partial()), START_TIMEOUT, 0.0002):
         return None
     if moment == "save":
@@ -247,24 +251,27 @@ def records_of(output: Path) -> list[dict]:
 
 
 def run_line(name: str, count: int, args: Namespace, work: Path, report: dict):
-    """一条线：完整训练、逐次杀、走到底、比较；每次杀之后写一次报告。"""
-    line, started = Line(name, work), time.monotonic()
-    whole, killed = line.work / "whole", line.work / "killed"
-    line.finish(whole)
-    print(f"{name}：没有打断的一次 {time.monotonic() - started:.0f} 秒", flush=True)
-    for plan in plan_kills(name, count, args.seed):
-        row = kill_once(line, plan, killed)
+    """一条线：完整训练、逐次杀、走到底、比较；每次杀之后写一次报告，已有的几次不再做。"""
+    started, earlier = time.monotonic(), [row["seconds"] for row in report["kills"] if row["line"] == name]
+    if not earlier:  # 也许有别的一次战役留下的
+        shutil.rmtree(work / name, ignore_errors=True)
+    line = Line(name, work)
+    whole, killed, final = line.work / "whole", line.work / "killed", f"epoch-{EPOCHS}-step-{STEPS}"
+    if not earlier:
+        line.finish(whole)
+        print(f"{name}：没有打断的一次 {time.monotonic() - started:.0f} 秒", flush=True)
+    for plan in plan_kills(name, count, args.seed)[len(earlier) :]:
+        kill_started = time.monotonic()
+        row = kill_once(line, plan, killed) | {"seconds": round(time.monotonic() - kill_started, 1)}
         report["kills"].append(row)
         write_report(args, report)
-        print(f"{name}：{describe(row)}", flush=True)
+        print(f"{name}：{describe(row)}；用了 {row['seconds']:.0f} 秒", flush=True)
     line.finish(killed, "--resume", "auto")
-    final = f"epoch-{EPOCHS}-step-{STEPS}"
     differences = compare(killed / final, whole / final) if (killed / final).is_dir() else [f"没有 {final}"]
     leftovers = [path.name for path in killed.iterdir() if path.name.startswith(".tmp-")]
     differences += [f"留下了 {leftovers}"] if leftovers else []
-    report["lines"].append(
-        {"line": name, "kills": count, "differences": differences, "seconds": round(time.monotonic() - started, 1)}
-    )
+    seconds = round(sum(earlier) + time.monotonic() - started, 1)
+    report["lines"].append({"line": name, "kills": count, "differences": differences, "seconds": seconds})
     write_report(args, report)
     print(f"{name}：{'逐位相同' if not differences else differences[:5]}", flush=True)
     shutil.rmtree(line.work)
@@ -334,8 +341,8 @@ def markdown_table(header: list, rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("\n", " ") for cell in line) + " |" for line in lines)
 
 
-def load_report(args: Namespace, num_lines: int) -> dict:
-    """已有的报告：同样的种子与次数就接着做，没有做完的线从头做；否则是新的。"""
+def load_report(args: Namespace, num_lines: int, work: Path) -> dict:
+    """已有的报告：同样的种子与次数就接着做；没有做完的线，工作目录不在了就从头做；否则是新的。"""
     path = args.output / "kills.json"
     machine = f"{platform.machine()}，torch {torch.__version__}"
     fresh = {"seed": args.seed, "num_kills": args.kills, "num_lines": num_lines, "machine": machine}
@@ -343,7 +350,8 @@ def load_report(args: Namespace, num_lines: int) -> dict:
         report = read_json(path)
         if all(report.get(key) == value for key, value in fresh.items()):
             done = {row["line"] for row in report["lines"]}
-            report["kills"] = [row for row in report["kills"] if row["line"] in done]
+            kept = {row["line"] for row in report["kills"] if (work / row["line"] / "whole" / "loss.png").is_file()}
+            report["kills"] = [row for row in report["kills"] if row["line"] in done | kept]
             return report
     return {**fresh, "kills": [], "lines": []}
 
@@ -353,7 +361,7 @@ def parse_args() -> Namespace:
     parser.add_argument("--kills", type=int, default=60, help="一共杀多少次（缺省 %(default)s）")
     parser.add_argument("--seed", type=int, default=1, help="种子：决定哪些线、什么时刻、什么信号（缺省 %(default)s）")
     parser.add_argument("--output", type=Path, required=True, help="kills.json 与 kills.md 的目录（必填）")
-    parser.add_argument("--work", type=Path, help="训练用的工作目录（缺省为临时目录，用后删去）")
+    parser.add_argument("--work", type=Path, help="训练用的工作目录（缺省在临时目录里，由种子与次数定名；做完后删去）")
     return parser.parse_args()
 
 
@@ -361,12 +369,14 @@ def main() -> int:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     names = line_names(args.kills, random.Random(args.seed))
-    report = load_report(args, len(names))
-    with tempfile.TemporaryDirectory(prefix="kills-") as temporary:
-        work = args.work or Path(temporary)
-        for name, count in names.items():
-            if name not in {row["line"] for row in report["lines"]}:
-                run_line(name, count, args, work, report)
+    work = args.work or Path(tempfile.gettempdir(), f"kills-{os.getuid()}-{args.seed}-{args.kills}")
+    report = load_report(args, len(names), work)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # 让正在进行的训练也结束
+    for name, count in names.items():
+        if name not in {row["line"] for row in report["lines"]}:
+            run_line(name, count, args, work, report)
+    if args.work is None:
+        shutil.rmtree(work)
     failed = [row for row in report["kills"] if row["problem"]] + [row for row in report["lines"] if row["differences"]]
     print(f"{args.output / 'kills.md'}：{len(failed)} 处问题")
     return 1 if failed else 0

@@ -32,8 +32,8 @@ train_step = train.train_step
 def with_signal(kill: dict | None):
     """train_step 走完 kill["step"] 之后，由 kill["rank"] 给自己发信号。"""
 
-    def step_then_signal(engine, step):
-        result = train_step(engine, step)
+    def step_then_signal(engine, step, *args):
+        result = train_step(engine, step, *args)
         if kill and engine.global_steps == kill["step"] and global_rank() == kill["rank"]:
             os.kill(os.getpid(), getattr(signal, kill["signal"]))
         return result

@@ -120,6 +120,15 @@ def test_only_three_flags_are_required():
         "is_skip": False,
         "drop_duplicates": False,
         "eval_path": None,
+        "eval_step": 0,
+        "eval_metric": "nll",
+        "eval_max_new_tokens": 128,
+        "early_stopping_patience": 0,
+        "save_total_limit": 0,
+        "general_path": None,
+        "forgetting_threshold": None,
+        "replay_path": None,
+        "replay_ratio": None,
         "logging_dir": None,
         "max_steps": -1,
         "save_model_step": 0,
@@ -273,6 +282,7 @@ def test_all_problems_are_listed_at_once(tmp_path):
         *("--train_type", "freeze", "--lora_dim", 4),
     )
     assert found == [
+        f"读不了 {tmp_path / 'no-ds.json'}：No such file or directory",
         "--num_train_epochs(0) 必须至少为 1",
         "--max_src_len(16) 必须小于 --max_len(16)，请调小前者",
         "--max_steps(0) 必须为 -1（不限）或至少为 1",
@@ -286,7 +296,6 @@ def test_all_problems_are_listed_at_once(tmp_path):
         f"数据文件 {empty} 是空的（0 字节），没有任何样本",
         f"找不到数据文件 {tmp_path / 'absent.json'}（No such file or directory），请检查路径",
         f"--output_dir {a_file} 是一个文件，请给出目录",
-        f"读不了 {tmp_path / 'no-ds.json'}：No such file or directory",
         f"--model_name_or_path {tmp_path / 'no-model'} 里没有 config.json，请给出 Baichuan 检查点的本地目录",
     ]
 
@@ -315,6 +324,60 @@ def test_max_src_len_must_be_smaller(required, max_len, max_src_len):
     ]
 
 
+def write_ds(path, **changes) -> str:
+    """项目自己的 DeepSpeed 配置，改掉几处。"""
+    config = json.loads((ROOT / "ds_zero2_no_offload.json").read_text(encoding="utf-8"))
+    for place, value in changes.items():
+        *parents, name = place.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return str(path)
+
+
+def test_numbers_fixed_by_the_ds_file_are_told(required, tmp_path, capsys):
+    path = write_ds(
+        tmp_path / "ds.json", optimizer__params__lr=3e-4, optimizer__params__weight_decay=0.02,
+        train_micro_batch_size_per_gpu=2, scheduler__params__total_num_steps=100,
+        scheduler__params__warmup_num_steps=5,
+    )  # fmt: skip
+    args = parse_args([*required, "--ds_file", path])
+    validate_args(args)
+    assert (args.learning_rate, args.weight_decay, args.per_device_train_batch_size) == (3e-4, 0.02, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        f"注意：per_device_train_batch_size 以 {path} 的 train_micro_batch_size_per_gpu 为准：2（缺省是 4）",
+        f"注意：learning_rate 以 {path} 的 optimizer.params.lr 为准：0.0003（缺省是 0.0002）",
+        f"注意：weight_decay 以 {path} 的 optimizer.params.weight_decay 为准：0.02（缺省是 0.1）",
+        f"注意：预热以 {path} 的 scheduler.params.warmup_num_steps（5）为准，不是 --warmup_ratio 0.1",
+        f"注意：{path} 的 scheduler.params.total_num_steps 写成 100，不随命令行变化",
+    ]
+
+
+def test_numbers_fixed_twice_are_refused(required, tmp_path):
+    path = write_ds(
+        tmp_path / "ds.json", optimizer__params__lr=3e-4, optimizer__params__weight_decay=0.02,
+        gradient_accumulation_steps=2.5, scheduler__params__warmup_num_steps=5,
+    )  # fmt: skip
+    given = ("--learning_rate", "1e-4", "--weight_decay", "0.02", "--warmup_ratio", "0.1")
+    assert problems_of(*required, "--ds_file", path, *given) == [
+        f"{path} 的 gradient_accumulation_steps 应为整数，实际是 2.5",
+        f'--learning_rate 0.0001 与 {path} 的 optimizer.params.lr（0.0003）不同；请去掉一个，或把配置里的改成 "auto"',
+        f"--warmup_ratio 与 {path} 的 scheduler.params.warmup_num_steps（5）都写了，后者会盖住前者；"
+        '请去掉一个，或把配置里的改成 "auto"',
+    ]
+
+
+def test_broken_rows_are_told_with_the_arguments(required, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text('{"instruction": "问", "output": "答"}\n{"instruction": 3, "output": "答"}\n', encoding="utf-8")
+    total, row, spike = problems_of(*required, "--train_path", rows, "--loss_spike_factor", "1")
+    assert total == f"数据文件 {rows} 有 1 处错误，请改正后重试："
+    assert row.startswith(f"  {rows}:2: instruction: ")
+    assert spike.startswith("--loss_spike_factor '1' 应为 0（不看）、大于 1 的数")
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "warmup_ratio", "lora_dropout"])
 def test_rates_must_be_finite(required, name, value):
@@ -327,6 +390,8 @@ FOREIGN_FLAGS = [(method, flag, value) for method, flag, value in [
     ("lora", "lora_alpha", "30"),
     ("lora", "lora_dropout", "0.1"),
     ("lora", "lora_module_name", "W_pack"),
+    ("lora", "load_in_4bit", "False"),
+    ("lora", "load_in_8bit", "False"),
     ("ptuning", "pre_seq_len", "16"),
     ("ptuning", "prefix_projection", "True"),
     ("ptuning", "prefix_hidden_size", "512"),

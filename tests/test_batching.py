@@ -21,12 +21,11 @@ def sample(input_ids: list[int], labels: list[int], line: int = 0) -> EncodedSam
 class TinyDataSet:
     """StepLoader 所需的最小数据集：样本 i 的 token 都是 i + 10，最后一个是目标。"""
 
-    path = "rows.json"
-
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
         self.offsets = [0, *itertools.accumulate(lengths)]
         self.num_targets = [1] * len(lengths)
+        self.paths = ["rows.json"] * len(lengths)
         self.lines = [i + 1 for i in range(len(lengths))]
 
     def __len__(self) -> int:

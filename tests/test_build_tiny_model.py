@@ -416,3 +416,74 @@ def test_command_line(tmp_path, text_file):
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert "错误：--output_dir(" in again.stderr and "Traceback" not in again.stderr
+
+
+# ---- 预训练 ----
+
+pretrain_tiny = sys.modules["pretrain_tiny"]
+
+
+def test_text_blocks_cover_every_token():
+    blocks = pretrain_tiny.text_blocks("甲" * 100 + "\n\n" + "乙" * 100 + "\n", lambda text: list(text.encode()), eos=2)
+    assert [len(ids) for ids, _ in blocks] == [256, 256, 91]
+    assert [token for ids, _ in blocks for token in ids][301] == 2  # 空行处是 eos
+    assert all(answer == len(ids) for ids, answer in blocks)  # 纯文本没有回答
+
+
+def test_rows_are_encoded_as_train_does(build, tmp_path):
+    from baichuan import BaichuanTokenizer
+    from data_set import BaichuanDataSet
+
+    path = tmp_path / "rows.json"
+    rows = [{"instruction": "你好，", "input": "火花塞", "output": "积碳"}, {"instruction": "点火", "output": ""}]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    tokenizer = BaichuanTokenizer.from_pretrained(build("baichuan2-7b"))
+    dataset = BaichuanDataSet(path, tokenizer, prompt_format="plain", max_len=256, max_src_len=192)
+    blocks = pretrain_tiny.row_blocks(path, tokenizer)
+    assert [ids for ids, _ in blocks] == [sample.input_ids.tolist() for sample in dataset]
+    assert [answer for _, answer in blocks] == [sample.num_src_tokens for sample in dataset]
+
+
+def test_steps_use_each_block_once_or_up_to_the_token_budget():
+    blocks = [([n] * 256, 256) for n in range(20)]
+    steps = pretrain_tiny.deal_steps(blocks, None, seed=1)
+    assert sorted(ids[0] for step in steps for ids, _ in step) == list(range(20))
+    assert [len(step) for step in steps] == [8, 8, 4]
+    assert steps == pretrain_tiny.deal_steps(blocks, None, seed=1) != pretrain_tiny.deal_steps(blocks, None, seed=2)
+    assert sum(len(step) for step in pretrain_tiny.deal_steps(blocks, 25 * 256, seed=1)) == 25
+
+
+def test_learning_rate_warms_up_and_decays():
+    rates = [pretrain_tiny.learning_rate(step, 100) / pretrain_tiny.LEARNING_RATE for step in (0, 4, 5, 99)]
+    assert rates == pytest.approx([0.2, 1.0, 1.0, 0.02], abs=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["baichuan-7b", "baichuan2-13b"])
+def test_pretraining_learns_and_is_reproducible(build, text_file, arch):
+    options = {"pretrain": [text_file], "pretrain_tokens": 3000, "pretrain_threads": 1}
+    first, second = (build(arch, name, **options) for name in ("first", "second"))
+    assert hashes(first) == hashes(second)
+    text = torch.tensor([AutoTokenizer.from_pretrained(first)(TEXT)["input_ids"]])
+    losses = {}
+    for path in (first, build(arch, "random")):
+        model = AutoModelForCausalLM.from_pretrained(path).eval()
+        losses[path.name] = model(input_ids=text, labels=text).loss.item()
+    assert losses["first"] < 0.8 * losses["random"]
+    assert hashes(build(arch, "other", seed=5, **options))["model.safetensors"] != hashes(first)["model.safetensors"]
+
+
+def test_pretraining_weights_are_hashed_by_value():
+    one, other = torch.arange(6.0), torch.arange(6.0).bfloat16()
+    digest = pretrain_tiny.weights_hash({"a": one, "b": other})
+    assert digest == pretrain_tiny.weights_hash({"b": other.clone(), "a": one.clone()})
+    assert digest != pretrain_tiny.weights_hash({"a": one + 1, "b": other})
+
+
+def test_pretraining_options(build, tmp_path):
+    with pytest.raises(ValueError, match="只在 --pretrain 时起作用"):
+        build("baichuan2-7b", pretrain_tokens=10)
+    with pytest.raises(ValueError, match=r"--pretrain_threads\(0\) 必须是正整数"):
+        build("baichuan2-7b", pretrain=[tmp_path / "none.txt"], pretrain_threads=0)
+    with pytest.raises(ValueError, match=r"--pretrain 的文件 .*none\.txt 不存在"):
+        build("baichuan2-7b", pretrain=[tmp_path / "none.txt"])
+    assert not any(tmp_path.iterdir())

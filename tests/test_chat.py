@@ -1,13 +1,14 @@
 """chat.py：多轮历史、命令、流式输出。"""
 
 import io
+import re
 
 import pytest
 import torch
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from chat import TerminalStreamer
+from chat import TerminalStreamer, chat
 from prompting import encode_prompt
 from tests.test_generation import by_hand
 
@@ -81,3 +82,39 @@ def test_streamer_prints_the_rest_at_the_end(capsys):
         streamer.put(torch.tensor([byte]))
     streamer.end()
     assert capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_streamer_never_prints_a_stop_string(capsys):
+    streamer = TerminalStreamer(OneIdAtATime(), ["\n用", "完"])
+    streamer.put(torch.tensor([[1]]))
+    shown = []
+    for byte in "甲\n乙\n用".encode():
+        streamer.put(torch.tensor([byte]))
+        shown.append(capsys.readouterr().out)
+    assert "".join(shown) == "甲\n乙"
+    assert shown[3] == ""  # 换行可能是停止字符串的开头
+    streamer.end()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_adapter_command(chat_base, tmp_path, monkeypatch, capsys):
+    from tests.test_predictor import make_adapter, make_predictor
+
+    paths = [make_adapter(chat_base, tmp_path / name, seed) for seed, name in enumerate(("one", "two"))]
+    predictor = make_predictor("--model_path", chat_base, "--adapter", *paths)
+    prompt = encode_prompt(predictor.tokenizer, [("user", "你好")], "chat")
+    expected = []
+    for name in ("one", "two", None):
+        predictor.use_adapter(name)
+        expected.append(predictor.decode(predictor.generate_batch([prompt])[0]))
+    assert len(set(expected)) == 3
+    predictor.use_adapter("one")
+    capsys.readouterr()
+    text = "你好\n/clear\n/adapter two\n你好\n/clear\n/adapter 无\n你好\n/adapter\n/adapter 三\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    chat(predictor)
+    captured = capsys.readouterr()
+    assert re.findall("模型：(.*)\n", captured.out) == expected
+    assert "现在的适配器：two；还可选：one、无" in captured.err
+    assert "现在的适配器：无；还可选：one、two" in captured.err
+    assert "错误：没有名为 三 的适配器，可选：one、two、无" in captured.err

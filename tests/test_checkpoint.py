@@ -1,6 +1,7 @@
 """检查点：原子改名，左右不留残余；移走的只是我们写的；清单能发现任何改动；每种方法的目录里恰好是这些文件。"""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -21,6 +22,8 @@ from arguments import parse_args
 from checkpoint import (
     RUN_RESULTS,
     file_sha256,
+    hash_directory,
+    hash_problems,
     iter_checkpoints,
     remove_leftovers,
     save_checkpoint,
@@ -311,6 +314,9 @@ def test_only_our_results_are_set_aside(tmp_path, capsys):
         "loss.png",
         "run_config.json",
         "ds_config.json",
+        "bad_steps",
+        "best.json",
+        "forgetting.json",
     }
     assert set(RUN_RESULTS) <= ours
     for number in (1, 2, 3):
@@ -344,3 +350,29 @@ def test_a_used_number_is_never_used_again(tmp_path):
     (tmp_path / "train_log.jsonl").touch()
     set_aside_previous_run(tmp_path)
     assert files_of(tmp_path) == {"previous-1/mine", "previous-2/train_log.jsonl"}
+
+
+# ---- 任何目录的哈希 ----
+
+
+def test_hash_of_any_directory(tmp_path):
+    """与 sha256sum 同样的格式；以点开头的（下载工具的缓存）不算；--check 指出不符与缺少的文件。"""
+    base = tmp_path / "base"
+    (base / "part").mkdir(parents=True)
+    (base / ".cache").mkdir()
+    (base / ".cache" / "x").write_bytes(b"x")
+    (base / "a.bin").write_bytes(b"abc")
+    (base / "part" / "b.bin").write_bytes(b"")
+    abc, empty = hashlib.sha256(b"abc").hexdigest(), hashlib.sha256(b"").hexdigest()
+    assert hash_directory(base) == {"a.bin": abc, "part/b.bin": empty}
+
+    listing = tmp_path / "hashes.txt"
+    listing.write_text(f"{abc}  a.bin\n{empty} *part/b.bin\n", encoding="utf-8")
+    assert hash_problems(hash_directory(base), listing) == []
+    listing.write_text(f"{empty}  a.bin\n{abc}  c.bin\n", encoding="utf-8")
+    assert hash_problems(hash_directory(base), listing) == ["a.bin: 内容不符，请重新下载", "c.bin: 不存在"]
+    listing.write_text("不是哈希 a.bin\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="每一行应是"):
+        hash_problems(hash_directory(base), listing)
+    with pytest.raises(ValueError, match="不是目录，或里面没有文件"):
+        hash_directory(tmp_path / "nothing")

@@ -10,8 +10,8 @@ import pytest
 
 import data_set as data_set_module
 from baichuan import BaichuanTokenizer
-from data_check import read_samples
-from data_set import IGNORE_INDEX, BaichuanDataSet, encode_sample
+from data_check import Problem, RawRow, read_samples
+from data_set import IGNORE_INDEX, BaichuanDataSet, check_first_rows, encode_sample
 
 ROWS = [
     {"instruction": "抽取：", "input": "水温高，风扇低速转动。", "output": "水温_故障_高"},
@@ -160,6 +160,58 @@ def test_row_without_a_target_is_an_error(tmp_path, tiny_checkpoint):
         pytest.skip("这个词表不会把零宽空格规范化成空串")
     with pytest.raises(ValueError, match=r"blank.json:1: output: 截断之后没有任何目标 token（src 0 个 token）"):
         load(path, tokenizer, prompt_format="plain")
+
+
+def test_chunks_are_bounded_in_rows_and_bytes(monkeypatch):
+    monkeypatch.setattr(data_set_module, "BYTES_PER_CHUNK", 1000)
+    rows = [RawRow(1, b"x" * 5000), RawRow(2, b"x" * 400), Problem("f", 3, "行", "", ""), RawRow(4, b"x" * 700)]
+    rows += [RawRow(line, b"x") for line in range(5, 305)]
+    chunks = list(data_set_module._chunks(iter(rows)))
+    assert [len(chunk) for chunk in chunks] == [1, 3, 256, 44]
+    assert [row for chunk in chunks for row in chunk] == rows
+
+
+def test_huge_lines_stay_in_bounded_memory(tmp_path, tokenizer, monkeypatch):
+    """多进程编码时在途的字节有上限；结果与次序不变。"""
+    path = tmp_path / "huge.json"
+    texts = ["怠速不稳" * 400 * (1 + index % 3) for index in range(12)]
+    rows = [json.dumps({"instruction": "问", "input": text, "output": "答"}, ensure_ascii=False) for text in texts]
+    path.write_text("\n".join(rows), encoding="utf-8")
+    expected = load(path, tokenizer, num_workers=1).lengths
+    submitted, most = [], []
+    monkeypatch.setattr(data_set_module, "BYTES_PER_CHUNK", 1)
+    monkeypatch.setattr(data_set_module, "BYTES_IN_FLIGHT", 20_000)
+    chunks = data_set_module._chunks
+
+    def counted(rows):
+        for chunk in chunks(rows):
+            submitted.append(len(chunk[0].content))
+            yield chunk
+
+    original = data_set_module._encode_chunks
+
+    def watched(*args):
+        for done, chunk in enumerate(original(*args)):
+            most.append(sum(submitted[done:]))
+            yield chunk
+
+    monkeypatch.setattr(data_set_module, "_chunks", counted)
+    monkeypatch.setattr(data_set_module, "_encode_chunks", watched)
+    assert load(path, tokenizer, num_workers=2).lengths == expected
+    assert max(most) <= 20_000 + max(submitted)
+
+
+def test_first_rows_are_checked_without_the_rest(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    good = json.dumps({"instruction": "问", "output": "答"}, ensure_ascii=False) + "\n"
+    path.write_text(good * 5 + "{\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"有 1 处错误，请改正后重试：\n  .*rows.json:6: JSON: "):
+        check_first_rows(path)
+    monkeypatch.setattr(data_set_module, "FIRST_ROWS", 5)
+    check_first_rows(path)
+    monkeypatch.setattr(data_set_module, "FIRST_ROWS", 100)
+    monkeypatch.setattr(data_set_module, "FIRST_BYTES", 3 * len(good.encode()))
+    check_first_rows(path)
 
 
 def test_other_user_mistakes(tmp_path, rows_file, tokenizer):

@@ -9,7 +9,17 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import GenerationConfig
 
 from baichuan import BaichuanForCausalLM
-from generation import generate_all, generate_batch, left_pad, make_generation_config, target_nll
+from generation import (
+    StopStrings,
+    cut_at_stop,
+    generate_all,
+    generate_batch,
+    label_log_probs,
+    left_pad,
+    make_generation_config,
+    plan_batches,
+    target_nll,
+)
 from prompting import IGNORE_INDEX, EncodedSample
 
 PROMPTS = [[5, 6, 7], [8], list(range(20, 60)), [9, 10, 11, 12, 13], [300, 301]]
@@ -117,3 +127,52 @@ def test_target_nll_is_the_loss_of_the_model(tiny_checkpoint, arch):
         labels = torch.tensor([sample.labels])
         loss = model(torch.tensor([sample.input_ids]), labels=labels).loss
         assert total == pytest.approx(loss.item() * count, rel=1e-5)
+
+
+def test_plan_batches():
+    assert plan_batches(PROMPTS, 2) == [[2, 3], [0, 4], [1]]
+
+
+@pytest.mark.parametrize("arch", ["baichuan2-7b", "baichuan-13b"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_label_log_probs_are_the_direct_ones(tiny_checkpoint, arch, batch_size):
+    """逐个 token 直接算：没有填充、没有成批。"""
+    model = load(tiny_checkpoint, arch)
+    labels = [[40, 2], [41, 42, 43, 2], [2]]
+    scores = label_log_probs(model, PROMPTS, labels, batch_size, 0)
+    for prompt, row in zip(PROMPTS, scores, strict=True):
+        for label, score in zip(labels, row, strict=True):
+            total, ids = 0.0, list(prompt)
+            for token in label:
+                with torch.no_grad():
+                    total += float(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)[token])
+                ids.append(token)
+            assert score == pytest.approx(total, abs=1e-4)
+
+
+def test_cut_at_stop():
+    assert cut_at_stop("甲乙丙丁", ["丙", "乙"]) == ("甲", True)
+    assert cut_at_stop("甲乙丙丁", ["戊"]) == ("甲乙丙丁", False)
+    assert cut_at_stop("甲", []) == ("甲", False)
+
+
+class Letters:
+    """id 就是字符的分词器。"""
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(chr(token) for token in ids)
+
+
+def test_stop_strings_end_each_row_on_its_own(tiny_checkpoint):
+    model = load(tiny_checkpoint, "baichuan2-7b")
+    options = make_generation_config(model, 12)
+    free = generate_batch(model, PROMPTS, options)
+    # 第 0 行的第 4、5 个新 token 是停止字符串；它若出现在提示词里，不算
+    stop = "".join(map(chr, free[0][3:5]))
+    prompts = [*PROMPTS[:1], [*map(ord, stop), 7, 8]]
+    found = generate_batch(model, prompts, options, stopping_criteria=[StopStrings(Letters(), [stop])])
+    assert found[0][:5] == free[0][:5]
+    assert set(found[0][5:]) <= {options.pad_token_id}
+    assert found[1] == generate_batch(model, prompts[1:], options)[0]
+    alone = generate_batch(model, PROMPTS[:1], options, stopping_criteria=[StopStrings(Letters(), [stop])])
+    assert alone == [free[0][:5]]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from interruption import EXIT_INTERRUPTED, Interruption
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from training_process import Ended, TrainingProcess
+from training_process import Ended, TrainingProcess, free_port
 
 SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 # 48 行、全局 batch 2：每轮 24 步，共 10 轮；每轮末评估并保存。被打断的总是其中很早的一步
@@ -250,3 +251,55 @@ def test_a_vanished_parent_is_noticed(handlers, tmp_path):
     while not result.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     assert result.read_text(encoding="utf-8") == "False 启动器已消失"
+
+
+# ---- 错误与退出 ----
+
+TWO_RANKS = """
+import os, sys, torch, torch.distributed as dist
+sys.path.insert(0, {root!r})
+from interruption import Interruption, leave_group
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+action = sys.argv[1]
+try:
+    if action == "error":
+        Interruption().agreed(torch.device("cpu"), OSError("磁盘已满") if rank == 0 else None)
+    elif action == "dead":
+        dist.barrier()
+        if rank == 1:
+            os.kill(os.getpid(), 9)
+        dist.barrier()
+except RuntimeError as error:
+    print(rank, type(error).__name__, str(error).splitlines()[0], flush=True)
+leave_group(is_agreed=action != "dead")
+assert not dist.is_initialized()
+"""
+
+
+def two_ranks(tmp_path, action: str) -> tuple[list[int], list[str]]:
+    """两个 gloo 进程 → (退出码, 各自的输出)。"""
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS.format(root=str(ROOT)), encoding="utf-8")
+    port = str(free_port())
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(script), action], env=os.environ | shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    outputs = [run.communicate(timeout=60)[0] for run in runs]
+    return [run.returncode for run in runs], outputs
+
+
+def test_an_error_of_rank_0_reaches_everyone_at_once(tmp_path):
+    codes, outputs = two_ranks(tmp_path, "error")
+    assert codes == [0, 0], outputs
+    assert [f"{rank} AgreedError rank 0：磁盘已满" in output for rank, output in enumerate(outputs)] == [True, True]
+
+
+def test_leaving_does_not_wait_for_a_dead_process(tmp_path):
+    codes, outputs = two_ranks(tmp_path, "dead")
+    assert codes == [0, -signal.SIGKILL], outputs

@@ -10,7 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from baichuan import BaichuanForCausalLM
 from checkpoint import file_sha256
-from loading import inspect_checkpoint, load_checkpoint_model, load_checkpoint_tokenizer
+from loading import (
+    base_differences,
+    inspect_checkpoint,
+    load_checkpoint_model,
+    load_checkpoint_tokenizer,
+    weights_fingerprint,
+)
 
 CPU = torch.device("cpu")
 
@@ -151,3 +157,18 @@ def test_adapter_of_another_size(adapter, tiny_checkpoint):
     write_run_config(adapter, other, {})
     with pytest.raises(ValueError, match=r"损坏，或与基座 .* 不相配"):
         load_checkpoint_model(inspect_checkpoint(adapter), torch.float32, CPU)
+
+
+def test_any_base_is_allowed_when_asked_for(adapter, tiny_checkpoint):
+    other = tiny_checkpoint("baichuan2-7b", seed=7)
+    checkpoint = inspect_checkpoint(adapter, other, any_base=True)
+    assert checkpoint.base_path == other
+    assert base_differences(other, checkpoint.run_config) == ["model.safetensors（内容不同）"]
+
+
+def test_weights_fingerprint(base, adapter):
+    before = weights_fingerprint(inspect_checkpoint(adapter))
+    assert before == weights_fingerprint(inspect_checkpoint(adapter))
+    (adapter / "manifest.json").write_text("{}")
+    after = weights_fingerprint(inspect_checkpoint(adapter))
+    assert after != before != weights_fingerprint(inspect_checkpoint(base))

@@ -169,6 +169,8 @@ def test_a_dot_at_the_end_tells_layer_1_from_layer_11(tiny_checkpoint, make):
     args = Namespace(
         train_type="freeze",
         freeze_module_name="layers.1.",
+        load_in_4bit=False,
+        load_in_8bit=False,
         model_name_or_path=path,
         gradient_checkpointing="none",
         adapter_path=None,
@@ -402,6 +404,13 @@ def test_a_tokenizer_larger_than_the_vocabulary(broken):
     assert str(caught.value) == (
         f"{broken} 的分词器有 2000 个词，config.json 的 vocab_size 只有 1999：分词器与权重不是一套"
     )
+
+
+def test_a_much_smaller_tokenizer_is_told(broken, capsys):
+    load_tokenizer(broken, "baichuan2", 2200)
+    assert capsys.readouterr().out == ""
+    load_tokenizer(broken, "baichuan2", 2300)
+    assert f"警告：{broken} 的分词器只有 2000 个词，config.json 的 vocab_size 是 2300" in capsys.readouterr().out
 
 
 def test_the_tokenizer_of_another_model_in_a_real_checkpoint(tiny_checkpoint, tmp_path):

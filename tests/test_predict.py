@@ -180,6 +180,15 @@ def errors(capsys, *arguments):
         (["--instruction", "甲", "--device", "cuda:99"], "--device(cuda:99) 不可用：本机有"),
         (["--test_path", "no-such-file.json"], "找不到数据文件 no-such-file.json"),
         (["--instruction", "甲", "--base_model_path", "x"], "是完整的模型，不需要基座"),
+        (["--instruction", "甲", "--compare", "x", "y"], "请给出 --model_path（一个检查点）或 --compare（两个以上）"),
+        (["--instruction", "甲", "--num_gpus", "2"], "--num_gpus(2) 必须是正整数，大于 1 时只用于 --test_path"),
+        (["--test_path", "x.json", "--num_gpus", "0"], "--num_gpus(0) 必须是正整数"),
+        (["--instruction", "甲", "--adapter", "x", "y"], "几个 --adapter 只用于对话"),
+        (["--adapter", "no-such"], "--adapter no-such 里没有 adapter_config.json"),
+        (["--instruction", "甲", "--stop", "乙", ""], "--stop 里有空的文字"),
+        (["--label_scores", "甲", "乙"], "--label_scores 不用于对话"),
+        (["--instruction", "甲", "--label_scores", "甲", "甲"], "--label_scores 要两个以上不同的标签"),
+        (["--instruction", "甲", "--label_scores"], "文件的 output 里有 0 个，请在它后面写明"),
     ],
 )
 def test_misuse(base, tmp_path, monkeypatch, capsys, arguments, message):
@@ -242,8 +251,14 @@ def test_a_failed_write_leaves_the_old_result(base, test_file, tmp_path, monkeyp
 
     monkeypatch.setattr(predict.os, "replace", full_disk)
     assert run(*common(base), "--test_path", test_file, "--output_path", output) == 1
-    assert "请检查磁盘空间与权限" in capsys.readouterr().err
+    assert "请检查磁盘空间与权限；做完的行留在" in capsys.readouterr().err
     assert output.read_text(encoding="utf-8") == "旧的结果\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.partial", "test.json"]
+    monkeypatch.undo()
+    # 全部做完了，只差写出：不必再载入模型
+    monkeypatch.setattr(predict.Predictor, "load_model", lambda *arguments: pytest.fail("又载入了模型"))
+    assert run(*common(base), "--test_path", test_file, "--output_path", output) == 0
+    assert len(output.read_text(encoding="utf-8").splitlines()) == len(ROWS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "test.json"]
 
 

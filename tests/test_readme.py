@@ -56,7 +56,7 @@ SHAPES = {
 }
 BASH_BLOCK = re.compile(r"(<!-- run -->\n)?```bash\n(.*?)```", re.DOTALL)
 # 不属于本项目、不解析的命令
-FOREIGN = ("pip", "modelscope", "sha256sum", "source")
+FOREIGN = ("pip", "modelscope", "source")
 
 
 @pytest.fixture(params=READMES)
@@ -279,6 +279,7 @@ def check_command(words: list[str], tmp_path: Path):
         compile(rest[1], "<README>", "exec")
         return
     parsers = {
+        "train.py": arguments.parse_args,
         "predict.py": predict.parse_args,
         "data_set.py": lambda flags: data_doctor.build_parser().parse_args(flags),
         "checkpoint.py": check_verify,
@@ -290,8 +291,9 @@ def check_command(words: list[str], tmp_path: Path):
 
 
 def check_verify(flags: list[str]):
-    command, _directory = flags
-    assert command == "verify"
+    command, _directory, *rest = flags
+    assert not rest or (command == "hash" and rest[0] in (">", "--check"))
+    assert command in ("verify", "hash")
 
 
 def check_launcher(words: list[str], tmp_path: Path):

@@ -562,6 +562,11 @@ def test_nan_stops_both_ranks_through_the_launcher(tiny_checkpoint, tmp_path):
     assert "Traceback" not in run.output
     assert checkpoints_in(output) == []
     assert run.records == []
+    dumps = sorted((output / "bad_steps").iterdir())
+    assert [path.name for path in dumps] == ["step-1-rank-0.json", "step-1-rank-1.json"]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in dumps]
+    told = [one["row"] for batch in found for micro in batch["micro_batches"] for one in micro["samples"]]
+    assert {*told} <= {f"{rows}:{line}" for line in range(1, 9)} and len(told) == len({*told}) > 0
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """训练记录：哪些步写、各数怎样累计、评估与保存的时间不计入速度、续训时截断。"""
 
+import errno
 import json
+import math
 import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train_log import TrainLog, cut_log, draw_loss, peak_memory_mb
+from train_log import TrainLog, cut_log, draw_loss, open_log, peak_memory_mb
+from utils import AgreedError
 
 KEYS = ["step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "elapsed_seconds"]
 
@@ -143,6 +146,10 @@ def test_cut_log_drops_what_will_be_done_again(tmp_path):
     cut_log(path, 10)
     assert path.read_text(encoding="utf-8") == "".join(f"{line}\n" for line in lines[:3])
     cut_log(tmp_path / "absent.jsonl", 10)
+    kept = '{"step": 9, "eval/nll": 1}\n{"step": 10, "loss": 1}\n'
+    path.write_text(kept + '{"step": 10, "eval/nll": 1}\n', encoding="utf-8")
+    cut_log(path, 10, drops_evaluation=True)  # 被打断的评估续训时补做
+    assert path.read_text(encoding="utf-8") == kept
     assert [entry.name for entry in tmp_path.iterdir()] == ["train_log.jsonl"]
 
 
@@ -182,3 +189,49 @@ def test_draw_loss_with_evaluation(tmp_path):
 
 def test_peak_memory_is_in_megabytes():
     assert 50 < peak_memory_mb() < 100_000
+
+
+# ---- 写不下 ----
+
+
+class FullFile:
+    """写满了的文件。"""
+
+    def write(self, text: str):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        pass
+
+
+def test_a_full_disk_is_kept_for_everyone(make_log, tmp_path):
+    log = make_log(num_steps=3, show_loss_step=1)
+    take_step(log, 1)
+    file, log._file = log._file, FullFile()
+    take_step(log, 2)
+    message = "读写 文件 失败：No space left on device。请检查磁盘空间与权限；已有的检查点没有受影响"
+    assert str(log.error) == message
+    take_step(log, 3)  # 之后不再写
+    assert str(log.close()) == message
+    file.close()
+    assert [record["step"] for record in records_in(tmp_path)] == [1]
+
+
+def test_open_log_writes_the_configs_or_tells(tmp_path):
+    configs = {"ds_config.json": {"a": 1}, "run_config.json": {"b": "二"}}
+    assert open_log(tmp_path, None, 3, 1, None, configs).close() is None
+    assert {name: json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in configs} == configs
+    assert (tmp_path / "runs").is_dir()
+    with pytest.raises(AgreedError, match=r"rank 0：读写 .*gone.*ds_config\.json 失败：No such file or directory"):
+        open_log(tmp_path / "gone", None, 3, 1, None, configs)
+
+
+def test_an_overflow_is_written_as_json(make_log, tmp_path, capsys):
+    log = make_log(num_steps=2, show_loss_step=1)
+    log.step(1, 0.5, 1.0, 10, 100, lr=1e-4, grad_norm=math.inf, num_overflows=1)
+    log.step(2, 1.0, 1.0, 10, 100, lr=1e-4, grad_norm=0.5)
+    log.close()
+    first, second = records_in(tmp_path)
+    assert (first["grad_norm"], first["overflows"]) == (None, 1)
+    assert (second["grad_norm"], "overflows" in second) == (0.5, False)
+    assert "溢出 1 次" in capsys.readouterr().out

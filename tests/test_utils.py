@@ -207,6 +207,17 @@ def test_concrete_values_stay():
     assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (2, 4)
 
 
+def test_a_wrong_train_batch_size_is_told():
+    assert resolve({"train_batch_size": 24})["train_batch_size"] == 24
+    with pytest.raises(ValueError, match=r"train_batch_size 是 16，但 .* = 2 × 4 × 3；请改成"):
+        resolve({"train_batch_size": 16})
+
+
+def test_a_precision_switch_without_effect_is_told(capsys):
+    resolve({"bf16": {"enabled": True}, "fp16": {"enabled": False}}, precision="fp32")
+    assert capsys.readouterr().out == "注意：精度由 --precision 决定（fp32），配置里的 bf16.enabled=True 不起作用\n"
+
+
 def test_an_auto_we_do_not_know():
     with pytest.raises(
         ValueError, match='DeepSpeed 配置里的 "reduce_bucket_size": "auto" 不知道该填什么，请写具体的值'
