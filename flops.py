@@ -6,6 +6,7 @@ L 层数，n = 4h² + 3hi 为一层的矩阵权重，T 非补齐 token 数，R �
     前向            2·T·n·L + 2·R·h·V + Σ_d 2·S_d²·h·L
     对激活的反向    2·T·n·L' + 2·R·h·V + Σ_d 4·S_d²·h·L'      L' 为从最低的可训练层往上的层数
     对权重的反向    2·T·n·L'' [+ 2·R·h·V]                      L'' 为可训练的层数；词表投影只在 full 训练
+    最后一层        以上每项各减 2·(T-R)·(h² + 3hi)             注意力之后只算目标行
 
 lora、ptuning：L' = L，L'' = 0（低秩部分不足 1%，不计）；freeze 末 k 层：L' = L'' = k；full：L' = L'' = L。
 cache_frozen 的第二轮起，前向的 L 也换成 k。MFU = 公式 / 秒 / 实测的矩阵乘法速率。
@@ -70,8 +71,10 @@ def step_flops(
     matmul = 2.0 * sum(lengths) * shape.layer_weights
     head = 2.0 * num_targets * shape.hidden * shape.vocab
     attention = 2.0 * sum(length**2 for length in lengths) * shape.hidden
+    only_targets = 2.0 * (sum(lengths) - num_targets) * (shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
     return (
         matmul * (forward_layers + backward_layers + weight_layers)
+        - only_targets * sum(count > 0 for count in (forward_layers, backward_layers, weight_layers))
         + attention * (forward_layers + 2 * backward_layers)
         + head * (3 if method == "full" else 2)
     )

@@ -26,10 +26,9 @@ PACKAGES = ("torch", "transformers", "peft", "deepspeed")
 class Rows:
     """已编码的样本，形式与 BaichuanDataSet 相同，供 StepLoader 使用。"""
 
-    path = "bench"
-
     def __init__(self, rows: list[dict[str, list[int]]]):
         self._rows = rows
+        self.paths = ["bench"] * len(rows)
         self.lengths = [len(row["input_ids"]) for row in rows]
         self.num_targets = [sum(label != -100 for label in row["labels"]) for row in rows]
         self.lines = list(range(1, len(rows) + 1))
