@@ -41,9 +41,12 @@ class LinearCrossEntropy(torch.autograd.Function):
             if weight_grad is not None:
                 weight_grad.addmm_(logits_grad.t(), hidden[rows])
         if weight_grad is not None and scale is not None:
-            # w/‖w‖ 的梯度要去掉沿 w 的分量：g - ŵ (ŵ·g)
-            along = (weight_grad.float() * weight.float()).sum(dim=-1, keepdim=True) * scale[:, None].square()
-            weight_grad -= (weight * along).to(weight_grad.dtype)
+            # w/‖w‖ 的梯度要去掉沿 w 的分量：g - ŵ (ŵ·g)；分块，免得整份权重的 fp32 副本同时存在
+            rows_per_chunk = max(1, MAX_LOGITS_ELEMENTS // weight.shape[1])
+            chunks = zip(*(tensor.split(rows_per_chunk) for tensor in (weight_grad, weight, scale)), strict=True)
+            for grad, rows, row_scale in chunks:
+                along = (grad.float() * rows.float()).sum(dim=-1, keepdim=True) * row_scale[:, None].square()
+                grad -= (rows * along).to(grad.dtype)
         ctx.hidden_grad, ctx.weight_grad = hidden_grad, weight_grad
         return loss
 

@@ -113,12 +113,15 @@ def switch_off(levers: list[str]):
         ValueError: 不认识的名字，或项目里已没有这一项。
     """
     import model_factory
+    from baichuan import modeling_baichuan
 
     for lever in levers:
         if lever == "fused_lora":
             if not hasattr(model_factory, "fuse_lora"):
                 raise ValueError("model_factory 里没有 fuse_lora，关不掉 fused_lora")
             model_factory.fuse_lora = lambda model: model
+        elif lever == "row_multiple":
+            modeling_baichuan.ROW_MULTIPLE = 1
         elif lever not in ("label_rows", "graph_prefix"):
             raise ValueError(f"不认识的开关 {lever}")
 
@@ -211,7 +214,7 @@ def serve_ours(spec: dict[str, Any], channel: Channel):
         step = loader.prepare(step_samples(loader, index))
         if "label_rows" in spec["levers_off"]:
             for batch in step.micro_batches:
-                batch["return_logits"] = True  # 词表投影在每一行上算
+                batch["return_logits"] = True  # 最后一层与词表投影在每一行上算
         loss, _, grad_norm = train.train_step(engine, step)
         channel.send(**meter.stop(), loss=loss, grad_norm=grad_norm, tokens=step.num_tokens)
     if cache is not None:

@@ -14,14 +14,15 @@ from compare_plots import FONT
 # (种类, 内容)：h1、h2、p 是文字，list 是各行，table 是 (表头, 各行)，figure 是 (文件名, 说明)
 Block = tuple[str, Any]
 STYLE = """
-@font-face { font-family: "compare"; src: url(data:font/ttf;base64,@FONT@); }
-body { font: 16px/1.65 system-ui, "Noto Sans SC", "PingFang SC", "Microsoft YaHei", "compare", sans-serif;
+@font-face { font-family: "compare"; src: url(data:font/ttf;base64,@FONT@); font-display: block;
+  unicode-range: U+2E80-9FFF, U+FF00-FFEF; }
+body { font: 16px/1.65 "compare", system-ui, sans-serif;
   max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.25em; margin-top: 2em; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: 1em 0; font-size: 0.92em; display: block; overflow-x: auto; }
 th, td { border: 1px solid #ccc; padding: 0.3em 0.7em; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { background: #f3f3f3; }
-figure { margin: 1.2em 0; } figure img { width: 100%; height: auto; } figcaption { color: #444; font-size: 0.92em; }
+figure { margin: 1.2em 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #444; font-size: 0.92em; }
 code { background: #f3f3f3; padding: 0 0.25em; }
 """
 

@@ -20,8 +20,8 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 BLOCK_TOKENS = 256  # 纯文本一块的长度，也是任务行的上限
-STEP_TOKENS = 2048  # 一步并排的 token 数
-LEARNING_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.95)
+STEP_TOKENS = 1024  # 一步并排的 token 数；token 少，步数比每步的大小要紧
+LEARNING_RATE, WEIGHT_DECAY, BETAS = 2e-3, 0.1, (0.9, 0.95)
 WARMUP_SHARE, MIN_LR_RATIO, CLIP_NORM = 0.05, 0.02, 1.0
 ANSWER_WEIGHT = 0.5
 

