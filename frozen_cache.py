@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+
+from model_factory import base_model_of
 
 
 class FrozenCache:
@@ -67,3 +69,14 @@ class FrozenCache:
         """删去缓存文件。"""
         for path in (self.path, Path(f"{self.path}.filled")):
             path.unlink(missing_ok=True)
+
+
+def num_frozen_layers(model: nn.Module) -> int:
+    """从最底下数起，连续有多少层没有可训练的参数；词嵌入可训练时为 0。"""
+    base = base_model_of(model).model
+    if any(parameter.requires_grad for parameter in base.embed_tokens.parameters()):
+        return 0
+    for index, layer in enumerate(base.layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    return len(base.layers)

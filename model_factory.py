@@ -1,5 +1,6 @@
 """由训练参数造模型：读检查点，按 --train_type 包成 freeze、lora、ptuning 或 full，并核对可训练的参数。"""
 
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -243,7 +244,8 @@ def load_tokenizer(path: str | Path, mode: str, vocab_size: int) -> BaichuanToke
     if len(tokenizer) < UNUSED_ROWS_ALLOWED * vocab_size:
         log_rank_0(
             f"警告：{path} 的分词器只有 {len(tokenizer)} 个词，config.json 的 vocab_size 是 {vocab_size}："
-            "一代是 64,000，二代是 125,696，请确认 tokenizer.model 与权重是一套"
+            "一代是 64,000，二代是 125,696，请确认 tokenizer.model 与权重是一套",
+            sys.stderr,  # predict.py 的标准输出只有回答
         )
     return tokenizer
 
@@ -387,14 +389,3 @@ def load_adapter(model: PeftModel, path: Path):
 def base_model_of(model: nn.Module) -> BaichuanForCausalLM:
     """PeftModel 里的 BaichuanForCausalLM；不是 PeftModel 时是它自己。"""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def num_frozen_layers(model: nn.Module) -> int:
-    """从最底下数起，连续有多少层没有可训练的参数；词嵌入可训练时为 0。"""
-    base = base_model_of(model).model
-    if any(parameter.requires_grad for parameter in base.embed_tokens.parameters()):
-        return 0
-    for index, layer in enumerate(base.layers):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            return index
-    return len(base.layers)

@@ -22,11 +22,11 @@ from data_set import BaichuanDataSet
 from dry_run import dry_run
 from evaluation import Evaluation, batch_to_device
 from forgetting import Forgetting
-from frozen_cache import FrozenCache
+from frozen_cache import FrozenCache, num_frozen_layers
 from general_text import general_pieces, replay_pieces
 from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave_group, limit_waiting, lost_connection
 from leftovers import remove_dead_shared_memory, settle_locks, watch_locks
-from model_factory import base_model_of, build_model, load_tokenizer, num_frozen_layers
+from model_factory import base_model_of, build_model, load_tokenizer
 from numerics import NumberWatch
 from prompting import Prompting, resolve_prompt_format
 from resume import load_trainer_state, save_trainer_state

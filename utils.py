@@ -33,10 +33,10 @@ def global_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
-def log_rank_0(message: str):
-    """只在 0 号进程打印一行，不打断 tqdm 进度条。"""
+def log_rank_0(message: str, file=None):
+    """只在 0 号进程打印一行（缺省到标准输出），不打断 tqdm 进度条。"""
     if global_rank() == 0:
-        tqdm.write(message)
+        tqdm.write(message, file=file)
 
 
 class AgreedError(RuntimeError):

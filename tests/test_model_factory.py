@@ -410,7 +410,7 @@ def test_a_much_smaller_tokenizer_is_told(broken, capsys):
     load_tokenizer(broken, "baichuan2", 2200)
     assert capsys.readouterr().out == ""
     load_tokenizer(broken, "baichuan2", 2300)
-    assert f"警告：{broken} 的分词器只有 2000 个词，config.json 的 vocab_size 是 2300" in capsys.readouterr().out
+    assert f"警告：{broken} 的分词器只有 2000 个词，config.json 的 vocab_size 是 2300" in capsys.readouterr().err
 
 
 def test_the_tokenizer_of_another_model_in_a_real_checkpoint(tiny_checkpoint, tmp_path):
