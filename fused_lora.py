@@ -43,7 +43,7 @@ class LoraFunction(torch.autograd.Function):
                 x_grad.addmm_(z_grad, lora_a)
             else:
                 x_grad.add_((z_grad @ lora_a).mul_(mask), alpha=1.0 / ctx.keep)
-            x_grad = x_grad.view(*y_grad.shape[:-1], -1)
+            x_grad = x_grad.view(*y_grad.shape[:-1], weight.shape[1])  # 没有目标的 micro batch 可以是 0 行，-1 认不出
         return x_grad, None, a_grad, b_grad, None, None
 
 

@@ -10,7 +10,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM, linear_cross_entropy
 from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
 from frozen_cache import FrozenCache
-from fused_lora import fuse_lora
+from fused_lora import LoraFunction, fuse_lora
 from model_factory import enable_gradient_checkpointing
 
 LENGTHS = [5, 1, 17, 9]
@@ -141,6 +141,17 @@ def test_fused_lora_equals_peft(dropout):
     torch.manual_seed(5)
     assert_same_grads(trained_grads(model), expected, 2e-6)
     assert len(expected[1]) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_fused_lora_without_rows(dropout):
+    """没有目标的 micro batch：最后一层只算 0 行，梯度是零，不是错误（多进程时别的进程会一直等它）。"""
+    x, weight = torch.zeros(1, 0, 4, requires_grad=True), torch.randn(6, 4)
+    a, b = torch.randn(2, 4, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    y = LoraFunction.apply(x, weight, a, b, 1.0, dropout)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape) == ((1, 0, 6), (1, 0, 4))
+    assert a.grad.count_nonzero() == b.grad.count_nonzero() == 0
 
 
 def test_fused_lora_leaves_special_cases_to_peft():
