@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from baichuan.attention import CPU_MATMUL_MAX_LENGTH
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
 from baichuan.modeling_baichuan import ROW_MULTIPLE
+from baichuan.packed_matmul import MAX_SAVED_LENGTH, query_blocks
 from flops import Shape
 from model_factory import TRAIN_METHODS, num_elements
 from quantization import quantization_of
@@ -192,21 +192,19 @@ def model_lengths(model: PlannedModel, batch: MicroBatch) -> list[int]:
 def _attention_activations(
     model: PlannedModel, lengths: list[int], element_bytes: int, on_cpu: bool, packing: bool, qkv_needs_grad: bool
 ) -> int:
-    """注意力保留的：q、k、v 的存储，概率（CPU 上的短样本）或输出与 logsumexp（SDPA）。"""
+    """注意力保留的：q、k、v 的存储，概率（CPU 上并排的短样本）或输出与 logsumexp（SDPA）。"""
     tokens, width, heads, prefix = sum(lengths), model.shape.hidden, model.shape.heads, model.prefix_length
+    if packing and on_cpu:
+        saved = [
+            (end - begin, prefix + end) for n in lengths if n <= MAX_SAVED_LENGTH for begin, end in query_blocks(n)
+        ]
+        return (3 * tokens * width + heads * sum(rows * keys for rows, keys in saved)) * element_bytes
     # W_pack 的输出是一块，q、k、v 是它的视图：只要还有一个在用，整块都在；有前缀时 k、v 另有一份
     with_prefix = (tokens + len(lengths) * prefix) * bool(prefix)
     elements = (3 * tokens + 2 * with_prefix) * width
     if not qkv_needs_grad:
         elements -= with_prefix * width  # 第 0 层的 q 不要梯度，不必留 k
-    statistics = 0
-    for length in lengths:
-        if packing and on_cpu and length <= CPU_MATMUL_MAX_LENGTH:
-            elements += heads * length * (length + prefix)
-        else:
-            elements += length * width
-            statistics += 4 * heads * length
-    return elements * element_bytes + statistics
+    return (elements + tokens * width) * element_bytes + 4 * heads * tokens
 
 
 def checkpointed_layers(model: PlannedModel, checkpointing: str) -> list[int]:

@@ -10,10 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# CPU 上短样本用矩阵乘法 + softmax 更快，长样本用 SDPA（不存 S×S 的概率）；交叉点由 scripts/bench.py 量得
-CPU_MATMUL_MAX_LENGTH = 512
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 位置
 
@@ -30,17 +26,17 @@ def rotary_tables(position_ids: Tensor, head_dim: int, base: float = 10000.0) ->
 
 
 class RotaryFunction(torch.autograd.Function):
-    """给 W_pack 的输出 [b, L, 3H] 里的 q、k 加旋转位置编码，就地改写，v 不动。
+    """给 W_pack 的输出 [b, L, 3H] 里的 q、k 加旋转位置编码，就地改写，v 不动；cos、sin [b, L, 1, d] 见 rotate。
 
-    cos、sin [b, L, 1, d]：是 fp32 时在 fp32 里旋转再转回（Baichuan2 的做法），是输入的类型时直接在该类型里算
-    （Baichuan 的做法）。旋转的反向就是反着转，什么都不必保留。
+    旋转的反向就是反着转，什么都不必保留。
     """
 
     @staticmethod
     def forward(ctx, packed_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.mark_dirty(packed_states)
-        _rotate(packed_states, packed_states, cos, sin)
+        states = by_head(packed_states, cos.shape[-1])
+        rotate(states, states, cos, sin)
         return packed_states
 
     @staticmethod
@@ -48,24 +44,31 @@ class RotaryFunction(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
         packed_grad = torch.empty_like(grad)
-        hidden_size = grad.shape[-1] // 3
-        packed_grad[..., 2 * hidden_size :] = grad[..., 2 * hidden_size :]
-        _rotate(grad, packed_grad, cos, -sin)
+        source, target = (by_head(states, cos.shape[-1]) for states in (grad, packed_grad))
+        target[..., 2, :, :] = source[..., 2, :, :]
+        rotate(source, target, cos, -sin)
         return packed_grad, None, None
 
 
-def _rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor):
-    """q、k 的 (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)，x₁、x₂ 是各头的前后两半；source 与 target 可以相同。"""
+def by_head(packed_states: Tensor, head_dim: int) -> Tensor:
+    """W_pack 的输出 [..., 3H] → [..., 3, heads, d]：q、k、v 各自按头切分。"""
+    return packed_states.view(*packed_states.shape[:-1], 3, packed_states.shape[-1] // (3 * head_dim), head_dim)
+
+
+def rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor):
+    """q、k 的 (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)，x₁、x₂ 是各头的前后两半；source 与 target 可以相同。
+
+    source、target [..., 3, heads, d]；cos、sin [..., 1, d]：是 fp32 时在 fp32 里旋转再转回（Baichuan2 的做法），
+    是 source 的类型时直接在该类型里算（Baichuan 的做法）。
+    """
     half = cos.shape[-1] // 2
-    cos, sin = cos[..., None, :, :half], sin[..., None, :, :half]  # 前后两半相同；[b, L, 1, 1, d/2]
-    by_head = (*source.shape[:2], 3, -1, 2 * half)
-    first, second = source.view(by_head)[:, :, :2].split(half, dim=-1)
+    cos, sin = cos[..., None, :, :half], sin[..., None, :, :half]  # 前后两半相同
+    first, second = source[..., :2, :, :].split(half, dim=-1)
     new_first = torch.addcmul(first * cos, second, sin, value=-1)
     new_second = torch.addcmul(second * cos, first, sin)
-    for states, new_states in zip(
-        target.view(by_head)[:, :, :2].split(half, dim=-1), (new_first, new_second), strict=True
-    ):
-        states.copy_(new_states)
+    first, second = target[..., :2, :, :].split(half, dim=-1)
+    first.copy_(new_first)
+    second.copy_(new_second)
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -157,7 +160,7 @@ def packed_attention(
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
 ) -> Tensor:
-    """对并排的各样本分别做因果注意力。
+    """对并排的各样本分别做因果注意力（GPU；CPU 用 packed_matmul.py）。
 
     Args:
         query, key, value: [T, heads, head_dim]，T 为各样本长度之和（旋转位置编码已加）。
@@ -180,20 +183,12 @@ def packed_attention(
             k, v = torch.cat([prefix_key, k], dim=1), torch.cat([prefix_value, v], dim=1)
         if bias is not None:
             document_bias = bias[:, :length, : k.shape[1]]
-        outputs.append(_document_attention(q, k, v, document_bias).transpose(0, 1))
+        output = nn.functional.scaled_dot_product_attention(
+            q[None],
+            k[None],
+            v[None],
+            attn_mask=None if document_bias is None else document_bias[None],
+            is_causal=document_bias is None,
+        )[0]
+        outputs.append(output.transpose(0, 1))
     return torch.cat(outputs)
-
-
-def _document_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
-    """一个样本的因果注意力：query [heads, S, d]，key、value [heads, K, d] → [heads, S, d]。"""
-    if query.device.type == "cpu" and bias is not None and query.shape[1] <= CPU_MATMUL_MAX_LENGTH:
-        scale = query.shape[-1] ** -0.5
-        scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scale)
-        return torch.bmm(scores.softmax(dim=-1), value)
-    return nn.functional.scaled_dot_product_attention(
-        query[None],
-        key[None],
-        value[None],
-        attn_mask=None if bias is None else bias[None],
-        is_causal=bias is None,
-    )[0]

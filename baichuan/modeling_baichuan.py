@@ -19,6 +19,7 @@ from baichuan.attention import (
     RotaryFunction,
     alibi_slopes,
     allowed_mask,
+    by_head,
     counted_positions,
     eager_attention,
     packed_attention,
@@ -27,6 +28,7 @@ from baichuan.attention import (
 from baichuan.configuration_baichuan import BaichuanConfig
 from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
+from baichuan.packed_matmul import PackedMatmulAttention
 
 logger = logging.get_logger(__name__)
 
@@ -101,15 +103,26 @@ class BaichuanAttention(nn.Module):
         prefix_key、prefix_value: [b, heads, V, d]。
         """
         batch_size, length, hidden_size = hidden_states.shape
+        head_dim = self.config.head_dim
         packed_states = self.W_pack(hidden_states)
+        is_packed = context.document_lengths is not None
+        prefix = (None, None) if prefix_key is None else (prefix_key[0], prefix_value[0])
+        if is_packed and hidden_states.device.type == "cpu":
+            output, _ = PackedMatmulAttention.apply(
+                packed_states,
+                *(context.rotary or (None, None)),
+                context.bias,
+                context.document_lengths,
+                head_dim,
+                *prefix,
+            )
+            return self.o_proj(take_rows(output, output_rows)), None
+
         if context.rotary is not None:
             packed_states = RotaryFunction.apply(packed_states, *context.rotary)
-        packed_states = packed_states.view(batch_size, length, 3, self.config.num_attention_heads, self.config.head_dim)
-        query, key, value = packed_states.unbind(dim=2)  # 各 [b, L, heads, d]
-
+        query, key, value = by_head(packed_states, head_dim).unbind(dim=2)  # 各 [b, L, heads, d]
         attentions = None
-        if context.document_lengths is not None:
-            prefix = (None, None) if prefix_key is None else (prefix_key[0], prefix_value[0])
+        if is_packed:
             output = packed_attention(query[0], key[0], value[0], context.document_lengths, context.bias, *prefix)
         else:
             query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [b, heads, L, d]

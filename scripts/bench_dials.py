@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -87,21 +88,29 @@ def measure_attention(spec: dict[str, Any]) -> dict[str, dict[str, float]]:
     """CPU 上一个样本的注意力，矩阵乘法与 SDPA 各要多少毫秒（前向加反向，中位数）→ {长度: {写法: 毫秒}}。"""
     import torch
 
-    from baichuan import attention
+    from baichuan.attention import packed_attention
+    from baichuan.packed_matmul import PackedMatmulAttention
 
     torch.set_num_threads(spec["threads"])
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec["dtype"]]
     heads, width, found = spec["heads"], spec["head_dim"], {}
     for length in spec["lengths"]:
-        states = [torch.randn(length, heads, width, dtype=dtype).requires_grad_() for _ in range(3)]
+        packed = torch.randn(1, length, 3 * heads * width, dtype=dtype).requires_grad_()
         bias = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)[None]
+
+        def matmul(packed=packed, bias=bias, length=length):
+            return PackedMatmulAttention.apply(packed, None, None, bias, [length], width, None, None)[0]
+
+        def sdpa(bias, packed=packed, length=length):
+            return packed_attention(*packed.view(length, 3, heads, width).unbind(1), [length], bias)
+
+        ways = {"matmul": matmul, "sdpa_bias": partial(sdpa, bias), "sdpa_causal": partial(sdpa, None)}
         found[length] = {}
-        for name, limit, used in (("matmul", length, bias), ("sdpa_bias", 0, bias), ("sdpa_causal", 0, None)):
-            attention.CPU_MATMUL_MAX_LENGTH = limit
+        for name, attend in ways.items():
             seconds = []
             for _ in range(7):
                 began = time.perf_counter()
-                attention.packed_attention(*states, [length], used).float().sum().backward()
+                attend().float().sum().backward()
                 seconds.append(time.perf_counter() - began)
             found[length][name] = 1000 * median(seconds)
     return found

@@ -6,9 +6,11 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from baichuan import BaichuanConfig, BaichuanForCausalLM, linear_cross_entropy
+from baichuan import BaichuanConfig, BaichuanForCausalLM, linear_cross_entropy, packed_matmul
+from baichuan.attention import rotary_tables
 from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
+from baichuan.packed_matmul import PackedMatmulAttention
 from frozen_cache import FrozenCache
 from fused_lora import LoraFunction, fuse_lora
 from model_factory import enable_gradient_checkpointing
@@ -214,3 +216,48 @@ def test_frozen_cache_gives_the_same_gradients_without_running_the_layers(tmp_pa
     assert len(runs) == 2  # 评估不用缓存
     cache.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("num_prefix", [0, 3])
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize(("block", "max_saved"), [(256, 512), (4, 512), (4, 8), (5, 0)])
+def test_packed_matmul_attention(monkeypatch, block, max_saved, rotates, num_prefix):
+    """与逐个样本写开的注意力相同（fp64），前向与反向；块内外、存概率与重算、有无前缀与旋转。"""
+    monkeypatch.setattr(packed_matmul, "BLOCK", block)
+    monkeypatch.setattr(packed_matmul, "MAX_SAVED_LENGTH", max_saved)
+    heads, head_dim, lengths = 2, 4, [9, 1, 13, 4]
+    total, longest = sum(lengths), max(lengths)
+    torch.manual_seed(0)
+    packed = torch.randn(1, total, 3 * heads * head_dim, dtype=torch.float64, requires_grad=True)
+    prefix = [torch.randn(heads, num_prefix, head_dim, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None, None]
+    visible = torch.ones(longest, num_prefix + longest, dtype=torch.bool).tril(num_prefix)
+    bias = (slopes * torch.arange(num_prefix + longest)).masked_fill(~visible, float("-inf"))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    cos, sin = (table.double() for table in rotary_tables(positions, head_dim)) if rotates else (None, None)
+    weights = torch.randn(total, heads * head_dim, dtype=torch.float64)
+
+    def expected_output():
+        query, key, value = packed.view(total, 3, heads, head_dim).unbind(1)
+        if rotates:
+            query, key = (
+                states * cos[0] + torch.cat([-states[..., 2:], states[..., :2]], -1) * sin[0] for states in (query, key)
+            )
+        outputs = []
+        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
+            q, k, v = (states.transpose(0, 1) for states in (q, k, v))
+            k, v = torch.cat([prefix[0], k], 1), torch.cat([prefix[1], v], 1)
+            scores = q @ k.transpose(1, 2) / head_dim**0.5 + bias[:, : q.shape[1], : k.shape[1]]
+            outputs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+        return torch.cat(outputs)
+
+    inputs = [packed, *(prefix if num_prefix else [])]
+    expected = expected_output()
+    expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
+    given = prefix if num_prefix else (None, None)
+    # 就地旋转的是 W_pack 的输出，不是叶子
+    output, _ = PackedMatmulAttention.apply(packed * 1, cos, sin, bias, lengths, head_dim, *given)
+    grads = torch.autograd.grad((output[0] * weights).sum(), inputs)
+    torch.testing.assert_close(output[0], expected, rtol=0, atol=1e-12)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
