@@ -295,10 +295,10 @@ def test_only_our_results_are_set_aside(tmp_path, capsys):
     foreign = ("mine.txt", "notes", "epoch-1", "model.safetensors", "previous-notes")
 
     def fill(number: int):
-        for name in ("epoch-1-step-5", "epoch-2-step-10", "runs"):
+        for name in ("epoch-1-step-5", "epoch-2-step-10", "runs", "bad_steps"):
             (tmp_path / name).mkdir()
             (tmp_path / name / "content").write_text(str(number), encoding="utf-8")
-        for name in ("train_log.jsonl", "loss.png", "run_config.json", "ds_config.json"):
+        for name in sorted(ours - {path.name for path in tmp_path.iterdir()}):
             (tmp_path / name).write_text(str(number), encoding="utf-8")
 
     for name in foreign:
