@@ -121,7 +121,7 @@ def plan_kills(name: str, count: int, seed: int) -> list[dict]:
                 "moment": moment,
                 "signal": rng.choice(["SIGKILL", "SIGKILL", "SIGTERM"]),
                 "target": rng.choices(TARGETS, [4, 1, 1, 3])[0],
-                "rank": rng.randrange(2),
+                "rank": rng.randrange(2) % int(name[-1]),
                 "step": rng.randrange(index * STEPS // count, (index + 1) * STEPS // count),
                 "delay": rng.random(),
             }
