@@ -1,6 +1,7 @@
 """终端里的多轮对话，边生成边显示；由 predict.py 在没有给出输入时调用。"""
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 from generation import cut_at_stop
 
 NO_ADAPTER = "无"
+COMMANDS = "/clear 清空历史，/adapter 名字 换适配器，/exit 退出"
 
 
 def note(message: str) -> None:
@@ -55,7 +57,8 @@ class TerminalStreamer(BaseStreamer):
 def chat(predictor) -> None:
     """与 predictor.Predictor 的多轮对话；/clear 清空历史，/exit 或文件结束退出，生成时按 Ctrl-C 停下这一句。
 
-    挂了适配器时，/adapter 名字 换用一个，/adapter 无 不用，/adapter 列出；历史不变。
+    挂了适配器时，/adapter 名字 换用一个，/adapter 无 不用，/adapter 列出；历史不变。别的命令只说明有哪些命令，
+    不交给模型；第一个词里还有别的 / 的是路径，不是命令。
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 （载入后 input() 才能正确退格汉字）
@@ -76,6 +79,8 @@ def chat(predictor) -> None:
             note("历史已清空。")
         elif text.split(maxsplit=1)[:1] == ["/adapter"]:
             switch_adapter(predictor, text.partition("/adapter")[2].strip())
+        elif re.match(r"/[^/\s]*(\s|$)", text):
+            note(f"没有命令 {text}；可用的命令：{COMMANDS}。")
         elif text:
             answer(predictor, history, text)
 

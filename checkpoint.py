@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
@@ -101,6 +99,8 @@ def _save_error(path: Path, error: Exception | None) -> Exception | None:
 
 def _save_model(module: nn.Module, directory: Path) -> Exception | None:
     """写权重与配置；写盘的错误作为返回值：别的进程还在等着一起收集后面的参数，不能中途跳出。"""
+    from peft import PeftModel  # verify、hash 不必等它导入
+
     is_adapter = isinstance(module, PeftModel)
     writer = None if is_adapter else ShardedWriter(directory)
     adapter, error = {}, None
@@ -130,7 +130,7 @@ def _save_model(module: nn.Module, directory: Path) -> Exception | None:
     return error
 
 
-def prompt_embedding(module: PeftModel) -> torch.Tensor | None:
+def prompt_embedding(module: nn.Module) -> torch.Tensor | None:
     """P-Tuning 要存的提示 [V, …]：经过 prefix_projection 之后的结果；LoRA 没有，返回 None。集合操作。"""
     if not module.active_peft_config.is_prompt_learning:
         return None
@@ -142,8 +142,10 @@ def prompt_embedding(module: PeftModel) -> torch.Tensor | None:
         return module.get_prompt_embedding_to_save(module.active_adapter)
 
 
-def _write_adapter(module: PeftModel, adapter: dict, prompt: torch.Tensor | None, directory: Path):
+def _write_adapter(module: nn.Module, adapter: dict, prompt: torch.Tensor | None, directory: Path):
     """peft 的两个文件：adapter_model.safetensors 与 adapter_config.json。"""
+    from peft.utils import get_peft_model_state_dict
+
     if prompt is None:
         state = get_peft_model_state_dict(module, state_dict=adapter, save_embedding_layers=False)
     else:
@@ -330,7 +332,7 @@ def hash_problems(found: dict[str, str], listing: Path) -> list[str]:
     for digest, name in lines:
         name = name.strip().lstrip("*")
         if name not in found:
-            problems.append(f"{name}: 不存在")
+            problems.append(f"{name}: 不存在，请重新下载；清单里应是相对于这个目录的路径")
         elif found[name] != digest.lower():
             problems.append(f"{name}: 内容不符，请重新下载")
     return problems
@@ -352,7 +354,8 @@ def main():
             found = hash_directory(args.directory)
             problems = hash_problems(found, args.check) if args.check else []
         except ValueError as error:
-            parser.error(str(error))
+            print(f"错误：{error}", file=sys.stderr)
+            sys.exit(2)
         print("".join(f"{digest}  {name}\n" for name, digest in found.items()), end="")
         if args.check is None:
             return

@@ -3,6 +3,7 @@
 import gc
 import shutil
 from collections.abc import Sequence
+from datetime import datetime
 from html import escape
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 
 from chat import note
 from data_check import Sample
-from predictor import Predictor, short_names
-from tables import display_width
+from predictor import Predictor, prediction_dtype, sampling_options, short_names
+from tables import display_width, visible
 
 MIN_COLUMN = 20
 GAP = "  │  "
@@ -23,7 +24,7 @@ th, td { border: 1px solid #ccc; padding: .4em .6em; vertical-align: top; text-a
 th { background: #f0f0f0; position: sticky; top: 0; }
 th.row { width: 3em; }
 tr.differs td.answer { background: #fff6d6; }
-.role { color: #888; font-size: .85em; }
+.role, .path { color: #888; font-size: .85em; font-weight: normal; }
 """
 
 
@@ -40,15 +41,41 @@ def compare(predictors: Sequence[Predictor], rows: list[Sample], device: torch.d
         if device.type == "cuda":
             torch.cuda.empty_cache()
     print(comparison_text(names, rows, answers, shutil.get_terminal_size().columns))
-    html_path.write_text(comparison_html(names, rows, answers), encoding="utf-8")
+    heads = [(name, column_details(predictor)) for name, predictor in zip(names, predictors, strict=True)]
+    settings = comparison_settings(predictors[0], device)
+    html_path.write_text(comparison_html(heads, settings, rows, answers), encoding="utf-8")
     num_different = sum(len(set(row)) > 1 for row in zip(*answers, strict=True))
     note(f"{len(rows)} 行里 {num_different} 行的回答不同；对照表已写到 {html_path}")
 
 
+def column_details(predictor: Predictor) -> str:
+    """一栏的出处：检查点的完整路径，适配器还有基座的，以及提示词格式。"""
+    checkpoint = predictor.base
+    base = f"\n基座 {checkpoint.base_path.resolve()}" if checkpoint.is_adapter else ""
+    return f"{checkpoint.path.resolve()}{base}\n提示词格式 {checkpoint.prompting.prompt_format}"
+
+
+def comparison_settings(predictor: Predictor, device: torch.device) -> str:
+    """各栏共同的设置与现在的时间，一行。"""
+    args, sampling = predictor.args, sampling_options(predictor.args)
+    if sampling:
+        chosen = {**sampling, "seed": args.seed, "batch_size": args.batch_size}
+        how = "采样（" + "、".join(f"{name} {value}" for name, value in chosen.items() if name != "do_sample") + "）"
+    else:
+        how = "贪心"
+    parts = [f"max_new_tokens {args.max_new_tokens}", how, f"repetition_penalty {args.repetition_penalty}"]
+    parts += [f"max_src_len {args.max_src_len}"] if args.max_src_len is not None else []
+    parts += [f"stop {args.stop}"] if args.stop else []
+    quantized = next((f"，基座 {bits} 位" for bits in (4, 8) if getattr(args, f"load_in_{bits}bit")), "")
+    dtype = str(prediction_dtype(args.precision, device)).removeprefix("torch.")
+    parts.append(f"精度 {dtype}{quantized}，设备 {device}")
+    return "；".join([*parts, datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %z")])
+
+
 def wrap(text: str, width: int) -> list[str]:
-    """按显示宽度折行；每个换行符另起一行。"""
+    """按显示宽度折行；每个换行符另起一行，控制字符换成看得见的。"""
     lines = []
-    for line in text.split("\n"):
+    for line in visible(text).split("\n"):
         current, used = "", 0
         for char in line:
             size = display_width(char)
@@ -78,21 +105,23 @@ def comparison_text(names: Sequence[str], rows: list[Sample], answers: list[list
     lines = []
     for index, row in enumerate(rows):
         lines.append(f"── 第 {row.line} 行 " + "─" * 20)
-        lines += [f"{role}：{text}" for role, text in row.messages]
-        lines += [f"参考：{reference}" for reference in row.references or ()]
+        lines += [visible(f"{role}：{text}") for role, text in row.messages]
+        lines += [visible(f"参考：{reference}") for reference in row.references or ()]
         lines.append("")
         found = [column[index] for column in answers]
         if is_wide:
             lines += [*side_by_side(names, width), *side_by_side(found, width)]
         else:
-            lines += [f"{name}：{answer}" for name, answer in zip(names, found, strict=True)]
+            lines += [visible(f"{name}：{answer}") for name, answer in zip(names, found, strict=True)]
         lines.append("")
     return "\n".join(lines)
 
 
-def comparison_html(names: Sequence[str], rows: list[Sample], answers: list[list[str]]) -> str:
-    """一个不引用任何外部文件的 HTML；回答不同的行有底色。"""
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
+def comparison_html(
+    heads: Sequence[tuple[str, str]], settings: str, rows: list[Sample], answers: list[list[str]]
+) -> str:
+    """一个不引用任何外部文件的 HTML；heads 是各栏的（名字, 出处），settings 是共同的设置；回答不同的行有底色。"""
+    head = "".join(f'<th>{escape(name)}\n<span class="path">{escape(details)}</span></th>' for name, details in heads)
     body = []
     for index, row in enumerate(rows):
         found = [column[index] for column in answers]
@@ -103,7 +132,7 @@ def comparison_html(names: Sequence[str], rows: list[Sample], answers: list[list
         body.append(f'<tr class="{kind}"><td>{row.line}</td><td>{prompt}</td><td>{reference}</td>{cells}</tr>')
     return (
         '<!DOCTYPE html>\n<html lang="zh"><head><meta charset="utf-8"><title>检查点对照</title>'
-        f"<style>{STYLE}</style></head><body>\n<table>\n"
+        f"<style>{STYLE}</style></head><body>\n<p>{escape(settings)}</p>\n<table>\n"
         f'<thead><tr><th class="row">行</th><th>提示</th><th>参考</th>{head}</tr></thead>\n'
         f"<tbody>\n{chr(10).join(body)}\n</tbody></table>\n</body></html>\n"
     )

@@ -267,7 +267,7 @@ def _encode_file(
         unit="B",
         unit_scale=True,
         desc=f"分词 {Path(path).name}",
-        disable=not progress or file_bytes < PROGRESS_ROWS_BYTES,
+        disable=True if not progress or file_bytes < PROGRESS_ROWS_BYTES else None,  # None：不是终端时不显示
     )
     with bar:
         for chunk in _encode_chunks(_chunks(iter_rows(path)), path, tokenizer, options, workers):

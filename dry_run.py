@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from activation_plan import MicroBatch, PlannedModel, checkpointed_layers, plan_model
+from activation_plan import QUANTIZED_BYTES, MicroBatch, PlannedModel, checkpointed_layers, plan_model
 from baichuan import BaichuanConfig
 from batching import deal_step, epoch_steps
 from data_check import ProblemList, iter_rows
@@ -30,7 +30,7 @@ STEPS_SAMPLED = 100
 # 假定的利用率（矩阵乘法速率的份额）：卡上，状态卸载到主机，CPU（对实测的速率）
 UTILISATION = {"cuda": 0.40, "offload": 0.20, "cpu": 0.60}
 FP32_SLOWDOWN = 16  # GPU 上 fp32 比 16 位慢的倍数，按标称
-OFFLOAD_FILE = "ds_zero3_offload.json"
+OFFLOAD_FILE, NO_OFFLOAD_FILE = "ds_zero3_offload.json", "ds_zero2_no_offload.json"
 CARD_SIZES = (16, 24, 40, 48, 80, 141)
 EXIT_FITS, EXIT_TOO_LARGE = 0, 1
 
@@ -196,6 +196,19 @@ def utilisation(setup: Setup) -> float:
     return UTILISATION["cpu" if setup.device == "cpu" else "offload" if is_offloaded else "cuda"]
 
 
+def plan_on_cards(
+    args: Namespace, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
+) -> Outcome:
+    """没有 GPU 的机器上，同样的参数换成每个进程一张卡；--precision auto 按直接计算 bf16 的卡。"""
+    variant = Namespace(**{**vars(args), "precision": "bf16" if args.precision == "auto" else args.precision})
+    return evaluate(variant, ds_config, model, sample, machine._replace(device="cuda"), cards)
+
+
+def cards_that_fit(plan: Plan) -> list[int]:
+    """CARD_SIZES 里放得下的，GB；实际可用的略少于标称。"""
+    return [card for card in CARD_SIZES if plan.device_bytes <= 0.97 * card * GIB]
+
+
 def fits(outcome: Outcome, machine: Machine) -> bool:
     """放不放得下：显存与主机内存都够。"""
     device_fits = machine.device_bytes is None or outcome.plan.device_bytes <= machine.device_bytes
@@ -209,38 +222,69 @@ def fits(outcome: Outcome, machine: Machine) -> bool:
 def suggestions(
     args: Namespace, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
 ) -> list[tuple[str, Outcome]]:
-    """放得下的改法，卡数少的、改得少的、快的在前：重算、micro batch、卸载、加卡的各种组合。"""
-    batch_size, found = args.per_device_train_batch_size, []
+    """放得下的改法：重算、micro batch、卸载、量化、加卡（没有 GPU 时减少进程）的各种组合。
+
+    卡数少的、改得少的、快的在前；没有 GPU 时进程数不算代价。减少进程时由累积保持一步的样本数。
+    """
+    batch_size, accumulation, found = args.per_device_train_batch_size, args.gradient_accumulation_steps, []
+    on_cards = machine.device == "cuda"
     ds_configs = {"": ds_config}
-    is_offloaded = setup_of(ds_config, "bf16", 1, 1, "cuda").offload_param
-    can_offload = not is_offloaded and model.quantized_bytes is None  # 量化的权重不能切分
-    if can_offload and Path(OFFLOAD_FILE).is_file():
-        ds_configs[OFFLOAD_FILE] = read_ds_config(OFFLOAD_FILE)
+    current = setup_of(ds_config, "bf16", 1, 1, "cuda")
+    can_quantize = args.train_type == "lora" and model.quantized_bytes is None
+    if not current.offload_param and model.quantized_bytes is None and Path(OFFLOAD_FILE).is_file():
+        ds_configs[OFFLOAD_FILE] = read_ds_config(OFFLOAD_FILE)  # 量化的权重不能切分
+    if current.stage == 3 and can_quantize and Path(NO_OFFLOAD_FILE).is_file():
+        ds_configs[NO_OFFLOAD_FILE] = read_ds_config(NO_OFFLOAD_FILE)
+    stages = {name: setup_of(config, "bf16", 1, 1, "cuda").stage for name, config in ds_configs.items()}
     dealt = {}  # 装箱只随卡数与 micro batch 变
     checkpointings = dict.fromkeys([args.gradient_checkpointing, "none", "attention", "2", "all"])
-    more_cards = [n for n in (2, 4, 8) if n > cards] if machine.device == "cuda" else []
-    choices = product([cards, *more_cards], ds_configs, checkpointings, dict.fromkeys([batch_size, 1]))
-    for num_cards, ds_file, checkpointing, size in choices:
+    quantizations = ["", *QUANTIZED_BYTES] if can_quantize else [""]
+    if on_cards:
+        other_cards = [n for n in (2, 4, 8) if n > cards]
+    else:
+        one_host = cards <= int(os.environ.get("LOCAL_WORLD_SIZE") or 8)
+        other_cards = [n for n in (1, 2, 4) if n < cards and cards % n == 0 and one_host]
+    choices = product([cards, *other_cards], ds_configs, checkpointings, dict.fromkeys([batch_size, 1]), quantizations)
+    for num_cards, ds_file, checkpointing, size, quantization in choices:
+        if quantization and stages[ds_file] == 3:
+            continue
+        variant = Namespace(**{**vars(args), "gradient_checkpointing": checkpointing})
+        variant.per_device_train_batch_size = size
+        variant.gradient_accumulation_steps = accumulation * (batch_size // size) * max(1, cards // num_cards)
+        more_accumulation = f" --gradient_accumulation_steps {variant.gradient_accumulation_steps}"
+        if variant.gradient_accumulation_steps == accumulation:
+            more_accumulation = ""
+        processes = f"{num_cards} 张卡" if on_cards else f"LOCAL_SIZE={num_cards}（{num_cards} 个进程）"
         changes = [
-            f"{num_cards} 张卡" if num_cards != cards else "",
+            processes + more_accumulation * (size == batch_size) if num_cards != cards else "",
             f"--ds_file {ds_file}" if ds_file else "",
             f"--gradient_checkpointing {checkpointing}" if checkpointing != args.gradient_checkpointing else "",
+            f"--load_in_{quantization}" if quantization else "",
+            f"--per_device_train_batch_size {size}{more_accumulation}" if size != batch_size else "",
         ]
-        variant = Namespace(**{**vars(args), "gradient_checkpointing": checkpointing})
-        if size != batch_size:
-            variant.per_device_train_batch_size = size
-            variant.gradient_accumulation_steps = args.gradient_accumulation_steps * batch_size
-            changes.append(
-                f"--per_device_train_batch_size 1 --gradient_accumulation_steps {variant.gradient_accumulation_steps}"
-            )
         changes = [change for change in changes if change]
         if (num_cards, size) not in dealt:
             dealt[num_cards, size] = largest_micro_batch(variant, sample, num_cards)
-        outcome = evaluate(variant, ds_configs[ds_file], model, sample, machine, num_cards, dealt[num_cards, size])
+        planned = model._replace(quantized_bytes=QUANTIZED_BYTES[quantization]) if quantization else model
+        outcome = evaluate(variant, ds_configs[ds_file], planned, sample, machine, num_cards, dealt[num_cards, size])
         if changes and fits(outcome, machine):
-            found.append((num_cards, len(changes), outcome.hours, "，".join(changes), outcome))
+            found.append((num_cards if on_cards else 0, len(changes), outcome.hours, "，".join(changes), outcome))
     found.sort(key=lambda item: item[:4])
     return [(label, outcome) for *_, label, outcome in found]
+
+
+def last_resorts(args: Namespace, machine: Machine, outcome: Outcome) -> str:
+    """suggestions 一个也没有时还能试的；已经在用的不提。"""
+    ways = {"full": ["换 --train_type lora 或 freeze"], "freeze": ["少选几层或换 --train_type lora"]}.get(
+        args.train_type, []
+    )
+    ways += ["去掉 --prefix_projection"] if args.train_type == "ptuning" and args.prefix_projection else []
+    ways.append("调小 --max_len")
+    if machine.device_bytes is not None and outcome.plan.device_bytes > machine.device_bytes:
+        ways.append("换更大的卡")
+    if outcome.plan.host_bytes > machine.host_bytes:
+        ways.append("换内存更大的机器")
+    return "；".join(ways)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,34 +307,48 @@ def dry_run(args: Namespace, ds_config: dict, config: BaichuanConfig) -> int:
     cards = int(os.environ.get("WORLD_SIZE") or 1)
     outcome = evaluate(args, ds_config, model, sample, machine, cards)
     is_fitting = fits(outcome, machine)
-    log_rank_0("\n".join(describe(args, model, sample, machine, outcome)))
+    on_cards = machine.device == "cuda"
+    on_other = None if on_cards else plan_on_cards(args, ds_config, model, sample, machine, cards)
+    log_rank_0("\n".join(describe(args, model, sample, machine, outcome, on_other)))
     found = suggestions(args, ds_config, model, sample, machine, cards)
+    # 没有 GPU 时只说本机，换成卡的话见「若每个进程一张卡」一行
+    place, order = ("", "卡少的、改得少的、快的") if on_cards else ("本机（没有 GPU）", "改得少的、快的")
     if is_fitting:
-        faster = [item for item in found if item[1].setup.cards == cards and item[1].hours < 0.97 * outcome.hours]
-        log_rank_0("结论：放得下" + ("；还可以更快：" if faster else ""))
+        faster = [
+            (label, better)  # 量化会改变结果，放得下就不提
+            for label, better in found
+            if better.setup.cards == cards and better.hours < 0.97 * outcome.hours and "--load_in" not in label
+        ]
+        log_rank_0(f"结论：{place}放得下" + ("；还可以更快：" if faster else ""))
         found = faster[:3]
     elif found:
-        log_rank_0("结论：放不下。下面的改法放得下（卡少的、改得少的、快的在前）：")
+        log_rank_0(f"结论：{place}放不下。下面的改法放得下（{order}在前）：")
     else:
-        log_rank_0("结论：放不下，这些参数怎么调都不够：换 --train_type lora 或 freeze，调小 --max_len，或换更大的卡")
-    where = "每张卡" if machine.device == "cuda" else "每个进程"
+        log_rank_0(f"结论：{place}放不下，能推算的改法都不够。还可以试：{last_resorts(args, machine, outcome)}")
+    where = "每张卡" if on_cards else "每个进程"
     for number, (label, better) in enumerate(found[:6], start=1):
         log_rank_0(
             f"  {number}. {label}：{where} {gib(better.plan.device_bytes)}，主机 {gib(better.plan.host_bytes)}，"
-            f"约 {duration(better.hours)}"
+            f"{duration(better.hours)}"
         )
     return EXIT_FITS if is_fitting else EXIT_TOO_LARGE
 
 
-def describe(args: Namespace, model: PlannedModel, sample: DataSample, machine: Machine, outcome: Outcome) -> list[str]:
-    """推算的正文，一行一项。"""
+def describe(
+    args: Namespace,
+    model: PlannedModel,
+    sample: DataSample,
+    machine: Machine,
+    outcome: Outcome,
+    on_other: Outcome | None = None,
+) -> list[str]:
+    """推算的正文，一行一项；on_other 是没有 GPU 时 plan_on_cards 的结果。"""
     plan, setup, batch = outcome.plan, outcome.setup, outcome.batch
     read = "全部读了" if sample.num_read == sample.num_rows else f"均匀抽取 {sample.num_read} 行"
     num_tokens, num_targets = sum(sample.lengths) * sample.scale, sum(sample.num_targets) * sample.scale
     where = "每张卡" if machine.device == "cuda" else "每个进程（没有 GPU，都在主机内存里）"
     offload = "，卸载到主机" if setup.offload_optimizer or setup.offload_param else ""
     size = checkpoint_bytes(model, setup.element_bytes, args.save_trainer_state)
-    cards_that_fit = [card for card in CARD_SIZES if plan.device_bytes <= 0.97 * card * GIB]
     lines = [
         "推算（--dry_run）：没有读权重，也不训练",
         f"数据：{args.train_path} {sample.num_rows} 行（{read}），约 {num_tokens:,.0f} token，目标占 "
@@ -306,24 +364,32 @@ def describe(args: Namespace, model: PlannedModel, sample: DataSample, machine: 
         *(f"    {name} {gib(number)}" for name, number in plan.host.items()),
         f"检查点：每个 {gib(size)}" + ("（含训练状态）" if args.save_trainer_state else "（只有模型）"),
         f"计算：每步 {outcome.step_flops / 1e12:.3g} TFLOP；按 {machine.name} {machine.rate / 1e12:.3g} TFLOP/s"
-        f"（{machine.rate_source}）、利用率 {utilisation(setup):.0%}（假定），全部约 {duration(outcome.hours)}",
+        f"（{machine.rate_source}）、利用率 {utilisation(setup):.0%}（假定），全部{duration(outcome.hours)}",
     ]
     if machine.device_bytes is not None:
         lines.append(f"本机：{machine.name}，显存 {gib(machine.device_bytes)}，主机内存 {gib(machine.host_bytes)}")
     else:
         lines.append(f"本机：没有 GPU，主机内存 {gib(machine.host_bytes)}")
-        sizes = "、".join(f"{card} GB" for card in cards_that_fit) or "没有一种单卡"
-        lines.append(f"若每个进程一张卡（另加约 1 GiB 的 CUDA 与通信）：放得进 {sizes}")
+    if on_other is not None:
+        sizes = "、".join(f"{card} GB" for card in cards_that_fit(on_other.plan))
+        lines.append(
+            f"若每个进程一张卡（{on_other.setup.precision}）：每张卡的峰值 {gib(on_other.plan.device_bytes)}，"
+            + (f"放得进 {sizes}" if sizes else f"一张卡都放不进（到 {CARD_SIZES[-1]} GB）")
+        )
     return lines
 
 
 def gib(number: float) -> str:
-    """字节数写成 GiB。"""
+    """字节数写成 GiB；不到 0.1 GiB 的写成 MiB。"""
+    if number < 0.1 * GIB:
+        return f"{number / 2**20:.3g} MiB"
     return f"{number / GIB:.2f} GiB" if number < 100 * GIB else f"{number / GIB:.0f} GiB"
 
 
 def duration(hours: float) -> str:
     """小时写成人读的时间。"""
-    return (
+    if hours * 3600 < 1:
+        return "不到 1 秒"
+    return "约 " + (
         f"{hours:.1f} 小时" if hours >= 1 else f"{hours * 60:.1f} 分钟" if hours * 60 >= 1 else f"{hours * 3600:.0f} 秒"
     )

@@ -71,7 +71,7 @@ class Evaluation:
         return 0 < self.args.early_stopping_patience <= self.num_worse
 
     def run(self, engine, log: TrainLog, checkpoint: str, epoch: float, should_stop: Callable[[], bool]) -> bool:
-        """评估一次，写进日志；返回分数是否超过以往。集合操作。
+        """评估一次，写进日志；返回是否比以往好：分数更好，或分数相同而 NLL 更低。集合操作。
 
         Args:
             checkpoint: 这一步的检查点的目录名；超过以往时它就是最好的。
@@ -85,18 +85,22 @@ class Evaluation:
             return False
         self.is_owed = False
         log.write({"step": step, "epoch": epoch, **{f"eval/{name}": value for name, value in scores.items()}}, step)
-        score = scores[metric]
-        is_better = self._is_better(score)
+        found = {"metric": metric, "score": scores[metric], "nll": scores["nll"]}
+        is_better = self._is_better(found)
         if is_better:
-            self.best, self.num_worse = {"checkpoint": checkpoint, "step": step, "metric": metric, "score": score}, 0
+            self.best, self.num_worse = {"checkpoint": checkpoint, "step": step, **found}, 0
         else:
             self.num_worse += 1
         self._print(step, scores, is_better)
         return is_better
 
-    def _is_better(self, score: float) -> bool:
-        sign = -1 if self.args.eval_metric in LOWER_IS_BETTER else 1
-        return math.isfinite(score) and (self.best is None or sign * score > sign * self.best["score"])
+    def _is_better(self, found: dict) -> bool:
+        """found 有 score 与 nll；生成的指标常有相同的分数（训练之初都是 0），这时 NLL 低的好。"""
+        if not math.isfinite(found["score"]):
+            return False
+        if self.best is None or found["score"] == self.best["score"]:
+            return self.best is None or found["nll"] < self.best["nll"]
+        return (found["score"] < self.best["score"]) is (self.args.eval_metric in LOWER_IS_BETTER)
 
     def _print(self, step: int, scores: dict[str, float], is_better: bool):
         metric = self.args.eval_metric

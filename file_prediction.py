@@ -1,10 +1,12 @@
 """整个文件的预测：成批、可分给几个进程、随时可以接着做；结果的次序与输入相同。
 
 做完的批随时追加到 输出文件名.partial（首行是设置，其后每行是一条预测与它的行号）；全部做完才写输出文件。
+已有的、内容不同的输出文件改名为 文件名.previous-N，与它的评测结果一起留着。
 """
 
 import argparse
 import fcntl
+import filecmp
 import hashlib
 import json
 import multiprocessing
@@ -12,7 +14,7 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from loading import Checkpoint, weights_fingerprint
 from metrics import METRICS
 from predictor import Predictor, Record, prediction_dtype, report_unfinished
 from tables import format_result
-from utils import quiet_libraries, write_json
+from utils import quiet_libraries
 
 Batches = list[list[int]]
 
@@ -45,13 +47,17 @@ def predict_file(
         if num_kept:
             note(f"{progress.path} 里已有 {num_kept} 行，接着做其余 {len(rows) - num_kept} 行")
         batches = batches_left(plan_batches(prompts, args.batch_size), progress.records, whole=args.do_sample)
+        found = predict_in_workers(predictor, rows, prompts, batches, device, num_workers)
+        next(found, None)  # 载入模型；此后才有进度条，两者才不会写在同一行
         with tqdm(total=len(rows), initial=num_kept, desc="预测", unit="条", dynamic_ncols=True) as bar:
-            for batch, records in predict_in_workers(predictor, rows, prompts, batches, device, num_workers):
+            for batch, records in found:
                 progress.add(batch, records)
                 bar.update(len(batch))
         records = [progress.records[index] for index in range(len(rows))]
         report_unfinished(records, args.max_new_tokens)
-        write_json_lines(output_path, [output_row(row, record) for row, record in zip(rows, records, strict=True)])
+        pairs = zip(rows, records, strict=True)
+        lines = (json.dumps(output_row(row, record), ensure_ascii=False) for row, record in pairs)
+        write_lines(output_path, lines, output_path)
         progress.path.unlink()
     seconds = time.monotonic() - start
     speed = f"，{(len(rows) - num_kept) / seconds:.2f} 条/秒（含载入）" if len(rows) > num_kept else ""
@@ -83,23 +89,46 @@ def write_metrics(args: argparse.Namespace, output_path: Path, rows: list[Sample
     else:
         predictions = [record["prediction"] for record in records]
         result = METRICS[args.metric](predictions, [row.references for row in rows])
-    metrics_path = output_path.with_suffix(".metrics.json")
-    write_json(metrics_path, {**result, "model_path": args.model_path, "test_path": args.test_path})
+    path = metrics_path(output_path)
+    content = {**result, "model_path": args.model_path, "test_path": args.test_path}
+    write_lines(path, [json.dumps(content, ensure_ascii=False, indent=2)], output_path)
     print(format_result(result))
-    note(f"评测结果已写到 {metrics_path}")
+    note(f"评测结果已写到 {path}")
 
 
-def write_json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """先写临时文件再改名：读者看不到写了一半的结果；写不了时删去临时文件，抛 OSError。"""
+def metrics_path(output_path: Path) -> Path:
+    """评测结果在哪里。"""
+    return output_path.with_suffix(".metrics.json")
+
+
+def write_lines(path: Path, lines: Iterable[str], output_path: Path) -> None:
+    """先写临时文件再改名：读者看不到写了一半的结果；写不了时删去临时文件，抛 OSError。
+
+    path（预测的结果 output_path，或它的评测结果）已有别的内容时先改名留着。
+    """
     temporary = path.with_name(f".tmp-{path.name}")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            for row in rows:
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.writelines(f"{line}\n" for line in lines)
+        if path.exists() and not filecmp.cmp(temporary, path, shallow=False):
+            set_aside(path, output_path)
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: Path, output_path: Path) -> None:
+    """已有的 path 改名为 path.previous-N；它是预测的结果时，它的评测结果跟着改名。"""
+    pair = [output_path, metrics_path(output_path)]
+    number = 1
+    while any(file.with_name(f"{file.name}.previous-{number}").exists() for file in pair):
+        number += 1
+    moved = [file for file in (pair if path == output_path else [path]) if file.exists()]
+    for file in moved:
+        os.replace(file, file.with_name(f"{file.name}.previous-{number}"))
+    names = "、".join(f"{file.name}.previous-{number}" for file in moved)
+    note(f"{path} 是已经写完的结果，内容不同，不能接着做（能接着做的只有 .partial）；它留作 {names}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,8 +233,9 @@ def predict_in_workers(
     device: torch.device,
     number: int,
 ) -> Iterator[tuple[list[int], list[Record]]]:
-    """预测各批，产出 (行号, 记录)，先做完的先产出；number 大于 1 时分给这么多个进程，GPU 上各用一块。
+    """载入模型后先产出一个空批，再产出各批的 (行号, 记录)，先做完的先产出；没有批时什么也不做。
 
+    number 大于 1 时分给这么多个进程，GPU 上各用一块。
     批从一个队列里领，做得快的进程领得多；每批的内容与进程数无关，所以结果也与进程数无关。
     """
     number = min(number, len(batches))
@@ -213,14 +243,11 @@ def predict_in_workers(
         return
     if number == 1:
         predictor.load_model(device)
+        yield [], []
         yield from predictor.predict_batches(rows, prompts, batches)
         return
     context = multiprocessing.get_context("spawn")  # CUDA 不能用 fork
     tasks, results = context.Queue(), context.Queue()
-    for batch in batches:
-        tasks.put((batch, [rows[index] for index in batch], [prompts[index] for index in batch]))
-    for _ in range(number):
-        tasks.put(None)
     setup = (predictor.args, predictor.base, predictor.adapters, max(1, torch.get_num_threads() // number))
     workers = [
         context.Process(
@@ -231,6 +258,13 @@ def predict_in_workers(
     try:
         for worker in workers:
             worker.start()
+        for _ in workers:
+            next_result(results, workers)  # 各进程都载入了，才开始分批
+        yield [], []
+        for batch in batches:
+            tasks.put((batch, [rows[index] for index in batch], [prompts[index] for index in batch]))
+        for _ in workers:
+            tasks.put(None)
         for _ in batches:
             yield next_result(results, workers)
     finally:
@@ -267,7 +301,7 @@ def work(
     tasks: Any,
     results: Any,
 ) -> None:
-    """一个预测进程：读模型，领批，送回结果；任何错误送给主进程。"""
+    """一个预测进程：读模型，送回一个空批，再领批，送回结果；任何错误送给主进程。"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由主进程处理
     quiet_libraries()
     torch.set_num_threads(num_threads)
@@ -276,6 +310,7 @@ def work(
             torch.cuda.set_device(device)
         predictor = Predictor(args, base, adapters)
         predictor.load_model(device)
+        results.put((None, [], []))
         while True:
             try:
                 task = tasks.get(timeout=5)

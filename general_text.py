@@ -9,6 +9,7 @@ import numpy as np
 
 from data_check import check_file
 from prompting import EncodedSample
+from utils import log_rank_0
 
 # 衡量遗忘所用的目标 token 数的上限：基座在这些 token 上的完整分布要留在主机内存里，每个 词表 × 2 字节
 GENERAL_TOKENS = 4096
@@ -57,13 +58,14 @@ def replay_pieces(path: str, tokenizer, max_len: int, seed: int, num_samples: in
 
 
 def general_pieces(path: str, tokenizer, max_len: int, replay_path: str | None = None) -> list[EncodedSample]:
-    """衡量遗忘用的各条，至多 GENERAL_TOKENS 个目标，散布在整个文件里；重放文件里也有的行不用。
+    """衡量遗忘用的各条，至多 GENERAL_TOKENS 个目标，散布在整个文件里；重放文件里也有的行不用，0 号进程说有几行。
 
     Raises:
         ValueError: 见 read_texts；或除去重放的行之后没有剩下的。
     """
     replayed = set() if replay_path is None else {text for _, text in read_texts(replay_path)}
-    texts = [(line, text) for line, text in read_texts(path) if text not in replayed]
+    all_texts = read_texts(path)
+    texts = [(line, text) for line, text in all_texts if text not in replayed]
     pieces, num_targets = [], 0
     for piece in encode_pieces(texts, tokenizer, max_len, seed=0):
         num_targets += piece.num_targets
@@ -73,5 +75,10 @@ def general_pieces(path: str, tokenizer, max_len: int, replay_path: str | None =
     if not pieces:
         raise ValueError(
             f"--general_path {path} 里没有可用的行（重放文件里也有的不算：训练过的文字不能衡量遗忘），请换一个文件"
+        )
+    if len(texts) < len(all_texts):
+        log_rank_0(
+            f"通用文字 {path}：{len(all_texts)} 行里有 {len(all_texts) - len(texts)} 行 --replay_path 里也有，"
+            f"不用来衡量遗忘，余 {len(texts)} 行"
         )
     return pieces

@@ -24,10 +24,10 @@ def normalize(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def safe_divide(numerator: np.ndarray, denominator: np.ndarray, empty: float = 0.0) -> np.ndarray:
-    """逐元素相除，分母为零处取 empty。"""
+def safe_divide(numerator: np.ndarray, denominator: np.ndarray, empty: float | np.ndarray = 0.0) -> np.ndarray:
+    """逐元素相除，分母为零处取 empty（一个数，或逐元素）。"""
     numerator, denominator = np.broadcast_arrays(np.asarray(numerator, float), np.asarray(denominator, float))
-    return np.divide(numerator, denominator, out=np.full(numerator.shape, float(empty)), where=denominator != 0)
+    return np.divide(numerator, denominator, out=np.full(numerator.shape, empty, float), where=denominator != 0)
 
 
 def resample_sums(counts: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
@@ -128,14 +128,18 @@ def parse_triples(text: str, separator: str = "_") -> tuple[set[tuple[str, str, 
         parts = tuple(normalize(part) for part in unicodedata.normalize("NFKC", line).split(separator))
         if len(parts) == 3 and all(parts):
             triples.add(parts)
-        elif any(parts):
+        elif line.strip():
             malformed += 1
     return triples, malformed
 
 
 def _score_triples(sums: np.ndarray) -> np.ndarray:
-    """列 tp、predicted、expected → 微平均 F1；两边都没有三元组时为 1（该抽的都抽了）。"""
-    return safe_divide(2 * sums[:, 0], sums[:, 1] + sums[:, 2], empty=1.0)
+    """列 tp、predicted、expected、malformed → 微平均 F1；两边都没有三元组时，没有格式不对的行为 1，有则为 0。"""
+    return safe_divide(2 * sums[:, 0], sums[:, 1] + sums[:, 2], empty=_is_clean(sums))
+
+
+def _is_clean(sums: np.ndarray) -> np.ndarray:
+    return ~sums[:, 3:].any(axis=1)
 
 
 def triple_f1(
@@ -149,23 +153,22 @@ def triple_f1(
     """三元组抽取的微平均精确率、召回率与 F1（信息抽取的通行定义：头、关系、尾全等才算对），另按关系分列。
 
     规范化见 normalize；同一行里重复的三元组只算一次；格式不对的行不成其为三元组，不进精确率，单独计数。
-    参考与预测都为空的行不增减计数，整行算全对；一行有多条参考时取该行 F1 最高的一条（相同取前者）。
+    参考与预测都为空的行不增减计数，算整行全对；有格式不对的行就不算。有多条参考时取该行 F1 最高的一条（相同取前者）。
     返回 score（F1）、ci_low、ci_high、num_rows、details（precision、recall、per_relation、各种计数）、per_row。
     """
     listed = as_references(predictions, references)
     rows, relations = [], {}
-    malformed, malformed_references, empty_rows, empty_correct, exact = 0, 0, 0, 0, 0
+    malformed_references, empty_rows, empty_correct, exact = 0, 0, 0, 0
     for prediction, options in zip(predictions, listed, strict=True):
         found, bad = parse_triples(prediction, separator)
-        malformed += bad
         parsed = [parse_triples(option, separator) for option in options]
         malformed_references += sum(bad for _, bad in parsed)
         # max 取第一个最大值
-        expected = max((triples for triples, _ in parsed), key=lambda triples: _row_f1(found, triples))
-        rows.append((len(found & expected), len(found), len(expected)))
-        exact += found == expected
+        expected = max((triples for triples, _ in parsed), key=lambda triples: _row_f1(found, triples, bad))
+        rows.append((len(found & expected), len(found), len(expected), bad))
+        exact += found == expected and not bad
         empty_rows += not expected
-        empty_correct += not expected and not found
+        empty_correct += not expected and not found and not bad
         for column, triples in enumerate((found & expected, found, expected)):
             for _, relation, _ in triples:
                 relations.setdefault(relation, [0, 0, 0])[column] += 1
@@ -173,10 +176,10 @@ def triple_f1(
     sums = resample_sums(counts, num_resamples, seed)
     by_support = sorted(relations.items(), key=lambda item: (-item[1][2], item[0]))
     per_relation = {relation: _class_scores(*numbers) for relation, numbers in by_support}
-    tp, predicted, expected = (int(value) for value in counts.sum(axis=0))
+    tp, predicted, expected, malformed = (int(value) for value in counts.sum(axis=0))
     details = {
         "precision": score_with_interval(
-            lambda s: safe_divide(s[:, 0], s[:, 1], empty=1.0 if expected == 0 else 0.0), counts, sums
+            lambda s: safe_divide(s[:, 0], s[:, 1], empty=0.0 if expected else _is_clean(s)), counts, sums
         ),
         "recall": score_with_interval(lambda s: safe_divide(s[:, 0], s[:, 2], empty=1.0), counts, sums),
         "exact_match": exact / len(rows),
@@ -189,11 +192,11 @@ def triple_f1(
         "empty_reference_rows_correct": empty_correct,
         "per_relation": per_relation,
     }
-    return build_result("triple_f1", ["correct", "predicted", "expected"], counts, sums, details)
+    return build_result("triple_f1", ["correct", "predicted", "expected", "malformed"], counts, sums, details)
 
 
-def _row_f1(found: set, expected: set) -> float:
-    return 2 * len(found & expected) / (len(found) + len(expected)) if found or expected else 1.0
+def _row_f1(found: set, expected: set, bad: int) -> float:
+    return 2 * len(found & expected) / (len(found) + len(expected)) if found or expected else float(not bad)
 
 
 # ---- 分类：标签 ----
@@ -246,6 +249,7 @@ def label_f1(
     details = {
         "accuracy": score_with_interval(lambda s: s[:, 0] / len(listed), counts, sums),
         "out_of_label": sum(outside.values()),
+        "out_of_label_kinds": len(outside),
         "out_of_label_examples": [answer for answer, _ in outside.most_common(5)],
         "per_label": per_label,
     }

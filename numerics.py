@@ -19,6 +19,12 @@ BAD_STEPS = "bad_steps"
 OVERFLOW_WINDOW, MANY_OVERFLOWS, MANY_IN_A_ROW = 100, 10, 10
 # 损失的近来平均：前 50 步是算术平均，之后是 50 步的指数平均；前 10 步不判断
 SPIKE_WINDOW, SPIKE_WARMUP = 50, 10
+# 出现 NaN 与无穷时还能怎么办，随正在用的精度
+OTHER_WAYS = {
+    "fp16": "调小 --learning_rate，或换 --precision bf16 或 fp32",
+    "bf16": "调小 --learning_rate，或换 --precision fp32",
+    "fp32": "或调小 --learning_rate",
+}
 
 
 class OverflowCount:
@@ -141,7 +147,7 @@ class NumberWatch:
         usual = self.spike.mean
         if self.spike.add(mean):
             what = (
-                f"第 {number} 步的损失 {mean:.4f} 是近来平均 {usual:.4f} 的 {mean / usual:.1f} 倍"
+                f"第 {number} 步的损失 {mean:.4f} 是近来平均 {usual:.4f} 的 {mean / usual:.2f} 倍"
                 f"（--loss_spike_factor {self.spike.factor:g}）"
             )
             if self.stops_at_spike:
@@ -173,12 +179,12 @@ class NumberWatch:
         return norm
 
     def _not_finite(self, what: str, value: float, number: int, engine, step: StepBatch, micro_losses) -> RuntimeError:
-        """一条说得清的错误：哪一步、哪个进程、哪些行、什么精度、怎么办。"""
+        """一条说得清的错误：哪一步、哪些行、什么精度、怎么办；哪个进程由 raise_together 加在前面。"""
         told = self._write_batch(what, value, number, engine, step, micro_losses)
         return RuntimeError(
             f"第 {number} 步的{what}是 {value}，没有更新权重；"
-            f"rank {global_rank()}，精度 {precision_of(engine)}，本进程的数据行：{rows_of(step)}。{told}"
-            "请检查这些行与基座权重，调小 --learning_rate，或换 --precision bf16 / fp32"
+            f"精度 {precision_of(engine)}，本进程的数据行：{rows_of(step)}。{told}"
+            f"请检查这些行与基座权重，{OTHER_WAYS[precision_of(engine)]}"
         )
 
     def _write_batch(self, what: str, value: float, number: int, engine, step: StepBatch, micro_losses) -> str:

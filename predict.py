@@ -18,6 +18,7 @@ import torch
 
 from arguments import Parser
 from chat import chat, note
+from checkpoint import RUN_CONFIG
 from compare import compare
 from data_check import Sample, read_samples
 from file_prediction import partial_path, predict_file
@@ -76,7 +77,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--output_path",
         help="预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
-        "做完的行先在 输出文件名.partial，中断后用同样的命令接着做。--compare 时是 HTML（缺省 compare.html）",
+        "做完的行先在 输出文件名.partial，中断后用同样的命令接着做；"
+        "已有的不同的结果改名为 *.previous-N。--compare 时是 HTML（缺省 compare.html）",
     )
     data.add_argument("--metric", choices=list(METRICS), help="按文件里的 output 评测，结果写到 *.metrics.json")
     data.add_argument(
@@ -161,7 +163,7 @@ def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
     """--compare 特有的问题。"""
     problems = []
     if len(args.compare) < 2:
-        problems.append("--compare 要两个以上的检查点目录")
+        problems.append(f"--compare 要两个以上的检查点目录，现在只有 {args.compare[0]}，请再给一个")
     if not single and args.test_path is None:
         problems.append("--compare 需要提示词，请同时给出 --test_path 或 --instruction/--input")
     unused = [name for name in ("adapter", "metric", "label_scores") if getattr(args, name) is not None]
@@ -232,11 +234,18 @@ def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
 
 
 def label_set(args: argparse.Namespace, rows: list[Sample]) -> list[str]:
-    """--label_scores 的标签：写明的，否则文件里 output 出现过的全部；不足两个时抛 ValueError。"""
-    labels = args.label_scores or sorted({text for row in rows for text in row.references or ()})
+    """没有写明标签的 --label_scores：文件里 output 出现过的全部；没有文件，或不足两个时抛 ValueError。"""
+    if args.test_path is None:
+        raise ValueError("--label_scores 没有写标签，也没有 --test_path 可以从中取，请在它后面写明两个以上的标签")
+    labels = sorted({text for row in rows for text in row.references or ()})
     if len(labels) < 2:
-        raise ValueError(f"--label_scores 要两个以上的标签，文件的 output 里有 {len(labels)} 个，请在它后面写明")
+        raise ValueError(f"--label_scores 要两个以上的标签，{args.test_path} 的 output 里只有 {labels}，请在它后面写明")
     return labels
+
+
+def recorded_in(adapter: Checkpoint) -> str:
+    """适配器的基座记在它的哪个文件里，括号里的一句；没有记录时为空。"""
+    return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
 
 
 def prepare(args: argparse.Namespace) -> Plan:
@@ -260,7 +269,7 @@ def prepare(args: argparse.Namespace) -> Plan:
     elif args.instruction is not None or args.input is not None:
         rows = [Sample((("user", f"{args.instruction or ''}{args.input or ''}"),), line=1, path="命令行")]
         args.output_path = args.output_path or "compare.html"
-    if args.label_scores is not None and rows:
+    if args.label_scores == [] and rows and not args.compare:
         args.label_scores = attempt(label_set, args, rows)
     checkpoints = []
     for path in args.compare or ([args.model_path] if args.model_path else []):
@@ -268,7 +277,10 @@ def prepare(args: argparse.Namespace) -> Plan:
         base = args.base_model_path if is_adapter or not args.compare else None
         checkpoints.append(attempt(inspect_checkpoint, path, base, args.prompt_format))
     if args.adapter and checkpoints and checkpoints[0] is not None and checkpoints[0].is_adapter:
-        problems.append(f"--adapter 要挂在完整的模型上，而 --model_path {args.model_path} 是适配器")
+        problems.append(
+            f"--adapter 要挂在完整的模型上，而 --model_path {args.model_path} 是适配器；"
+            f"请改成它的基座：--model_path {checkpoints[0].base_path}{recorded_in(checkpoints[0])}"
+        )
     adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
     found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
     if found:

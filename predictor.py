@@ -36,6 +36,14 @@ def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
     return TORCH_DTYPES[choose_precision(requested)[0]]
 
 
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """采样时交给 generate 的设置，没有写的取缺省；贪心时为空。"""
+    if not args.do_sample:
+        return {}
+    given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
+    return {"do_sample": True, **SAMPLING_DEFAULTS, **{k: v for k, v in given.items() if v is not None}}
+
+
 def short_names(paths: Iterable[Path]) -> list[str]:
     """各目录最短的、彼此不同的名字：先取末一段，重名的逐段往上加。"""
     parts = [path.resolve().parts for path in paths]
@@ -87,11 +95,7 @@ class Predictor:
             model = attach_adapter(model, adapter, dtype, device, self._peft_name(name))
         self.model = model
         self.use_adapter(self.adapter)
-        options: dict[str, Any] = {"repetition_penalty": self.args.repetition_penalty}
-        if self.args.do_sample:
-            given = {name: getattr(self.args, name) for name in SAMPLING_DEFAULTS}
-            given = {name: value for name, value in given.items() if value is not None}
-            options |= {"do_sample": True, **SAMPLING_DEFAULTS, **given}
+        options = {"repetition_penalty": self.args.repetition_penalty, **sampling_options(self.args)}
         self.generation_config = make_generation_config(self.model, self.args.max_new_tokens, **options)
         kind = f"适配器，基座 {self.base.base_path}" if self.base.is_adapter else "完整模型"
         loaded = f"{self.base.path}（{kind}）" + (f"与适配器 {'、'.join(self.adapters)}" if self.adapters else "")

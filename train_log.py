@@ -43,7 +43,9 @@ class TrainLog:
             cut_log(self.path, self._step, drops_evaluation=state.get("owes_evaluation", False))
             self._file = self.path.open("a", encoding="utf-8")
             self._writer = SummaryWriter(str(logging_dir), purge_step=self._step + 1 if self._step else None)
-            self._progress = tqdm(total=num_steps, initial=self._step, desc="训练", unit="步", dynamic_ncols=True)
+            self._progress = tqdm(  # 重定向到文件时只有一行行的记录，没有进度条
+                total=num_steps, initial=self._step, desc="训练", unit="步", dynamic_ncols=True, disable=None
+            )
 
     def step(
         self,
@@ -87,10 +89,11 @@ class TrainLog:
         self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
         self._window_started = time.perf_counter()
         if self._progress is not None:
+            norm = f"{grad_norm:.4g}" if grad_norm > 1e6 else f"{grad_norm:.3f}"
             self._progress.set_postfix_str(f"loss {record['loss']:.4f}")
             log_rank_0(
                 f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  lr {lr:.3g}  "
-                f"梯度范数 {grad_norm:.3f}  {record['tokens_per_second']:.0f} token/s  "
+                f"梯度范数 {norm}  {record['tokens_per_second']:.0f} token/s  "
                 f"内存 {record['memory_mb']:.0f} MB" + (f"  溢出 {num_overflows} 次" if num_overflows else "")
             )
 

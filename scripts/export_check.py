@@ -90,7 +90,7 @@ def streamed_logits(
     embeddings = read("model.embed_tokens.weight")
     states = [embeddings[torch.tensor(prompt)][None].float() for prompt in prompts]  # 各 [1, L, H]
     del embeddings
-    for index in tqdm(range(config.num_hidden_layers), desc="核对", unit="层", dynamic_ncols=True):
+    for index in tqdm(range(config.num_hidden_layers), desc="核对", unit="层", dynamic_ncols=True, disable=None):
         prefix = f"model.layers.{index}."
         for name, parameter in layer.named_parameters():
             parameter.copy_(read(prefix + name))
@@ -128,7 +128,7 @@ def check_export(
         merged = compare_logits(expected, streamed_logits(source.config, source.read, prompts))
         if not merged.max_difference <= EXACT_TOLERANCE * max(1.0, merged.max_logit):
             raise CheckFailed(f"fp32 合并与不合并的适配器不同：{merged}")
-    for name in tqdm(source.names, desc="核对权重", unit="个", dynamic_ncols=True):
+    for name in tqdm(source.names, desc="核对权重", unit="个", dynamic_ncols=True, disable=None):
         tensor = source.read(name)
         if source.config.norm_head and not config.norm_head:
             tensor = normalized_head(source.config, name, tensor)

@@ -122,7 +122,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for official in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True):
+        for official in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True, disable=None):
             for tensor in gguf_tensors(source.config, official, source.read(official)):
                 if gguf_type == "f16" and not tensor.abs().max() <= torch.finfo(torch.float16).max:
                     raise ValueError(f"{official} 有 f16 放不下的数，或来源就有 NaN；前者请换 --gguf_type bf16 或 f32")

@@ -214,7 +214,7 @@ def write_tensors(
     convert：(官方名字, fp32 张量) → {写出的名字: 张量}。
     """
     writer = ShardedWriter(directory, max_shard_bytes=MAX_SHARD_BYTES)
-    for name in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True):
+    for name in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True, disable=None):
         for new_name, tensor in convert(name, source.read(name)).items():
             # 切出的视图与别的张量共享存储，safetensors 不收
             rounded = tensor.to(dtype, copy=tensor._is_view())

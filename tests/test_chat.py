@@ -2,6 +2,7 @@
 
 import io
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,3 +119,15 @@ def test_adapter_command(chat_base, tmp_path, monkeypatch, capsys):
     assert "现在的适配器：two；还可选：one、无" in captured.err
     assert "现在的适配器：无；还可选：one、two" in captured.err
     assert "错误：没有名为 三 的适配器，可选：one、two、无" in captured.err
+
+
+def test_an_unknown_command_is_not_sent_to_the_model(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("chat.answer", lambda predictor, history, text: asked.append(text))
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/exit now\n/\n/etc/hosts 是什么\n1/2\n/adapters\n/exit\n"))
+    chat(SimpleNamespace(adapters={}))
+    assert asked == ["/etc/hosts 是什么", "1/2"]
+    commands = "可用的命令：/clear 清空历史，/adapter 名字 换适配器，/exit 退出。"
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        f"没有命令 {text}；{commands}" for text in ("/help", "/exit now", "/", "/adapters")
+    ]

@@ -370,9 +370,27 @@ def test_hash_of_any_directory(tmp_path):
     listing.write_text(f"{abc}  a.bin\n{empty} *part/b.bin\n", encoding="utf-8")
     assert hash_problems(hash_directory(base), listing) == []
     listing.write_text(f"{empty}  a.bin\n{abc}  c.bin\n", encoding="utf-8")
-    assert hash_problems(hash_directory(base), listing) == ["a.bin: 内容不符，请重新下载", "c.bin: 不存在"]
+    assert hash_problems(hash_directory(base), listing) == [
+        "a.bin: 内容不符，请重新下载",
+        "c.bin: 不存在，请重新下载；清单里应是相对于这个目录的路径",
+    ]
     listing.write_text("不是哈希 a.bin\n", encoding="utf-8")
     with pytest.raises(ValueError, match="每一行应是"):
         hash_problems(hash_directory(base), listing)
     with pytest.raises(ValueError, match="不是目录，或里面没有文件"):
         hash_directory(tmp_path / "nothing")
+
+
+def test_hash_mistakes_are_told_in_chinese(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.bin").touch()
+    missing, listing = tmp_path / "nothing", tmp_path / "none.txt"
+    for arguments, message in (
+        ([missing], f"错误：{missing} 不是目录，或里面没有文件，请给出检查点的目录\n"),
+        ([tmp_path, "--check", listing], f"错误：读不了 {listing}："),
+    ):
+        monkeypatch.setattr("sys.argv", ["checkpoint.py", "hash", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            checkpoint.main()
+        captured = capsys.readouterr()
+        assert (caught.value.code, captured.out) == (2, "")
+        assert captured.err.startswith(message) and "usage" not in captured.err

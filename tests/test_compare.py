@@ -1,13 +1,15 @@
 """compare.py：几个检查点的回答并排，终端与 HTML。"""
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from compare import comparison_text, side_by_side, wrap
+from compare import comparison_settings, comparison_text, side_by_side, wrap
 from data_check import Sample
 from tests.test_generation import by_hand
 from tests.test_predictor import make_adapter
@@ -42,6 +44,11 @@ def test_compare_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     for base in bases:
         for answer in answers_of(base, texts):
             assert f'<td class="answer">{escaping.escape(answer)}</td>' in page
+    for path in bases:
+        assert f'<span class="path">{path.resolve()}\n提示词格式 plain</span></th>' in page
+    assert f'\n<span class="path">{adapter.resolve()}\n基座 {bases[0].resolve()}\n提示词格式 plain</span>' in page
+    settings = r"<p>max_new_tokens 6；贪心；repetition_penalty 1\.0；精度 float32，设备 cpu；"
+    assert re.search(settings + r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}</p>", page)
     assert "baichuan2-7b" in captured.out and "adapter" in captured.out
     assert "user：抽取<甲>" in captured.out and "参考：参考&" in captured.out
 
@@ -70,7 +77,7 @@ def test_only_one_model_is_in_memory(tiny_checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compare", "x"], "--compare 要两个以上的检查点目录"),
+        (["--compare", "x"], "--compare 要两个以上的检查点目录，现在只有 x，请再给一个"),
         (["--compare", "x", "y"], "--compare 需要提示词"),
         (["--compare", "x", "y", "--input", "甲", "--adapter", "z"], "--adapter 不能与 --compare 同用"),
         (["--compare", "x", "y", "--input", "甲"], "x 不存在"),
@@ -81,6 +88,24 @@ def test_misuse(flags, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert predict.main(flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_every_setting_is_named_in_the_page():
+    flags = ["--do_sample", "--top_p", "0.8", "--seed", "7", "--max_new_tokens", "9", "--max_src_len", "30"]
+    args = predict.parse_args(["--compare", "x", "y", *flags, "--stop", "甲", "--load_in_4bit", "--precision", "bf16"])
+    args.batch_size = 8
+    assert comparison_settings(SimpleNamespace(args=args), torch.device("cpu")).rpartition("；")[0] == (
+        "max_new_tokens 9；采样（temperature 1.0、top_p 0.8、top_k 0、seed 7、batch_size 8）；repetition_penalty 1.0；"
+        "max_src_len 30；stop ['甲']；精度 bfloat16，基座 4 位，设备 cpu"
+    )
+
+
+def test_tabs_and_newlines_keep_the_columns():
+    lines = side_by_side(["甲\t乙\r\n丙", "x\ny\x1b[1m\rz"], 25)
+    assert lines == ["甲    乙    │  x", "丙          │  y␛[1m␍z"]
+    row = Sample((("user", "问\t"),), line=3, path="x", references=("答\r",))
+    text = comparison_text(["甲", "乙"], [row], [["一\t"], ["二\x0b"]], width=30)
+    assert text.split("\n")[1:-1] == ["user：问    ", "参考：答␍", "", "甲：一    ", "乙：二␋"]
 
 
 def test_wrap_counts_wide_characters():

@@ -1,6 +1,7 @@
 """evaluation.py 与检查点的取舍：评估不改变训练，1 与 2 个进程、ZeRO-2 与 ZeRO-3 结果相同，最好的留下，被打断的补上。"""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,9 +92,10 @@ def check_evaluation(tiny_checkpoint, directory: Path, methods: list[str], zero:
         assert_same_weights(directory / method / "epoch-2-step-6", directory / f"{method}-plain" / "epoch-2-step-6")
         scores = {record["step"]: record["eval/rouge"] for record in evaluated}
         assert all(r["eval/rouge_ci_low"] <= r["eval/rouge"] <= r["eval/rouge_ci_high"] for r in evaluated)
-        best = max(scores, key=lambda step: (scores[step], -step))
+        nlls = {record["step"]: record["eval/nll"] for record in evaluated}
+        best = max(scores, key=lambda step: (scores[step], -nlls[step], -step))
         name = f"epoch-{(best - 1) // 3 + 1}-step-{best}"
-        expected = {"checkpoint": name, "step": best, "metric": "rouge", "score": scores[best]}
+        expected = {"checkpoint": name, "step": best, "metric": "rouge", "score": scores[best], "nll": nlls[best]}
         assert read_json(directory / method / "best.json") == expected
         assert (directory / method / name).is_dir()
         if method in ("freeze", "full"):  # 评估没有改掉存下的生成配置
@@ -223,12 +225,38 @@ def test_state_is_restored_unless_scores_cannot_be_compared():
 
 @pytest.mark.parametrize(
     ("metric", "old", "new", "is_better"),
-    [("nll", 2.0, 1.9, True), ("nll", 2.0, 2.0, False), ("nll", None, float("nan"), False), ("rouge", 0.2, 0.3, True)],
+    [
+        ("nll", (2.0, 2.0), (1.9, 1.9), True),
+        ("nll", (2.0, 2.0), (2.0, 2.0), False),
+        ("nll", (2.0, 2.0), (2.1, 2.1), False),
+        ("nll", None, (math.nan, math.nan), False),
+        ("rouge", (0.2, 2.0), (0.3, 2.5), True),
+        ("rouge", (0.2, 2.0), (0.1, 1.5), False),
+        ("rouge", None, (0.0, 2.0), True),
+        ("rouge", (0.0, 2.0), (0.0, 1.9), True),  # 分数相同，看 NLL
+        ("rouge", (0.0, 2.0), (0.0, 2.0), False),
+        ("rouge", (0.0, 2.0), (0.0, 2.1), False),
+        ("rouge", (0.0, 2.0), (0.0, math.nan), False),
+    ],
 )
-def test_better_follows_the_metric(metric, old, new, is_better):
+def test_better_follows_the_metric_then_the_nll(metric, old, new, is_better):
     evaluation = make(eval_metric=metric)
-    evaluation.best = None if old is None else {"score": old}
-    assert evaluation._is_better(new) is is_better
+    evaluation.best = None if old is None else {"score": old[0], "nll": old[1]}
+    assert evaluation._is_better({"score": new[0], "nll": new[1]}) is is_better
+
+
+def test_patience_counts_ties_with_a_lower_nll_as_progress():
+    """run() 里：分数一直是 0 而 NLL 在降，不算没有更好。"""
+    evaluation = make(eval_metric="rouge")
+    log, engine = SimpleNamespace(write=lambda record, step: None), SimpleNamespace(global_steps=0)
+    better = []
+    for engine.global_steps, nll in enumerate([3.0, 2.5, 2.6, 2.5], start=1):
+        scores = {"nll": nll, "rouge": 0.0, "rouge_ci_low": 0.0, "rouge_ci_high": 0.0}
+        evaluation._scores = lambda *_, scores=scores: scores
+        better.append(evaluation.run(engine, log, f"epoch-1-step-{engine.global_steps}", 1.0, lambda: False))
+    assert better == [True, True, False, False] and evaluation.has_stopped
+    best = {"checkpoint": "epoch-1-step-2", "step": 2, "metric": "rouge", "score": 0.0, "nll": 2.5}
+    assert evaluation.best == best
 
 
 @pytest.mark.parametrize(
@@ -254,7 +282,7 @@ def test_rotation_keeps_the_best_and_the_newest(tmp_path, limit, best, left):
 
 def test_the_best_file_names_only_what_is_there(tmp_path):
     evaluation = make()
-    evaluation.best = {"checkpoint": "epoch-1-step-2", "step": 2, "metric": "nll", "score": 1.5}
+    evaluation.best = {"checkpoint": "epoch-1-step-2", "step": 2, "metric": "nll", "score": 1.5, "nll": 1.5}
     (tmp_path / "epoch-1-step-2").mkdir()
     evaluation.write_best(tmp_path)
     assert read_json(tmp_path / "best.json") == evaluation.best

@@ -119,6 +119,39 @@ def test_everything_that_is_scored_is_resumed(flags, tmp_path, monkeypatch):
     assert [(tmp_path / name).read_bytes() for name in ("out.jsonl", "out.metrics.json")] == expected
 
 
+def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatch, capsys):
+    """内容不同的旧结果与它的评测结果改名，同一个号；相同的不动。载入的说明与进度条不在同一行。"""
+
+    def files():
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "test.json"}
+
+    monkeypatch.setattr("predictor.Predictor.predict_batch", lambda self, rows, prompts: [
+        {"prediction": f"{self.args.max_new_tokens}", "is_cut": False} for _ in rows
+    ])  # fmt: skip
+    assert run(flags, "--metric", "rouge") == 0
+    first = files()
+    assert sorted(first) == ["out.jsonl", "out.metrics.json"]
+    text = capsys.readouterr().err
+    loaded, bar = text.index("已载入 "), text.index("预测:")
+    assert loaded < bar and text[:loaded].endswith("\n" if loaded else "") and text[bar - 1] in "\r\n"
+    assert run(flags, "--metric", "rouge") == 0
+    assert files() == first
+    assert "留作" not in capsys.readouterr().err
+
+    assert run(flags, "--metric", "rouge", "--max_new_tokens", 7) == 0
+    second = files()
+    assert {name: second[f"{name}.previous-1"] for name in first} == first
+    assert sorted(second) == sorted([*first, *(f"{name}.previous-1" for name in first)])
+    message = f"{tmp_path / 'out.jsonl'} 是已经写完的结果，内容不同，不能接着做（能接着做的只有 .partial）；"
+    assert message + "它留作 out.jsonl.previous-1、out.metrics.json.previous-1\n" in capsys.readouterr().err
+
+    assert run(flags, "--metric", "label_f1", "--max_new_tokens", 7) == 0  # 预测相同，只有评测结果不同
+    third = files()
+    assert third.pop("out.metrics.json.previous-2") == second["out.metrics.json"]
+    assert third.pop("out.metrics.json") != second.pop("out.metrics.json")
+    assert third == second
+
+
 def test_labels_from_the_file(tiny_checkpoint, tmp_path):
     path = tmp_path / "cls.json"
     path.write_text('{"input": "好", "output": "正"}\n{"input": "坏", "output": "负"}\n', encoding="utf-8")
@@ -131,12 +164,14 @@ def test_labels_from_the_file(tiny_checkpoint, tmp_path):
 # ---- 几个进程 ----
 
 
-def test_two_processes_give_the_same_file(flags, tmp_path, capsys):
+def test_two_processes_give_the_same_file(flags, tmp_path, capfd):
     assert run(flags, "--do_sample", "--seed", 3) == 0
     expected = (tmp_path / "out.jsonl").read_bytes()
     assert run(flags, "--do_sample", "--seed", 3, "--num_gpus", 2) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == expected
     assert not (tmp_path / "out.jsonl.partial").exists()
+    text = capfd.readouterr().err
+    assert text.count("\n已载入 ") + text.startswith("已载入 ") == text.count("已载入 ") == 3  # 一个进程，再两个
 
 
 @pytest.mark.slow

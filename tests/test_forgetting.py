@@ -90,11 +90,15 @@ def test_replay_repeats_when_there_is_too_little(general, tokenizer):
     assert many[distinct:] == many[: 13 - distinct]
 
 
-def test_general_pieces_leave_out_what_is_replayed(general, tokenizer, tmp_path, monkeypatch):
+def test_general_pieces_leave_out_what_is_replayed(general, tokenizer, tmp_path, monkeypatch, capsys):
     replay = tmp_path / "replay.txt"
     replay.write_text("\n".join(SENTENCES[:2]), encoding="utf-8")
     lines = {piece.line for piece in general_pieces(general, tokenizer, 512, replay)}
     assert lines.isdisjoint({1, 2})
+    told = f"通用文字 {general}：6 行里有 2 行 --replay_path 里也有，不用来衡量遗忘，余 4 行\n"
+    assert capsys.readouterr().out == told
+    general_pieces(general, tokenizer, 512)
+    assert capsys.readouterr().out == ""
     assert {5, 6, 7} <= lines
     with pytest.raises(ValueError, match="没有可用的行"):
         general_pieces(replay, tokenizer, 512, general)

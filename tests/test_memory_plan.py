@@ -1,5 +1,6 @@
 """memory_plan.py、activation_plan.py 与 dry_run.py：公式对照 autograd 真正保留的存储，以及 --dry_run 的真实运行。"""
 
+import re
 import shutil
 import sys
 import weakref
@@ -13,10 +14,25 @@ import arguments
 from activation_plan import MicroBatch, activations, checkpointed_layers, head_bytes, plan_model, rotary_bytes
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from batching import collate
-from dry_run import Machine, dry_run, evaluate, fits, sample_data, suggestions
+from dry_run import (
+    DataSample,
+    Machine,
+    cards_that_fit,
+    describe,
+    dry_run,
+    duration,
+    evaluate,
+    fits,
+    gib,
+    last_resorts,
+    plan_on_cards,
+    sample_data,
+    suggestions,
+)
 from memory_plan import GIB, Setup, checkpoint_bytes, model_states, plan_memory
 from model_factory import TRAIN_METHODS, enable_gradient_checkpointing, load_tokenizer
 from prompting import IGNORE_INDEX, EncodedSample, resolve_prompt_format
+from utils import read_ds_config
 
 LAYERS, HIDDEN, INTERMEDIATE, HEADS, VOCAB = 4, 64, 172, 4, 500
 METHOD_FLAGS = {
@@ -181,7 +197,9 @@ def test_dry_run_of_a_tiny_model(tiny_checkpoint, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "480 行（全部读了）" in printed and "截断 src 0 条、tgt 0 条" in printed
     assert "步数：每轮 60，共 180；" in printed  # 480 / (2 × 4)
-    assert "结论：放得下" in printed
+    assert "结论：本机（没有 GPU）放得下" in printed
+    assert " 0.00 GiB" not in printed
+    assert re.search(r"若每个进程一张卡（bf16）：每张卡的峰值 \d\.\d\d GiB，放得进 16 GB、24 GB、40 GB", printed)
     assert not (tmp_path / "output").exists() and not torch.distributed.is_initialized()
 
 
@@ -209,11 +227,13 @@ def large_model(tiny_checkpoint, tmp_path):
 
 def test_dry_run_needs_no_weights_and_says_what_does_not_fit(large_model, tmp_path, capsys):
     assert run_dry(large_model, tmp_path / "output", "--train_type", "full") == 1
-    assert "结论：放不下" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "一张卡都放不进（到 141 GB）" in printed
+    assert "结论：本机（没有 GPU）放不下，能推算的改法都不够。还可以试：换 --train_type lora 或 freeze；调小" in printed
 
 
 def test_suggestions_fit_and_are_ranked(large_model, tmp_path):
-    """一张 80 GB 的卡放不下 60B 的 lora：建议都放得下，卡少的在前。"""
+    """一张 80 GB 的卡放不下 60B 的 lora：建议都放得下，卡少的、快的在前。"""
     args = arguments.parse_args(flags_for(large_model, tmp_path / "output", "--dry_run", "--precision", "bf16"))
     ds_config, config = arguments.validate_args(args)
     tokenizer = load_tokenizer(large_model, args.mode, config.vocab_size)
@@ -222,10 +242,85 @@ def test_suggestions_fit_and_are_ranked(large_model, tmp_path):
     machine = Machine("cuda", "NVIDIA H100", 80 * GIB, 512 * GIB, 989e12, "标称")
     assert not fits(evaluate(args, ds_config, model, sample, machine, 1), machine)
     found = suggestions(args, ds_config, model, sample, machine, 1)
-    assert found[0][0] == "--ds_file ds_zero3_offload.json"
+    alone = [label for label, _ in found if "，" not in label]
+    assert alone[:2] == ["--load_in_4bit", "--ds_file ds_zero3_offload.json"]
     assert all(fits(outcome, machine) for _, outcome in found)
     cards = [outcome.setup.cards for _, outcome in found]
     assert cards == sorted(cards) and cards[0] == 1
+
+
+SAMPLE = DataSample(1000, 1000, [1024] * 1000, [200] * 1000, 0, 0, 0)
+ZERO2, ZERO3 = (read_ds_config(ROOT / name) for name in ("ds_zero2_no_offload.json", "ds_zero3_offload.json"))
+
+
+def cpu_machine(host_gib: float) -> Machine:
+    return Machine("cpu", "CPU", None, int(host_gib * GIB), 1e12, "实测")
+
+
+@pytest.mark.parametrize(("cards", "gib_of_card"), [(1, "31.45 GiB"), (4, "31.78 GiB")])
+def test_cards_are_planned_as_cards(cards, gib_of_card):
+    """没有 GPU 的机器上推算卡：13B lora、重算、4,096 token 放得进 40 GB，与 README 的表相同。"""
+    args = parse("lora", "--gradient_checkpointing")
+    sizes = {"hidden_size": 5120, "intermediate_size": 13696, "num_hidden_layers": 40, "num_attention_heads": 40}
+    model = plan_model(args, BaichuanConfig(vocab_size=125696, position_embedding="alibi", norm_head=True, **sizes))
+    machine = cpu_machine(500)
+    on_other = plan_on_cards(args, ZERO2, model, SAMPLE, machine, cards)
+    assert (sum(on_other.batch.lengths), on_other.setup.device, on_other.setup.precision) == (4096, "cuda", "bf16")
+    assert cards_that_fit(on_other.plan) == [40, 48, 80, 141]
+    others = sum(size for name, size in on_other.plan.device.items() if name not in ("碎片", "CUDA 与通信"))
+    assert on_other.plan.device["碎片"] == int(0.05 * others)
+    lines = describe(args, model, SAMPLE, machine, evaluate(args, ZERO2, model, SAMPLE, machine, cards), on_other)
+    assert lines[-1] == f"若每个进程一张卡（bf16）：每张卡的峰值 {gib_of_card}，放得进 40 GB、48 GB、80 GB、141 GB"
+
+
+def test_suggestions_on_a_cpu():
+    """减少进程（累积补足）、量化都试；ZeRO-3 不量化，先换成 ZeRO-2；改得少的在前。"""
+    args, model = parse("lora", "--precision", "bf16"), seven_b("lora", 125696)
+    assert not fits(evaluate(args, ZERO2, model, SAMPLE, cpu_machine(40), 4), cpu_machine(40))
+    found = suggestions(args, ZERO2, model, SAMPLE, cpu_machine(40), 4)
+    labels = [label for label, _ in found]
+    assert labels[:3] == [
+        "LOCAL_SIZE=1（1 个进程） --gradient_accumulation_steps 16",
+        "LOCAL_SIZE=1（1 个进程） --gradient_accumulation_steps 16，--load_in_4bit",
+        "LOCAL_SIZE=1（1 个进程） --gradient_accumulation_steps 16，--load_in_8bit",
+    ]
+    assert len({outcome.num_steps for _, outcome in found}) == 1  # 一步的样本数没有变
+    labels = [label for label, _ in suggestions(args, ZERO2, model, SAMPLE, cpu_machine(64), 4)]
+    assert "--load_in_4bit，--per_device_train_batch_size 1 --gradient_accumulation_steps 16" in labels
+    labels = [label for label, _ in suggestions(args, ZERO3, model, SAMPLE, cpu_machine(40), 1)]
+    assert labels[0] == "--ds_file ds_zero2_no_offload.json"
+    with_bits = [label for label in labels if "--load_in" in label]
+    assert with_bits and all("--ds_file ds_zero2_no_offload.json" in label for label in with_bits)
+    assert not any("--load_in" in label for label, _ in suggestions(
+        parse("ptuning", "--precision", "bf16"), ZERO2, seven_b("ptuning", 125696), SAMPLE, cpu_machine(64), 4
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "expected"),
+    [
+        ("lora", [], "调小 --max_len；换内存更大的机器"),
+        ("ptuning", ["--prefix_projection"], "去掉 --prefix_projection；调小 --max_len；换内存更大的机器"),
+        ("freeze", [], "少选几层或换 --train_type lora；调小 --max_len；换内存更大的机器"),
+        ("full", [], "换 --train_type lora 或 freeze；调小 --max_len；换内存更大的机器"),
+    ],
+)
+def test_last_resorts_are_not_in_use(method, flags, expected):
+    args, model, machine = parse(method, "--precision", "bf16", *flags), seven_b(method), cpu_machine(2)
+    assert suggestions(args, ZERO2, model, SAMPLE, machine, 1) == []
+    assert last_resorts(args, machine, evaluate(args, ZERO2, model, SAMPLE, machine, 1)) == expected
+    card = Machine("cuda", "卡", 2 * GIB, 512 * GIB, 1e14, "标称")
+    on_card = last_resorts(args, card, evaluate(args, ZERO2, model, SAMPLE, card, 1))
+    assert on_card == expected.replace("内存更大的机器", "更大的卡")
+
+
+def test_units():
+    assert [gib(size) for size in (3072, 5 << 20, 100 << 20, 103 << 20, 99.5 * GIB, 150 * GIB)] == [
+        *("0.00293 MiB", "5 MiB", "100 MiB", "0.10 GiB", "99.50 GiB", "150 GiB")
+    ]
+    assert [duration(seconds / 3600) for seconds in (0, 0.9, 1, 59.4, 1800, 7200)] == [
+        *("不到 1 秒", "不到 1 秒", "约 1 秒", "约 59 秒", "约 30.0 分钟", "约 2.0 小时")
+    ]
 
 
 def test_broken_rows_are_errors(tiny_checkpoint, tmp_path):
@@ -244,7 +339,7 @@ def test_dry_run_through_the_launcher(tiny_checkpoint, tmp_path):
     flags = flags_for(tiny_checkpoint("baichuan2-7b"), tmp_path / "output", "--dry_run")
     result = launch(flags, num_ranks=2)
     assert result.returncode == 0, result.tail()
-    assert "2 个进程" in result.output and "结论：放得下" in result.output
+    assert "2 个进程" in result.output and "放得下" in result.output
     assert not (tmp_path / "output").exists()
 
 

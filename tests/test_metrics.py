@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import metrics
 from metrics import METRICS, label_f1, nll, paired_bootstrap, parse_triples, rouge, triple_f1
-from tables import display_width, format_result, format_table
+from tables import NAMES, display_width, format_result, format_table, shorten, visible
 
 short_text = st.text(alphabet="风扇不转abc 12，", max_size=12)
 
@@ -27,6 +27,7 @@ def test_parse_triples_normalises_and_counts_malformed_lines():
     triples, malformed = parse_triples(good + "没有分隔符\n甲_乙\n甲__丙\na_b_c_d\n\n")
     assert triples == {("发动机", "部件故障", "水温高"), ("ABS", "组成", "泵 电机")}
     assert malformed == 4
+    assert parse_triples("__\n \n___\n") == (set(), 2)  # 只有分隔符的行也不是空行
 
 
 def test_triple_f1_exact_values():
@@ -49,8 +50,8 @@ def test_triple_f1_exact_values():
         "故障": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "correct": 0, "predicted": 1, "expected": 1},
     }
     assert result["per_row"] == {
-        "columns": ["correct", "predicted", "expected"],
-        "counts": [[1, 2, 2], [0, 0, 1], [0, 0, 0], [0, 1, 0]],
+        "columns": ["correct", "predicted", "expected", "malformed"],
+        "counts": [[1, 2, 2, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]],
     }
 
 
@@ -60,6 +61,28 @@ def test_triple_f1_all_empty_is_perfect_and_nothing_predicted_is_zero():
     assert score(perfect, "precision") == score(perfect, "recall") == perfect["details"]["exact_match"] == 1.0
     silent = triple_f1(["", ""], ["甲_组成_乙", "丙_组成_丁"])
     assert silent["score"] == score(silent, "precision") == score(silent, "recall") == 0.0
+
+
+def test_a_malformed_answer_to_an_empty_reference_is_wrong():
+    result = triple_f1(["胡言乱语"], [""])
+    assert (result["score"], result["ci_low"], result["ci_high"]) == (0.0, 0.0, 0.0)
+    assert (score(result, "precision"), score(result, "recall")) == (0.0, 1.0)  # 该抽的一个也没有
+    details = result["details"]
+    assert (details["exact_match"], details["malformed_lines"]) == (0.0, 1)
+    assert (details["empty_reference_rows"], details["empty_reference_rows_correct"]) == (1, 0)
+    # 抽对了又多写了一行废话：三元组全对，整行不算全对
+    extra = triple_f1(["甲_组成_乙\n废话", "甲_组成_乙"], ["甲_组成_乙"] * 2)
+    assert (extra["score"], extra["details"]["exact_match"]) == (1.0, 0.5)
+    # 空的那条参考不再因为没有抽出三元组而算最好
+    assert triple_f1(["废话"], [["甲_组成_乙", ""]])["details"]["expected"] == 1
+    assert triple_f1([""], [["甲_组成_乙", ""]])["score"] == 1.0
+    # 早先的结果没有 malformed 一列，照旧算
+    assert metrics.SCORERS["triple_f1"](np.asarray([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])).tolist() == [0.5, 1.0]
+
+
+def test_nonsense_never_equals_an_empty_reference():
+    assert label_f1(["胡言乱语"], [""])["score"] == rouge(["胡言乱语"], [""])["score"] == 0.0
+    assert label_f1([" "], [""])["score"] == rouge([" "], [""])["score"] == 1.0
 
 
 def test_triple_f1_takes_the_best_of_several_references():
@@ -76,7 +99,7 @@ def test_label_f1_exact_values_and_answers_outside_the_labels():
     # 正面：tp 1，预测 2，参考 2 → 0.5；负面：tp 1，预测 1，参考 2 → 2/3
     assert result["score"] == pytest.approx((0.5 + 2 / 3) / 2)
     assert score(result, "accuracy") == 0.5
-    assert result["details"]["out_of_label"] == 1
+    assert (result["details"]["out_of_label"], result["details"]["out_of_label_kinds"]) == (1, 1)
     assert result["details"]["out_of_label_examples"] == ["不知道"]
     assert result["details"]["per_label"]["负面"] == {
         "precision": 1.0, "recall": 0.5, "f1": pytest.approx(2 / 3), "correct": 1, "predicted": 1, "expected": 2,
@@ -292,6 +315,56 @@ def test_format_table_aligns_wide_characters():
 
 def test_format_result_shows_relations():
     text = format_result(triple_f1(["甲_组成_乙\n坏"], ["甲_组成_乙"]))
-    assert text.splitlines()[2].split() == ["triple_f1", "1.0000", "[1.0000,", "1.0000]"]
-    assert "malformed_lines 1" in text
+    assert text.splitlines()[0].split() == ["triple_f1（1", "行）", "分数", "95%", "区间"]
+    assert [line.split()[:-3] for line in text.splitlines()[2:5]] == [["三元组", "F1"], ["精确率"], ["召回率"]]
+    assert text.splitlines()[6] == (
+        "整行全对的比例 0.0000，对的三元组 1，预测的三元组 1，参考的三元组 1，预测里不成三段的行 1，"
+        "参考里不成三段的行 0，参考为空的行 0，其中也答了空的 0"
+    )
     assert text.splitlines()[-1].split() == ["组成", "1.0000", "1.0000", "1.0000", "1", "1"]
+
+
+def test_format_result_keeps_relations_outside_the_references_in_one_row():
+    long = "很长的关系名" * 5
+    result = triple_f1([f"甲_{long}_乙\n甲_一_乙\n甲_二_乙\n丙_二_丁", ""], [f"甲_{long}_乙", "甲_三_乙"])
+    assert list(result["details"]["per_relation"]) == ["三", long, "一", "二"]
+    assert [line.split() for line in format_result(result).splitlines()[-3:]] == [
+        ["三", "0.0000", "0.0000", "0.0000", "0", "1"],
+        ["很长的关系名很长的…", "1.0000", "1.0000", "1.0000", "1", "1"],
+        ["其他（2", "种）", "0.0000", "-", "0.0000", "3", "0"],
+    ]
+    # 参考里一个关系也没有
+    nothing = format_result(triple_f1(["甲_一_乙"], [""])).splitlines()
+    assert nothing[-1].split() == ["其他（1", "种）", "0.0000", "-", "0.0000", "1", "0"]
+    assert "关系" not in format_result(triple_f1([""], [""]))
+
+
+def test_format_result_keeps_labels_outside_the_task_in_one_row():
+    text = format_result(label_f1(["甲", "丙", "丁", "丁"], ["甲", "甲", "", "甲"]))
+    assert [line.split() for line in text.splitlines()[-3:]] == [
+        ["（空）", "0.0000", "0.0000", "0.0000", "0", "1"],
+        ["甲", "1.0000", "0.3333", "0.5000", "1", "3"],
+        ["其他（2", "种）", "0.0000", "-", "0.0000", "3", "0"],
+    ]
+    assert "标签以外的回答 3，标签以外的种数 2" in text
+    assert "其他" not in format_result(label_f1(["甲"], ["甲"]))
+
+
+def test_the_console_has_no_english_keys():
+    results = [triple_f1(["坏"], [""]), label_f1(["甲"], ["乙"]), rouge(["风扇"], ["风"]), nll([1.0], [2])]
+    for result in results:
+        title, *lines = format_result(result).splitlines()
+        assert title.startswith(result["metric"])
+        keys = [key for key in (result["metric"], *result["details"]) if NAMES.get(key, "distinct-2") != key]
+        assert not [key for key in keys if any(f"{key} " in f"{line} " for line in lines)]
+    assert [line.split()[0] for line in format_result(results[2]).splitlines()[2:7]] == [
+        "ROUGE-L", "ROUGE-1", "ROUGE-2", "BLEU-4", "distinct-2",
+    ]  # fmt: skip
+
+
+def test_names_and_control_characters_in_the_terminal():
+    assert shorten("a" * 20) == "a" * 20
+    assert shorten("a" * 21) == "a" * 19 + "…"
+    assert shorten("字" * 11) == "字" * 9 + "…"
+    assert shorten("a\nb") == "a␤b"
+    assert visible("a\tb\r\nc\rd\x1b[0m\x7f\x85\u2028\n") == "a    b\nc␍d␛[0m\ufffd␤␤\n"

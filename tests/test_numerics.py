@@ -107,15 +107,15 @@ class Engine:
 
     device, global_steps = torch.device("cpu"), 6
 
-    def __init__(self, is_fp16: bool = False, is_overflow: bool = False, norm: float = 1.0):
-        self.is_fp16, self.norm = is_fp16, norm
+    def __init__(self, is_fp16: bool = False, is_overflow: bool = False, norm: float = 1.0, is_bf16: bool = False):
+        self.is_fp16, self.is_bf16, self.norm = is_fp16, is_bf16, norm
         self.optimizer = SimpleNamespace(overflow=is_overflow)
 
     def fp16_enabled(self) -> bool:
         return self.is_fp16
 
     def bfloat16_enabled(self) -> bool:
-        return False
+        return self.is_bf16
 
     def get_global_grad_norm(self) -> float:
         return self.norm
@@ -193,10 +193,28 @@ def test_a_batch_that_cannot_be_written_hides_nothing(one_process, step, tmp_pat
         NumberWatch(tmp_path, Words()).check_loss([torch.tensor(math.nan)] * 2, Engine(), step)
 
 
+@pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("fp16", "调小 --learning_rate，或换 --precision bf16 或 fp32"),
+        ("bf16", "调小 --learning_rate，或换 --precision fp32"),
+        ("fp32", "或调小 --learning_rate"),
+    ],
+)
+def test_the_advice_leaves_out_the_precision_in_use(one_process, step, precision, advice):
+    engine = Engine(is_fp16=precision == "fp16", is_bf16=precision == "bf16")
+    with pytest.raises(AgreedError) as caught:
+        NumberWatch().check_loss([torch.tensor(math.nan)] * 2, engine, step)
+    assert str(caught.value) == (
+        f"rank 0：第 7 步的损失是 nan，没有更新权重；精度 {precision}，本进程的数据行：rows.json:3、rows.json:8。"
+        f"请检查这些行与基座权重，{advice}"
+    )
+
+
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_an_overflow_is_an_error_only_outside_fp16(one_process, step, norm, capsys):
     engine, watch = Engine(is_overflow=True, norm=norm), NumberWatch()
-    with pytest.raises(AgreedError, match=f"第 6 步的梯度范数是 {norm}，没有更新权重；rank 0，精度 fp32"):
+    with pytest.raises(AgreedError, match=f"第 6 步的梯度范数是 {norm}，没有更新权重；精度 fp32"):
         watch.check_grad_norm(engine, step, [])
     engine.is_fp16 = True
     for _ in range(10):
@@ -205,13 +223,20 @@ def test_an_overflow_is_an_error_only_outside_fp16(one_process, step, norm, caps
     assert capsys.readouterr().out.count("警告：fp16 的梯度最近 10 步里溢出 10 次") == 1
 
 
+def test_a_spike_just_above_the_factor(one_process, step, capsys):
+    watch = NumberWatch(loss_spike_factor="1.01")
+    for loss in [1.0] * 10 + [1.02]:
+        watch.check_loss([torch.tensor(loss), torch.tensor(0.0)], Engine(), step)
+    assert "损失 1.0200 是近来平均 1.0000 的 1.02 倍（--loss_spike_factor 1.01）" in capsys.readouterr().out
+
+
 def test_a_spike_warns_or_stops(one_process, step, tmp_path, capsys):
     for choice in ("3", "3,stop"):
         watch = NumberWatch(tmp_path, Words(), choice)
         for _ in range(10):
             assert watch.check_loss([torch.tensor(1.0), torch.tensor(1.0)], Engine(), step) == 2.0
         high = [torch.tensor(8.0), torch.tensor(0.0)]
-        what = "第 7 步的损失 8.0000 是近来平均 2.0000 的 4.0 倍（--loss_spike_factor 3）"
+        what = "第 7 步的损失 8.0000 是近来平均 2.0000 的 4.00 倍（--loss_spike_factor 3）"
         if choice == "3":
             assert watch.check_loss(high, Engine(), step) == 8.0
             assert f"警告：{what}；0 号进程的数据行：rows.json:3、rows.json:8" in capsys.readouterr().out

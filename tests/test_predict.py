@@ -125,7 +125,7 @@ def test_metric_writes_predictions_metrics_and_a_table(base, test_file, tmp_path
     references = ["发动机_部件故障_水温高", ["风扇_部件故障_不转", "风扇_性能故障_不转"], "你好！", ""]
     expected = json.loads(json.dumps(predict.METRICS[metric](predictions, references)))
     assert result == {**expected, "model_path": str(base), "test_path": str(test_file)}
-    assert f"{metric} " in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"{metric}（4 行）  ")
 
 
 def test_metric_nll(base, test_file, tmp_path, tokenizer):
@@ -188,12 +188,35 @@ def errors(capsys, *arguments):
         (["--instruction", "甲", "--stop", "乙", ""], "--stop 里有空的文字"),
         (["--label_scores", "甲", "乙"], "--label_scores 不用于对话"),
         (["--instruction", "甲", "--label_scores", "甲", "甲"], "--label_scores 要两个以上不同的标签"),
-        (["--instruction", "甲", "--label_scores"], "文件的 output 里有 0 个，请在它后面写明"),
+        (["--instruction", "甲", "--adapter", "x", "--label_scores", "甲"], "要两个以上不同的标签，现在是 ['甲']"),
     ],
 )
 def test_misuse(base, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in errors(capsys, "--model_path", base, *arguments)
+
+
+def test_too_few_labels_are_one_error(base, tmp_path, capsys):
+    path = tmp_path / "cls.json"
+    path.write_text('{"input": "好", "output": "正"}\n{"input": "坏"}\n', encoding="utf-8")
+    one, rows, flags = ["--input", "甲"], ["--test_path", path], ["--output_path", tmp_path / "out.jsonl"]
+    for arguments, message in (
+        ([*one, "--label_scores", "甲"], "--label_scores 要两个以上不同的标签，现在是 ['甲']"),
+        ([*rows, *flags, "--label_scores", "甲"], "--label_scores 要两个以上不同的标签，现在是 ['甲']"),
+        (
+            [*one, "--label_scores"],
+            "--label_scores 没有写标签，也没有 --test_path 可以从中取，请在它后面写明两个以上的标签",
+        ),
+        (
+            [*rows, *flags, "--label_scores"],
+            f"--label_scores 要两个以上的标签，{path} 的 output 里只有 ['正']，请在它后面写明",
+        ),
+    ):
+        assert errors(capsys, "--model_path", base, *arguments) == f"错误：\n{message}\n"
+    assert errors(capsys, "--compare", base, base, *one, "--label_scores").splitlines() == [
+        "错误：",
+        "--label_scores 不能与 --compare 同用，请去掉它",
+    ]
 
 
 def test_all_problems_at_once(capsys, tmp_path):
@@ -259,7 +282,8 @@ def test_a_failed_write_leaves_the_old_result(base, test_file, tmp_path, monkeyp
     monkeypatch.setattr(predict.Predictor, "load_model", lambda *arguments: pytest.fail("又载入了模型"))
     assert run(*common(base), "--test_path", test_file, "--output_path", output) == 0
     assert len(output.read_text(encoding="utf-8").splitlines()) == len(ROWS)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "test.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.previous-1", "test.json"]
+    assert (tmp_path / "out.jsonl.previous-1").read_text(encoding="utf-8") == "旧的结果\n"
 
 
 def test_every_metric_is_in_the_help(capsys):

@@ -81,10 +81,15 @@ def test_adapter_of_another_base_is_only_noted(tiny_checkpoint, tmp_path, capsys
 def test_adapters_that_do_not_go_together(tiny_checkpoint, tmp_path):
     base = tiny_checkpoint("baichuan2-7b")
     lora, prefix = (make_adapter(base, tmp_path / kind, kind=kind) for kind in ("lora", "prefix"))
+    (lora / "run_config.json").write_text(json.dumps({"base_model": {"path": str(base)}}))
     for flags, message in (
         (["--model_path", base, "--adapter", lora, prefix], "必须是同一种，现在是 .*LORA.*PREFIX_TUNING"),
         (["--model_path", base, "--adapter", lora, lora], "有重复的目录"),
-        (["--model_path", lora, "--adapter", prefix], "--adapter 要挂在完整的模型上，而 --model_path .* 是适配器"),
+        (
+            ["--model_path", lora, "--adapter", prefix],
+            "--adapter 要挂在完整的模型上，而 --model_path .*lora 是适配器；"
+            f"请改成它的基座：--model_path {base}（记在 {lora / 'run_config.json'}）$",
+        ),
         (
             ["--model_path", base, "--adapter", base],
             r"里没有 adapter_config\.json，请给出 lora 或 ptuning 的检查点目录",

@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -34,6 +36,14 @@ def make(base, quantization, dtype=torch.float32, *flags):
     args = make_args(base, f"--load_in_{quantization}", "--lora_module_name", "all-linear", *flags)
     seed_everything(0)
     return build_model(args, load_config(base, "baichuan"), dtype, CPU, None)
+
+
+@needs_bitsandbytes
+def test_importing_says_nothing():
+    """peft 会导入 bitsandbytes；它在一些 CPU 上的提示不显示。"""
+    run = subprocess.run([sys.executable, "-c", "import arguments"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "gemm_4bit" not in run.stdout + run.stderr
+    assert logging.getLogger("bitsandbytes.backends.cpu.ops").level == logging.ERROR
 
 
 # ---- 模型 ----

@@ -123,6 +123,27 @@ def test_the_console_line(make_log, capsys):
     assert "步 1/2  轮 0.25  loss 2.5000  lr 0.0001  梯度范数 0.500" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("norm", "text"),
+    [(123456.789, "123456.789"), (1e6, "1000000.000"), (1234567.0, "1.235e+06"), (math.inf, "inf"), (math.nan, "nan")],
+)
+def test_large_norms_are_short(make_log, capsys, norm, text):
+    log = make_log(num_steps=1, show_loss_step=1)
+    log.step(1, 1.0, 2.5, 10, 100, lr=1e-4, grad_norm=norm)
+    log.close()
+    assert f"梯度范数 {text}  " in capsys.readouterr().out
+
+
+def test_no_bar_outside_a_terminal(make_log, capsys):
+    log = make_log(num_steps=2, show_loss_step=1)
+    take_step(log, 1)
+    take_step(log, 2)
+    log.close()
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert [line.split("  ")[0] for line in printed.out.splitlines()] == ["步 1/2", "步 2/2"]
+
+
 def test_only_rank_0_writes(make_log, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     log = make_log(num_steps=1, show_loss_step=1)
