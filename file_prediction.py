@@ -49,7 +49,7 @@ def predict_file(
         batches = batches_left(plan_batches(prompts, args.batch_size), progress.records, whole=args.do_sample)
         found = predict_in_workers(predictor, rows, prompts, batches, device, num_workers)
         next(found, None)  # 载入模型；此后才有进度条，两者才不会写在同一行
-        with tqdm(total=len(rows), initial=num_kept, desc="预测", unit="条", dynamic_ncols=True) as bar:
+        with tqdm(total=len(rows), initial=num_kept, desc="预测", unit="条", dynamic_ncols=True, disable=None) as bar:
             for batch, records in found:
                 progress.add(batch, records)
                 bar.update(len(batch))

@@ -164,7 +164,9 @@ class Predictor:
     def predict(self, rows: list[Sample], prompts: list[list[int]], title: str = "预测") -> list[Record]:
         """全部行的记录，次序同输入。"""
         records: list[Record] = [{} for _ in rows]
-        with tqdm(total=len(rows), desc=title, unit="条", dynamic_ncols=True, disable=len(rows) == 1) as progress:
+        with tqdm(
+            total=len(rows), desc=title, unit="条", dynamic_ncols=True, disable=True if len(rows) == 1 else None
+        ) as progress:
             for batch, found in self.predict_batches(rows, prompts, plan_batches(prompts, self.args.batch_size)):
                 for index, record in zip(batch, found, strict=True):
                     records[index] = record
