@@ -120,7 +120,7 @@ def test_everything_that_is_scored_is_resumed(flags, tmp_path, monkeypatch):
 
 
 def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatch, capsys):
-    """内容不同的旧结果与它的评测结果改名，同一个号；相同的不动。载入的说明与进度条不在同一行。"""
+    """内容不同的旧结果与它的评测结果改名，同一个号；相同的不动。标准错误不是终端时没有进度条。"""
 
     def files():
         return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "test.json"}
@@ -132,8 +132,7 @@ def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatc
     first = files()
     assert sorted(first) == ["out.jsonl", "out.metrics.json"]
     text = capsys.readouterr().err
-    loaded, bar = text.index("已载入 "), text.index("预测:")
-    assert loaded < bar and text[:loaded].endswith("\n" if loaded else "") and text[bar - 1] in "\r\n"
+    assert "已载入 " in text and "预测:" not in text
     assert run(flags, "--metric", "rouge") == 0
     assert files() == first
     assert "留作" not in capsys.readouterr().err

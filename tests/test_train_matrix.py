@@ -114,7 +114,9 @@ def test_train_save_and_load_again(base_of, rows, tmp_path, method, zero, num_ra
         expected = load_file(tmp_path / f"{name}.safetensors")["logits"][PROBE_MASK == 1]
         found = reload_logits(output / name, base, dtype)[PROBE_MASK == 1]
         if dtype == torch.float32:
-            torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+            # logits 的绝对值到 7；LoRA 与 peft 的求和次序不同，fp32 的舍入逐层放大
+            assert (found - expected).norm() < 1e-5 * expected.norm()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         else:  # bf16 的一个舍入约 1/256；训练时的 LoRA 与 peft 舍入的次序不同，逐层放大
             assert (found - expected).norm() < 3e-2 * expected.norm()
 
