@@ -173,7 +173,7 @@ def capture_gradients(tasks: dict[str, list[str]]):
     engines, current = [], ""
     wrap("train_step", train_step)
     wrap("build_model", lambda original, *args, **kwargs: fill_adapter(original(*args, **kwargs)))
-    for current in tasks:  # noqa: B007  （上面的 capture 用它）
+    for current in tasks:  # 上面的 capture 用 current
         sys.argv = ["train.py", *tasks[current]]
         with contextlib.suppress(CapturedError):
             train.main()
