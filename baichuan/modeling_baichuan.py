@@ -523,10 +523,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         if labels is not None:
             num_items = max(1, len(target_rows)) if num_items_in_batch is None else num_items_in_batch
             targets = next_labels[target_rows]
-            if is_loss_only:
-                loss = self.lm_head(hidden_states[0], targets) / num_items
-            else:
-                loss = self._loss(hidden_states, logits, targets, target_rows, num_items)
+            rows = None if is_loss_only else target_rows  # 只要损失时，模型的输出已经只有目标行
+            loss = self._loss(hidden_states, logits, targets, rows, num_items)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -537,9 +535,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def _loss(self, hidden_states, logits, targets, target_rows, num_items) -> Tensor:
-        """由各行的 logits 算损失，标量 fp32；z_loss_weight 不为 0 时需要所有行。"""
+        """标量 fp32；z_loss_weight 不为 0 时需要所有行的 logits。target_rows 为 None：hidden_states 只有目标行。"""
         if logits is None and not self.config.z_loss_weight:
-            return self.lm_head(hidden_states.flatten(0, 1)[target_rows], targets) / num_items
+            return self.lm_head(take_rows(hidden_states, target_rows)[0], targets) / num_items
         if logits is None:
             logits = self.lm_head(hidden_states)
         row_logits = logits.flatten(0, 1)[target_rows].float()

@@ -18,6 +18,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+from utils import write_json
+
+RESUME_WORKER = Path(__file__).with_name("resume_worker.py")
 DEEPSPEED = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
 
 
@@ -146,3 +149,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def run_tasks(directory: Path, tasks: dict, num_ranks: int) -> dict[str, dict]:
+    """用 resume_worker.py 在同一组进程里逐个做 tasks → 它写的 {任务名: 结果}。"""
+    write_json(directory / "tasks.json", tasks)
+    files = [directory / "tasks.json", directory / "results.json"]
+    run = launch(files, num_ranks=num_ranks, script=RESUME_WORKER, launcher=False)
+    assert run.returncode == 0, run.tail()
+    return json.loads((directory / "results.json").read_text(encoding="utf-8"))

@@ -8,15 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
-from launching import launch
+from launching import run_tasks
 from safetensors.torch import load_file
 
 from arguments import parse_args, validate_args
 from checkpoint import iter_checkpoints, rotate_checkpoints
 from evaluation import Evaluation
-from utils import read_json, write_json
+from utils import read_json
 
-WORKER = Path(__file__).with_name("resume_worker.py")
 DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
 SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 METHODS = {
@@ -44,14 +43,6 @@ def flags_of(directory: Path, name: str, base: Path, zero: str, method: str, num
         *METHODS[method][1], *more,
     ]  # fmt: skip
     return [str(flag) for flag in flags]
-
-
-def run_tasks(directory: Path, tasks: dict, num_ranks: int) -> dict[str, dict]:
-    write_json(directory / "tasks.json", tasks)
-    files = [directory / "tasks.json", directory / "results.json"]
-    run = launch(files, num_ranks=num_ranks, script=WORKER, launcher=False)
-    assert run.returncode == 0, run.tail()
-    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
 
 
 def records_of(output: Path) -> list[dict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from launching import launch
+from launching import run_tasks
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -14,9 +14,8 @@ import general_text
 from baichuan import BaichuanTokenizer
 from data_set import BaichuanDataSet
 from general_text import encode_pieces, general_pieces, read_texts, replay_pieces
-from utils import read_json, write_json
+from utils import read_json
 
-WORKER = Path(__file__).with_name("resume_worker.py")
 DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
 SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 METHODS = {
@@ -153,14 +152,6 @@ def flags_of(base: Path, output: Path, rows: Path, zero: str, method: str, *more
         *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, *METHODS[method][1], *more),
     ]
     return [str(flag) for flag in flags]
-
-
-def run_tasks(directory: Path, tasks: dict, num_ranks: int) -> dict[str, dict]:
-    write_json(directory / "tasks.json", tasks)
-    files = [directory / "tasks.json", directory / "results.json"]
-    run = launch(files, num_ranks=num_ranks, script=WORKER, launcher=False)
-    assert run.returncode == 0, run.tail()
-    return json.loads((directory / "results.json").read_text(encoding="utf-8"))
 
 
 def losses_of(output: Path) -> list[tuple[int, float, float]]:
