@@ -15,14 +15,14 @@ from torch.autograd.function import once_differentiable
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, base: float = 10000.0) -> tuple[Tensor, Tensor]:
-    """旋转位置编码的 cos、sin：position_ids [..., L] → 各 [..., L, 1, head_dim]，fp32，前后两半相同。
+    """旋转位置编码的 cos、sin：position_ids [..., L] → 各 [..., L, 1, head_dim]，fp32；cos 前后两半相同，sin 前半取负。
 
     每次前向现算：不是缓冲区，所以在 meta 设备上加载不会坏，长度也不受预训练长度限制。
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=position_ids.device).float() / head_dim
     angles = position_ids[..., None, None].float() * (1.0 / base**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class RotaryFunction(torch.autograd.Function):
@@ -35,18 +35,15 @@ class RotaryFunction(torch.autograd.Function):
     def forward(ctx, packed_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.mark_dirty(packed_states)
-        states = by_head(packed_states, cos.shape[-1])
-        rotate(states, states, cos, sin)
+        rotate(by_head(packed_states, cos.shape[-1])[..., :2, :, :], cos[..., None, :, :], sin[..., None, :, :])
         return packed_states
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         cos, sin = ctx.saved_tensors
-        packed_grad = torch.empty_like(grad)
-        source, target = (by_head(states, cos.shape[-1]) for states in (grad, packed_grad))
-        target[..., 2, :, :] = source[..., 2, :, :]
-        rotate(source, target, cos, -sin)
+        packed_grad = grad.clone()
+        rotate(by_head(packed_grad, cos.shape[-1])[..., :2, :, :], cos[..., None, :, :], -sin[..., None, :, :])
         return packed_grad, None, None
 
 
@@ -55,20 +52,16 @@ def by_head(packed_states: Tensor, head_dim: int) -> Tensor:
     return packed_states.view(*packed_states.shape[:-1], 3, packed_states.shape[-1] // (3 * head_dim), head_dim)
 
 
-def rotate(source: Tensor, target: Tensor, cos: Tensor, sin: Tensor):
-    """q、k 的 (x₁, x₂) → (x₁ cos − x₂ sin, x₂ cos + x₁ sin)，x₁、x₂ 是各头的前后两半；source 与 target 可以相同。
+def rotate(states: Tensor, cos: Tensor, sin: Tensor):
+    """就地把 states [..., d] 的前后两半 (x₁, x₂) 换成 (x₁ cos − x₂ sin, x₂ cos + x₁ sin)；cos、sin 见 rotary_tables。
 
-    source、target [..., 3, heads, d]；cos、sin [..., 1, d]：是 fp32 时在 fp32 里旋转再转回（Baichuan2 的做法），
-    是 source 的类型时直接在该类型里算（Baichuan 的做法）。
+    cos、sin 是 fp32 时在 fp32 里旋转再转回（Baichuan2 的做法），是 states 的类型时直接在该类型里算（Baichuan 的做法）。
     """
-    half = cos.shape[-1] // 2
-    cos, sin = cos[..., None, :, :half], sin[..., None, :, :half]  # 前后两半相同
-    first, second = source[..., :2, :, :].split(half, dim=-1)
-    new_first = torch.addcmul(first * cos, second, sin, value=-1)
-    new_second = torch.addcmul(second * cos, first, sin)
-    first, second = target[..., :2, :, :].split(half, dim=-1)
-    first.copy_(new_first)
-    second.copy_(new_second)
+    swapped = states.roll(states.shape[-1] // 2, dims=-1)
+    if cos.dtype == states.dtype:
+        states.mul_(cos).addcmul_(swapped, sin)
+    else:
+        states.copy_((states * cos).addcmul_(swapped, sin))
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -108,7 +108,7 @@ class BaichuanAttention(nn.Module):
         is_packed = context.document_lengths is not None
         prefix = (None, None) if prefix_key is None else (prefix_key[0], prefix_value[0])
         if is_packed and hidden_states.device.type == "cpu":
-            output, _ = PackedMatmulAttention.apply(
+            output = PackedMatmulAttention.apply(
                 packed_states,
                 *(context.rotary or (None, None)),
                 context.bias,

@@ -1,7 +1,7 @@
 """CPU 上并排样本的注意力：逐样本、逐块的矩阵乘法与 softmax，前向与反向都手写，梯度直接写进 W_pack 输出的布局。"""
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -20,50 +20,56 @@ softmax_backward = torch.ops.aten._softmax_backward_data
 class PackedMatmulAttention(torch.autograd.Function):
     """旋转位置编码 + 并排样本的因果注意力。
 
-    形状：packed_states [1, T, 3H]（W_pack 的输出；q、k 就地旋转），cos、sin [1, T, 1, d] 或 None，
+    形状：packed_states [1, T, 3H]（W_pack 的输出），cos、sin [1, T, 1, d] 或 None，
     bias [heads | 1, S, V + S]（因果掩码与 ALiBi，S 为最长样本的长度），prefix_key、prefix_value [heads, V, d] 或 None
-    → ([1, T, H], packed_states)；后者只因被就地改写而返回。
+    → [1, T, H]。反向保留各样本旋转之后的 q、k、v，不再用 packed_states。
     """
 
     @staticmethod
     def forward(ctx, packed_states, cos, sin, bias, document_lengths, head_dim, prefix_key, prefix_value):
-        states = by_head(packed_states, head_dim)[0]  # [T, 3, heads, d]
-        if cos is not None:
-            rotate(states, states, cos[0], sin[0])
-            ctx.mark_dirty(packed_states)
-        output = states.new_empty(states.shape[0], *states.shape[2:])
+        states = by_head(packed_states, head_dim)[0].permute(1, 2, 0, 3)  # [3, heads, T, d]
+        output = states.new_empty(states.shape[2], *states.shape[1::2])  # [T, heads, d]
         keeps = any(ctx.needs_input_grad)
         saved = []
-        for rows, query, key, value in _documents(states, document_lengths, prefix_key, prefix_value):
+        for rows in document_rows(document_lengths):
+            # 布局整齐，矩阵乘法才不必逐次复制
+            document = states[:, :, rows].clone(memory_format=torch.contiguous_format)
+            if cos is not None:
+                rotate(document[:2], cos[0, rows, 0], sin[0, rows, 0])
+            query, key, value = with_prefix(document, prefix_key, prefix_value)
             document_output = output[rows].transpose(0, 1)  # [heads, S, d]
+            probabilities = []
             for begin, end in query_blocks(query.shape[1]):
                 num_keys = key.shape[1] - query.shape[1] + end
-                probabilities = _probabilities(query[:, begin:end], key[:, :num_keys], bias[:, begin:end, :num_keys])
-                document_output[:, begin:end] = torch.bmm(probabilities, value[:, :num_keys])
-                if keeps and query.shape[1] <= MAX_SAVED_LENGTH:
-                    saved.append(probabilities)
+                block = softmax_scores(query[:, begin:end], key[:, :num_keys], bias[:, begin:end, :num_keys])
+                document_output[:, begin:end] = torch.bmm(block, value[:, :num_keys])
+                probabilities.append(block)
+            if keeps:
+                saved.append(document)
+                saved += probabilities if query.shape[1] <= MAX_SAVED_LENGTH else []
         recomputes = max(document_lengths) > MAX_SAVED_LENGTH
-        ctx.save_for_backward(packed_states, cos, sin, bias if recomputes else None, prefix_key, prefix_value, *saved)
-        ctx.document_lengths, ctx.head_dim = document_lengths, head_dim
-        ctx.set_materialize_grads(False)
-        return output.view(1, states.shape[0], -1), packed_states
+        ctx.save_for_backward(cos, sin, bias if recomputes else None, prefix_key, prefix_value, *saved)
+        ctx.document_lengths, ctx.head_dim, ctx.packed_shape = document_lengths, head_dim, packed_states.shape
+        return output.view(1, states.shape[2], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, output_grad: Tensor, _):
-        packed_states, cos, sin, bias, prefix_key, prefix_value, *saved = ctx.saved_tensors
+    def backward(ctx, output_grad: Tensor):
+        cos, sin, bias, prefix_key, prefix_value, *saved = ctx.saved_tensors
         saved = iter(saved)
         scale = ctx.head_dim**-0.5
-        packed_grad = torch.empty_like(packed_states)
-        states, states_grad = (by_head(tensor, ctx.head_dim)[0] for tensor in (packed_states, packed_grad))
-        output_grad = output_grad.view(states.shape[0], *states.shape[2:])
+        packed_grad = output_grad.new_empty(ctx.packed_shape)
+        states_grad = by_head(packed_grad, ctx.head_dim)[0].permute(1, 2, 0, 3)  # [3, heads, T, d]
+        output_grad = output_grad.view(states_grad.shape[2], -1, ctx.head_dim).transpose(0, 1)  # [heads, T, d]
         prefix_grads = None
         if prefix_key is not None:
             prefix_grads = torch.zeros_like(prefix_key), torch.zeros_like(prefix_value)
-        for rows, query, key, value in _documents(states, ctx.document_lengths, prefix_key, prefix_value):
+        for rows in document_rows(ctx.document_lengths):
+            document = next(saved)
+            query, key, value = with_prefix(document, prefix_key, prefix_value)
+            grad = output_grad[:, rows].contiguous()
+            document_grad = torch.empty_like(document)
             length, num_prefix = query.shape[1], key.shape[1] - query.shape[1]
-            grad = output_grad[rows].transpose(0, 1)
-            query_grad, key_grad, value_grad = states_grad[rows].permute(1, 2, 0, 3)  # 各 [heads, S, d] 的视图
             sums = None
             for begin, end in query_blocks(length):
                 num_keys = num_prefix + end
@@ -71,37 +77,39 @@ class PackedMatmulAttention(torch.autograd.Function):
                 if length <= MAX_SAVED_LENGTH:
                     probabilities = next(saved)
                 else:
-                    probabilities = _probabilities(q, k, bias[:, begin:end, :num_keys])
+                    probabilities = softmax_scores(q, k, bias[:, begin:end, :num_keys])
                 g = grad[:, begin:end]
-                probabilities_grad = torch.bmm(g, v.transpose(1, 2))
-                scores_grad = softmax_backward(probabilities_grad, probabilities, -1, probabilities.dtype)
-                scores_grad *= scale
-                query_grad[:, begin:end] = torch.bmm(scores_grad, k)
+                scores_grad = torch.bmm(g, v.transpose(1, 2))
+                scores_grad = softmax_backward(scores_grad, probabilities, -1, probabilities.dtype).mul_(scale)
+                document_grad[0, :, begin:end] = torch.bmm(scores_grad, k)
                 parts = torch.bmm(scores_grad.transpose(1, 2), q), torch.bmm(probabilities.transpose(1, 2), g)
                 if sums is not None:  # 后面的块看到更多的键：前面各块的和加进去
                     for part, total in zip(parts, sums, strict=True):
                         part[:, : total.shape[1]] += total
                 sums = parts
-            key_grad.copy_(sums[0][:, num_prefix:])
-            value_grad.copy_(sums[1][:, num_prefix:])
+            for part, total in zip(document_grad[1:], sums, strict=True):
+                part.copy_(total[:, num_prefix:])
             if prefix_grads is not None:
                 for total, part in zip(prefix_grads, sums, strict=True):
                     total += part[:, :num_prefix]
-        if cos is not None:
-            rotate(states_grad, states_grad, cos[0], -sin[0])
+            if cos is not None:
+                rotate(document_grad[:2], cos[0, rows, 0], -sin[0, rows, 0])
+            states_grad[:, :, rows] = document_grad
         return packed_grad, None, None, None, None, None, *(prefix_grads or (None, None))
 
 
-def _documents(states, lengths, prefix_key, prefix_value) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """逐个样本：(它的行, q [heads, S, d], k、v [heads, V + S, d])；都是视图，有前缀时 k、v 是拼好的。"""
-    begin = 0
-    for length in lengths:
-        rows = slice(begin, begin + length)
-        query, key, value = states[rows].permute(1, 2, 0, 3)
-        if prefix_key is not None:
-            key, value = torch.cat([prefix_key, key], dim=1), torch.cat([prefix_value, value], dim=1)
-        yield rows, query, key, value
-        begin += length
+def document_rows(lengths: list[int]) -> Iterator[slice]:
+    """并排的各样本占哪些行。"""
+    for begin, end in pairwise(accumulate(lengths, initial=0)):
+        yield slice(begin, end)
+
+
+def with_prefix(document: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> tuple[Tensor, ...]:
+    """一个样本的 [3, heads, S, d] → q [heads, S, d]，k、v [heads, V + S, d]。"""
+    query, key, value = document
+    if prefix_key is not None:
+        key, value = torch.cat([prefix_key, key], dim=1), torch.cat([prefix_value, value], dim=1)
+    return query, key, value
 
 
 def query_blocks(length: int) -> list[tuple[int, int]]:
@@ -111,6 +119,6 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _probabilities(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+def softmax_scores(query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
     """softmax(q kᵀ / √d + bias)：[heads, q, d]、[heads, kv, d]、[heads | 1, q, kv] → [heads, q, kv]。"""
     return torch.baddbmm(bias, query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5).softmax(dim=-1)

@@ -99,7 +99,7 @@ def measure_attention(spec: dict[str, Any]) -> dict[str, dict[str, float]]:
         bias = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)[None]
 
         def matmul(packed=packed, bias=bias, length=length):
-            return PackedMatmulAttention.apply(packed, None, None, bias, [length], width, None, None)[0]
+            return PackedMatmulAttention.apply(packed, None, None, bias, [length], width, None, None)
 
         def sdpa(bias, packed=packed, length=length):
             return packed_attention(*packed.view(length, 3, heads, width).unbind(1), [length], bias)
