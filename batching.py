@@ -3,9 +3,10 @@
 哪些样本组成一步只由 (seed, epoch, step) 决定，与装箱（packing）无关；装箱既不改变一步算什么，也不改变步数。
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ import torch
 from prompting import IGNORE_INDEX, EncodedSample
 
 Dealt = list[list[list[int]]]  # [rank][micro batch][样本下标]
+# 共用的开头至少要有这么多 token 才合并：每多一段，注意力就多一组小的矩阵乘法
+MIN_SHARED_TOKENS = 16
 
 
 def epoch_steps(num_samples: int, global_batch_size: int, seed: int | None, epoch: int = 0) -> list[list[int]]:
@@ -122,10 +125,49 @@ def _fill_empty(dealt: Dealt) -> Dealt:
     return dealt
 
 
+def shared_prefixes(samples: Sequence[EncodedSample]) -> list[tuple[int, list[int]]]:
+    """并排的样本里哪些有相同的开头（如同样的指令）：[(共用的 token 数, 样本下标)]，每个样本至多在一组里。
+
+    按 token 排序后，相邻的几个为一组，取省下的 token 最多的分法。
+    共用的部分止于首个目标的前两个 token：预测首个目标的那一行各样本自己算。
+    """
+    ids = [np.asarray(sample.input_ids, dtype=">u4") for sample in samples]
+    limits = [
+        int(np.argmax(is_target) if is_target.any() else len(is_target)) - 1
+        for is_target in (np.asarray(sample.labels) != IGNORE_INDEX for sample in samples)
+    ]
+    order = sorted(range(len(samples)), key=lambda i: ids[i].tobytes())  # 大端：字节的次序就是 token 的次序
+    common = []
+    for a, b in pairwise(order):
+        size = max(0, min(limits[a], limits[b]))
+        differs = ids[a][:size] != ids[b][:size]
+        common.append(int(differs.argmax()) if differs.any() else size)
+
+    saved, begins = [0], [0]  # 排序后的前 end 个样本至多省多少，最后一组从第几个起
+    for end in range(1, len(order) + 1):
+        most, chosen, lowest = saved[-1], end - 1, sys.maxsize
+        for begin in range(end - 2, -1, -1):
+            lowest = min(lowest, common[begin])
+            if lowest < MIN_SHARED_TOKENS:
+                break
+            if saved[begin] + (end - begin - 1) * lowest > most:
+                most, chosen = saved[begin] + (end - begin - 1) * lowest, begin
+        saved.append(most)
+        begins.append(chosen)
+    groups, end = [], len(order)
+    while end:
+        begin = begins[end]
+        if end - begin > 1:
+            groups.append((min(common[begin : end - 1]), sorted(order[begin:end])))
+        end = begin
+    return sorted(groups, key=lambda group: group[1])
+
+
 def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) -> dict[str, Any]:
     """把一个 micro batch 的样本拼成张量（int64，在 CPU 上）。
 
-    packing=True：样本首尾相接成一行，T 为总 token 数：input_ids、labels [1, T]；document_lengths: list[int]，总和为 T。
+    packing=True：各段首尾相接成一行，input_ids、labels [1, T]；document_lengths、document_parents: list[int]，
+    各段的长度（和为 T）与父段。先是各组共用的开头（见 shared_prefixes，只算一次），再依次是各样本余下的部分。
     packing=False：右侧补齐到最长的 L：input_ids、attention_mask、labels [b, L]。
     两者都有 target_rows [N]：展平后的行号 i*L+t（packing 时为 t），该行的下一个标签 labels[i, t+1] 是目标；
     模型由此不必向设备要数量。每个样本的首个标签都是 -100，移位不会跨过样本。
@@ -133,6 +175,9 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) 
     """
     rows = [(np.asarray(sample.input_ids), np.asarray(sample.labels)) for sample in samples]
     rows = rows or [(np.array([pad_token_id]), np.array([IGNORE_INDEX]))]
+    parents = [-1] * len(rows)
+    if packing:
+        rows, parents = cut_prefixes(rows, shared_prefixes(samples))
     lengths = [len(input_ids) for input_ids, _ in rows]
     width = sum(lengths) if packing else max(lengths)
     shape = (1, width) if packing else (len(rows), width)
@@ -152,10 +197,35 @@ def collate(samples: Sequence[EncodedSample], pad_token_id: int, packing: bool) 
     target_rows = np.flatnonzero(labels != IGNORE_INDEX) - 1
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if packing:
-        batch["document_lengths"] = lengths
+        batch |= {"document_lengths": lengths, "document_parents": parents}
     else:
         batch["attention_mask"] = torch.from_numpy(mask)
     return {**batch, "target_rows": torch.from_numpy(target_rows)}
+
+
+def cut_prefixes(
+    rows: list[tuple[np.ndarray, np.ndarray]], groups: list[tuple[int, list[int]]]
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[int]]:
+    """各样本的 (input_ids, labels) → (各段, 各段的父段)：各组共用的开头在前，各样本余下的部分在后。"""
+    heads, tails, parents = [], list(rows), [-1] * len(rows)
+    for index, (shared, members) in enumerate(groups):
+        heads.append(tuple(values[:shared] for values in rows[members[0]]))
+        for i in members:
+            tails[i], parents[i] = tuple(values[shared:] for values in rows[i]), index
+    return heads + tails, [-1] * len(heads) + parents
+
+
+def whole_samples(batch: dict[str, Any], name: str) -> list[torch.Tensor]:
+    """collate 的结果里各样本的 batch[name]（input_ids 或 labels）：去掉补齐，接回共用的开头。"""
+    if "document_lengths" not in batch:
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        return [row[:length] for row, length in zip(batch[name], lengths, strict=True)]
+    segments, parents = batch[name][0].split(batch["document_lengths"]), batch["document_parents"]
+    first = max(parents) + 1
+    return [
+        torch.cat([segments[parent], segment]) if parent >= 0 else segment
+        for segment, parent in zip(segments[first:], parents[first:], strict=True)
+    ]
 
 
 class StepBatch(NamedTuple):

@@ -1,7 +1,8 @@
 """训练的计算量：一个优化步必要的 FLOPs，重算多出的部分，矩阵乘法的实测速率与各种卡的标称速率。
 
 FLOPs（一个优化步，乘与加各算一次；不计补齐，注意力只计因果三角的一半）。记 h 宽度，i 前馈宽度，V 词表，
-L 层数，n = 4h² + 3hi 为一层的矩阵权重，T 非补齐 token 数，R 目标 token 数，S_d 各样本的长度：
+L 层数，n = 4h² + 3hi 为一层的矩阵权重，T 非补齐 token 数，R 目标 token 数，S_d 各样本的长度；几个样本共用的开头
+只算一次（T 与 Σ S_d² 各减去重复的部分）：
 
     前向            2·T·n·L + 2·R·h·V + Σ_d 2·S_d²·h·L
     对激活的反向    2·T·n·L' + 2·R·h·V + Σ_d 4·S_d²·h·L'      L' 为从最低的可训练层往上的层数
@@ -57,21 +58,24 @@ def step_flops(
     method: str,
     trained_layers: int = 0,
     prefix_is_cached: bool = False,
+    repeated: Sequence[int] = (),
 ) -> float:
     """一个优化步必要的 FLOPs，公式见文件开头。
 
     Args:
         lengths: 各样本的 token 数；num_targets: 目标 token 数。
         method: lora、ptuning、freeze、full；trained_layers 是 freeze 训练的末尾层数。
+        repeated: 不再重算的共用开头的 token 数，每少算一次一项（n 个样本共用的有 n - 1 项）。
     """
     layers = shape.layers
     backward_layers = trained_layers if method == "freeze" else layers
     weight_layers = {"freeze": trained_layers, "full": layers}.get(method, 0)
     forward_layers = trained_layers if prefix_is_cached else layers
-    matmul = 2.0 * sum(lengths) * shape.layer_weights
+    num_tokens = sum(lengths) - sum(repeated)
+    matmul = 2.0 * num_tokens * shape.layer_weights
     head = 2.0 * num_targets * shape.hidden * shape.vocab
-    attention = 2.0 * sum(length**2 for length in lengths) * shape.hidden
-    only_targets = 2.0 * (sum(lengths) - num_targets) * (shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    attention = 2.0 * (sum(n**2 for n in lengths) - sum(n**2 for n in repeated)) * shape.hidden
+    only_targets = 2.0 * (num_tokens - num_targets) * (shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
     return (
         matmul * (forward_layers + backward_layers + weight_layers)
         - only_targets * sum(count > 0 for count in (forward_layers, backward_layers, weight_layers))

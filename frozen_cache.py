@@ -42,8 +42,11 @@ class FrozenCache:
         """缓存的大小，字节。"""
         return self._states.nbytes
 
-    def read(self, offsets: list[int], lengths: list[int], like: Tensor) -> Tensor | None:
-        """并排样本的底层输出 [1, T, H]，放在 like 的设备上；有样本还没算过则为 None。"""
+    def read(self, offsets: list[int], lengths: list[int], parents: list[int], like: Tensor) -> Tensor | None:
+        """并排样本的底层输出 [1, T, H]，放在 like 的设备上；有样本还没算过则为 None。
+
+        offsets 是各样本的位置；lengths、parents 是各段的（见 BaichuanModel.forward），父段在前，各样本自己的在后。
+        """
         has_all = all(bool(self._filled[offset]) for offset in offsets)
         if self.needs_agreement and dist.is_initialized():
             flag = torch.tensor([float(has_all)], device=like.device)
@@ -51,19 +54,33 @@ class FrozenCache:
             has_all = bool(flag.item())
         if not has_all:
             return None
-        pieces = [self._states[offset : offset + length] for offset, length in zip(offsets, lengths, strict=False)]
+        pieces = {}
+        for offset, segment, parent in self._samples(offsets, parents):
+            begin = offset + (lengths[parent] if parent >= 0 else 0)
+            pieces[segment] = self._states[begin : begin + lengths[segment]]
+            if parent >= 0:
+                pieces[parent] = self._states[offset:begin]
+        pieces = [pieces[segment] for segment in sorted(pieces)]
         num_rows, hidden_size = like.shape[1:]
         filler = self._states.new_zeros(num_rows - sum(map(len, pieces)), hidden_size)  # 末尾补成整块的行，不存
         states = torch.cat([*pieces, filler])
         return states[None].to(like.device, non_blocking=True)
 
-    def write(self, offsets: list[int], lengths: list[int], hidden_states: Tensor):
-        """存下并排样本的底层输出 [1, T, H]；没有样本（占位的 micro batch）时不存。"""
+    def write(self, offsets: list[int], lengths: list[int], parents: list[int], hidden_states: Tensor):
+        """存下并排样本的底层输出 [1, T, H]，共用的开头在各样本里都存一份；没有样本（占位的 micro batch）时不存。"""
         if not offsets:
             return
-        for offset, states in zip(offsets, hidden_states[0].detach().cpu().split(lengths), strict=False):
+        pieces = hidden_states[0].detach().cpu().split(lengths)
+        for offset, segment, parent in self._samples(offsets, parents):
+            states = torch.cat([pieces[parent], pieces[segment]]) if parent >= 0 else pieces[segment]
             self._states[offset : offset + len(states)] = states
             self._filled[offset] = 1  # 内容在先，标记在后
+
+    @staticmethod
+    def _samples(offsets: list[int], parents: list[int]) -> list[tuple[int, int, int]]:
+        """各样本的 (位置, 自己的段, 父段或 -1)。"""
+        first = max(parents, default=-1) + 1
+        return [(offset, first + index, parents[first + index]) for index, offset in enumerate(offsets)]
 
     def remove(self):
         """删去缓存文件。"""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batching import StepBatch
+from batching import StepBatch, whole_samples
 from prompting import IGNORE_INDEX
 from utils import global_rank, log_rank_0, raise_together, world_size, write_json
 
@@ -213,13 +213,7 @@ def describe_batch(step: StepBatch, micro_losses: list[float], tokenizer) -> lis
     rows = iter(f"{path}:{line}" for path, line in step.rows)
     described = []
     for batch, loss in zip(step.micro_batches, micro_losses, strict=True):
-        if "document_lengths" in batch:
-            ids = batch["input_ids"][0].split(batch["document_lengths"])
-            labels = batch["labels"][0].split(batch["document_lengths"])
-        else:
-            lengths = batch["attention_mask"].sum(dim=1).tolist()
-            ids = [row[:length] for row, length in zip(batch["input_ids"], lengths, strict=True)]
-            labels = [row[:length] for row, length in zip(batch["labels"], lengths, strict=True)]
+        ids, labels = whole_samples(batch, "input_ids"), whole_samples(batch, "labels")
         samples = [
             {
                 "row": next(rows, None),  # 空的 micro batch 是一个 pad，没有行

@@ -89,13 +89,15 @@ class AttentionContext:
     bias: 加在注意力分数上的偏置（ALiBi + 因果 + 填充）。批形式 [b | 1, heads | 1, q, kv]，
         并排形式 [heads | 1, S, V + S]；None 表示不需要。
     is_causal: bias 为 None 时，是否还要因果掩码。
-    document_lengths: 并排样本的各自长度；None 表示批形式。
+    document_lengths: 并排的各段的长度；None 表示批形式。
+    document_parents: 各段接在哪一段之后（看得到那一段的全部），-1 表示自成开头。
     """
 
     rotary: tuple[Tensor, Tensor] | None
     bias: Tensor | None
     is_causal: bool
     document_lengths: list[int] | None = None
+    document_parents: list[int] | None = None
     output_attentions: bool = False
     is_exact: bool = False  # 写开的注意力：全被遮住的填充行也要有正确的梯度（z_loss 用到它们的输出）
 
@@ -149,33 +151,34 @@ def packed_attention(
     key: Tensor,
     value: Tensor,
     document_lengths: list[int],
+    document_parents: list[int],
     bias: Tensor | None,
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
 ) -> Tensor:
-    """对并排的各样本分别做因果注意力（GPU；CPU 用 packed_matmul.py）。
+    """对并排的各段分别做因果注意力（GPU；CPU 用 packed_matmul.py）。
 
     Args:
         query, key, value: [T, heads, head_dim]，T 为各样本长度之和（旋转位置编码已加）。
-        document_lengths: 各样本的长度，和为 T。
-        bias: [heads | 1, S, V + S]，S 为最长样本的长度：ALiBi 偏置与因果掩码之和，按样本长度裁取；
-            None 表示不需要偏置（旋转位置编码且没有前缀，由 is_causal 表示因果）。
+        document_lengths, document_parents: 见 AttentionContext；长度之和为 T。
+        bias: [heads | 1, S, V + S]，S 为最长样本的长度：ALiBi 偏置与因果掩码之和，按各段的位置裁取；
+            None 表示不需要偏置（旋转位置编码，没有前缀，各段都自成开头，由 is_causal 表示因果）。
         prefix_key, prefix_value: [heads, V, head_dim]，P-Tuning 的前缀，放在每个样本之前；没有则为 None。
 
     Returns:
         [T, heads, head_dim]。
     """
     outputs = []
-    documents = zip(
-        query.split(document_lengths), key.split(document_lengths), value.split(document_lengths), strict=True
-    )
-    for document_query, document_key, document_value in documents:
-        q, k, v = (states.transpose(0, 1) for states in (document_query, document_key, document_value))  # [heads, S, d]
+    queries, keys, values = (states.transpose(0, 1).split(document_lengths, dim=1) for states in (query, key, value))
+    for q, k, v, parent in zip(queries, keys, values, document_parents, strict=True):  # 各 [heads, S, d]
         length, document_bias = q.shape[1], None
-        if prefix_key is not None:
-            k, v = torch.cat([prefix_key, k], dim=1), torch.cat([prefix_value, v], dim=1)
+        before = [] if prefix_key is None else [(prefix_key, prefix_value)]
+        before += [(keys[parent], values[parent])] if parent >= 0 else []
+        if before:
+            k, v = (torch.cat(parts, dim=1) for parts in zip(*before, (k, v), strict=True))
         if bias is not None:
-            document_bias = bias[:, :length, : k.shape[1]]
+            first = document_lengths[parent] if parent >= 0 else 0  # 第一个查询的位置
+            document_bias = bias[:, first : first + length, : k.shape[1]]
         output = nn.functional.scaled_dot_product_attention(
             q[None],
             k[None],

@@ -113,6 +113,7 @@ class BaichuanAttention(nn.Module):
                 *(context.rotary or (None, None)),
                 context.bias,
                 context.document_lengths,
+                context.document_parents,
                 head_dim,
                 *prefix,
             )
@@ -123,7 +124,8 @@ class BaichuanAttention(nn.Module):
         query, key, value = by_head(packed_states, head_dim).unbind(dim=2)  # 各 [b, L, heads, d]
         attentions = None
         if is_packed:
-            output = packed_attention(query[0], key[0], value[0], context.document_lengths, context.bias, *prefix)
+            documents = context.document_lengths, context.document_parents
+            output = packed_attention(query[0], key[0], value[0], *documents, context.bias, *prefix)
         else:
             query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [b, heads, L, d]
             if past_key_values is not None:
@@ -284,6 +286,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         document_lengths: list[int] | None = None,
+        document_parents: list[int] | None = None,
         document_offsets: list[int] | None = None,
         output_rows: Tensor | None = None,
         cache=None,
@@ -296,7 +299,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             attention_mask: 见 allowed_mask；长度含 past。
             position_ids: [b, L]；缺省按 attention_mask 数出（左填充也对），并排样本各自从头数。
             past_key_values: transformers 的 Cache。训练与并排时视为固定的前缀（P-Tuning）：不追加，不返回。
-            document_lengths: 并排样本的各自长度（此时 b = 1，L 为其和）；各样本只看自己。
+            document_lengths: 并排的各段的长度（此时 b = 1，L 为其和）；各段只看自己与它的父段。
+            document_parents: 各段的父段（在它之前，自成开头）：位置接着它数；-1 表示没有。缺省都没有。
             document_offsets: 各样本在 frozen_cache 里的位置；没有 frozen_cache 时不用。
             output_rows: [N]，只要展平后的这些行（如目标行）：最后一层的注意力之后只算它们，输出是 [1, N, H]；
                 要 output_hidden_states 或 output_attentions 时不可用。
@@ -326,6 +330,9 @@ class BaichuanModel(BaichuanPreTrainedModel):
             hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, filler))
             position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, filler))
             document_lengths = [*document_lengths, filler]
+        if document_lengths is not None:
+            document_parents = document_parents or []
+            document_parents = document_parents + [-1] * (len(document_lengths) - len(document_parents))
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         prefixes = None
@@ -338,15 +345,22 @@ class BaichuanModel(BaichuanPreTrainedModel):
             past_key_values = DynamicCache()
 
         context = self._attention_context(
-            hidden_states, attention_mask, position_ids, past_length, document_lengths, bool(output_attentions)
+            hidden_states,
+            attention_mask,
+            position_ids,
+            past_length,
+            document_lengths,
+            document_parents,
+            bool(output_attentions),
         )
         uses_cache = self.frozen_cache is not None and document_offsets is not None and self.training
-        cached = self.frozen_cache.read(document_offsets, document_lengths, hidden_states) if uses_cache else None
+        documents = document_offsets, document_lengths, document_parents
+        cached = self.frozen_cache.read(*documents, hidden_states) if uses_cache else None
         all_hidden_states, all_attentions = [], []
         for index, layer in enumerate(self.layers):
             if uses_cache and index == self.frozen_cache.num_layers:
                 if cached is None:
-                    self.frozen_cache.write(document_offsets, document_lengths, hidden_states)
+                    self.frozen_cache.write(*documents, hidden_states)
                 else:
                     hidden_states = cached
             if cached is not None and index < self.frozen_cache.num_layers:
@@ -381,16 +395,26 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return needs_graph or any(parameter.requires_grad for parameter in layer.parameters())
 
     def _attention_context(
-        self, hidden_states, attention_mask, position_ids, past_length, document_lengths, output_attentions
+        self,
+        hidden_states,
+        attention_mask,
+        position_ids,
+        past_length,
+        document_lengths,
+        document_parents,
+        output_attentions,
     ) -> AttentionContext:
         """位置与偏置。hidden_states [b, L, H] 只用来取形状、类型与设备。"""
         device, dtype, length = hidden_states.device, hidden_states.dtype, hidden_states.shape[1]
         is_rope = self.config.position_embedding == "rope"
+        if document_lengths is not None:  # 各段在它的样本里的起止
+            begins = [document_lengths[parent] if parent >= 0 else 0 for parent in document_parents]
+            spans = [(begin, begin + n) for begin, n in zip(begins, document_lengths, strict=True)]
 
         rotary = None
         if is_rope:
             if document_lengths is not None and position_ids is None:
-                position_ids = torch.cat([torch.arange(n) for n in document_lengths])[None].to(device) + past_length
+                position_ids = torch.cat([torch.arange(*span) for span in spans])[None].to(device) + past_length
             elif position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = counted_positions(attention_mask)[:, -length:]
             elif position_ids is None:
@@ -400,14 +424,15 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 rotary = tuple(table.to(dtype) for table in rotary)
 
         if document_lengths is not None:
-            # 整包只需要最长样本那么大的一块偏置，各样本裁取左上角
-            longest = max(document_lengths)
-            needs_bias = not is_rope or past_length > 0 or device.type == "cpu"
+            # 整包只需要最长样本那么大的一块偏置，各段按它的位置裁取
+            longest = max(end for _, end in spans)
+            needs_bias = not is_rope or past_length > 0 or max(document_parents) >= 0 or device.type == "cpu"
             bias = self._bias(None, longest, past_length + longest, device, dtype)[0] if needs_bias else None
-            return AttentionContext(rotary, bias, bias is None, document_lengths)
+            return AttentionContext(rotary, bias, bias is None, document_lengths, document_parents)
 
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.is_floating_point():
-            return AttentionContext(rotary, attention_mask.to(dtype), False, None, output_attentions)  # 已是加性掩码
+            # 已是加性掩码
+            return AttentionContext(rotary, attention_mask.to(dtype), False, output_attentions=output_attentions)
         if attention_mask is not None and not self.training and bool((attention_mask == 1).all()):
             attention_mask = None  # 没有填充：注意力可以走不带掩码的快路
         if is_rope and attention_mask is None and not output_attentions and (past_length == 0 or length == 1):
@@ -415,7 +440,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         bias = self._bias(attention_mask, length, past_length + length, device, dtype)
         # SDPA 的反向由 logsumexp 重算概率，全被遮住的行会差 kv 倍
         is_exact = bool(self.training and self.config.z_loss_weight) and attention_mask is not None
-        return AttentionContext(rotary, bias, False, None, output_attentions, is_exact)
+        return AttentionContext(rotary, bias, False, output_attentions=output_attentions, is_exact=is_exact)
 
     def _bias(self, attention_mask, query_length: int, key_length: int, device, dtype) -> Tensor:
         """ALiBi 与掩码之和，[b | 1, heads | 1, q, kv]；看不到的位置是该类型的最小值（全被遮住的填充行不会出 NaN）。"""
@@ -473,6 +498,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         document_lengths: list[int] | None = None,
+        document_parents: list[int] | None = None,
         document_offsets: list[int] | None = None,
         target_rows: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
@@ -511,6 +537,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             document_lengths=document_lengths,
+            document_parents=document_parents,
             document_offsets=document_offsets,
             output_rows=target_rows if is_loss_only else None,
         )

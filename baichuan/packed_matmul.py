@@ -1,4 +1,4 @@
-"""CPU 上并排样本的注意力：逐样本、逐块的矩阵乘法与 softmax，前向与反向都手写，梯度直接写进 W_pack 输出的布局。"""
+"""CPU 上并排样本的注意力：逐段、逐块的矩阵乘法与 softmax，前向与反向都手写，梯度直接写进 W_pack 输出的布局。"""
 
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
@@ -22,41 +22,45 @@ class PackedMatmulAttention(torch.autograd.Function):
 
     形状：packed_states [1, T, 3H]（W_pack 的输出），cos、sin [1, T, 1, d] 或 None，
     bias [heads | 1, S, V + S]（因果掩码与 ALiBi，S 为最长样本的长度），prefix_key、prefix_value [heads, V, d] 或 None
-    → [1, T, H]。反向保留各样本旋转之后的 q、k、v，不再用 packed_states。
+    → [1, T, H]。document_lengths、document_parents 见 AttentionContext；父段在前。
+    反向保留各段旋转之后的 q、k、v，不再用 packed_states。
     """
 
     @staticmethod
-    def forward(ctx, packed_states, cos, sin, bias, document_lengths, head_dim, prefix_key, prefix_value):
+    def forward(ctx, packed_states, cos, sin, bias, document_lengths, document_parents, head_dim, *prefix):
         states = by_head(packed_states, head_dim)[0].permute(1, 2, 0, 3)  # [3, heads, T, d]
         output = states.new_empty(states.shape[2], *states.shape[1::2])  # [T, heads, d]
         keeps = any(ctx.needs_input_grad)
-        saved = []
-        for rows in document_rows(document_lengths):
+        documents, saved = [], []
+        for rows, parent in zip(document_rows(document_lengths), document_parents, strict=True):
             # 布局整齐，矩阵乘法才不必逐次复制
             document = states[:, :, rows].clone(memory_format=torch.contiguous_format)
             if cos is not None:
                 rotate(document[:2], cos[0, rows, 0], sin[0, rows, 0])
-            query, key, value = with_prefix(document, prefix_key, prefix_value)
+            documents.append(document)
+            first = document_lengths[parent] if parent >= 0 else 0  # 第一个查询的位置
+            query, key, value = with_prefix(document, documents[parent] if parent >= 0 else None, *prefix)
             document_output = output[rows].transpose(0, 1)  # [heads, S, d]
             probabilities = []
             for begin, end in query_blocks(query.shape[1]):
                 num_keys = key.shape[1] - query.shape[1] + end
-                block = softmax_scores(query[:, begin:end], key[:, :num_keys], bias[:, begin:end, :num_keys])
+                seen = bias[:, first + begin : first + end, :num_keys]
+                block = softmax_scores(query[:, begin:end], key[:, :num_keys], seen)
                 document_output[:, begin:end] = torch.bmm(block, value[:, :num_keys])
                 probabilities.append(block)
-            if keeps:
-                saved.append(document)
-                saved += probabilities if query.shape[1] <= MAX_SAVED_LENGTH else []
+            if keeps and query.shape[1] <= MAX_SAVED_LENGTH:
+                saved += probabilities
         recomputes = max(document_lengths) > MAX_SAVED_LENGTH
-        ctx.save_for_backward(cos, sin, bias if recomputes else None, prefix_key, prefix_value, *saved)
-        ctx.document_lengths, ctx.head_dim, ctx.packed_shape = document_lengths, head_dim, packed_states.shape
+        ctx.save_for_backward(cos, sin, bias if recomputes else None, *prefix, *(documents + saved if keeps else []))
+        ctx.document_lengths, ctx.document_parents = document_lengths, document_parents
+        ctx.head_dim, ctx.packed_shape = head_dim, packed_states.shape
         return output.view(1, states.shape[2], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, output_grad: Tensor):
         cos, sin, bias, prefix_key, prefix_value, *saved = ctx.saved_tensors
-        saved = iter(saved)
+        documents, saved = saved[: len(ctx.document_lengths)], iter(saved[len(ctx.document_lengths) :])
         scale = ctx.head_dim**-0.5
         packed_grad = output_grad.new_empty(ctx.packed_shape)
         states_grad = by_head(packed_grad, ctx.head_dim)[0].permute(1, 2, 0, 3)  # [3, heads, T, d]
@@ -64,20 +68,27 @@ class PackedMatmulAttention(torch.autograd.Function):
         prefix_grads = None
         if prefix_key is not None:
             prefix_grads = torch.zeros_like(prefix_key), torch.zeros_like(prefix_value)
-        for rows in document_rows(ctx.document_lengths):
-            document = next(saved)
-            query, key, value = with_prefix(document, prefix_key, prefix_value)
+        num_prefix = 0 if prefix_key is None else prefix_key.shape[1]
+        document_grads = []
+        for rows, document, parent in zip(
+            document_rows(ctx.document_lengths), documents, ctx.document_parents, strict=True
+        ):
+            first = ctx.document_lengths[parent] if parent >= 0 else 0
+            own = num_prefix + first  # 自己的键从第几个起
+            query, key, value = with_prefix(
+                document, documents[parent] if parent >= 0 else None, prefix_key, prefix_value
+            )
             grad = output_grad[:, rows].contiguous()
             document_grad = torch.empty_like(document)
-            length, num_prefix = query.shape[1], key.shape[1] - query.shape[1]
+            length = query.shape[1]
             sums = None
             for begin, end in query_blocks(length):
-                num_keys = num_prefix + end
+                num_keys = own + end
                 q, k, v = query[:, begin:end], key[:, :num_keys], value[:, :num_keys]
                 if length <= MAX_SAVED_LENGTH:
                     probabilities = next(saved)
                 else:
-                    probabilities = softmax_scores(q, k, bias[:, begin:end, :num_keys])
+                    probabilities = softmax_scores(q, k, bias[:, first + begin : first + end, :num_keys])
                 g = grad[:, begin:end]
                 scores_grad = torch.bmm(g, v.transpose(1, 2))
                 scores_grad = softmax_backward(scores_grad, probabilities, -1, probabilities.dtype).mul_(scale)
@@ -88,27 +99,36 @@ class PackedMatmulAttention(torch.autograd.Function):
                         part[:, : total.shape[1]] += total
                 sums = parts
             for part, total in zip(document_grad[1:], sums, strict=True):
-                part.copy_(total[:, num_prefix:])
+                part.copy_(total[:, own:])
+            if parent >= 0:
+                for total, part in zip(document_grads[parent][1:], sums, strict=True):
+                    total += part[:, num_prefix:own]
             if prefix_grads is not None:
                 for total, part in zip(prefix_grads, sums, strict=True):
                     total += part[:, :num_prefix]
+            document_grads.append(document_grad)
+        for rows, document_grad in zip(document_rows(ctx.document_lengths), document_grads, strict=True):
             if cos is not None:
                 rotate(document_grad[:2], cos[0, rows, 0], -sin[0, rows, 0])
             states_grad[:, :, rows] = document_grad
-        return packed_grad, None, None, None, None, None, *(prefix_grads or (None, None))
+        return packed_grad, None, None, None, None, None, None, *(prefix_grads or (None, None))
 
 
 def document_rows(lengths: list[int]) -> Iterator[slice]:
-    """并排的各样本占哪些行。"""
+    """并排的各段占哪些行。"""
     for begin, end in pairwise(accumulate(lengths, initial=0)):
         yield slice(begin, end)
 
 
-def with_prefix(document: Tensor, prefix_key: Tensor | None, prefix_value: Tensor | None) -> tuple[Tensor, ...]:
-    """一个样本的 [3, heads, S, d] → q [heads, S, d]，k、v [heads, V + S, d]。"""
+def with_prefix(
+    document: Tensor, parent: Tensor | None, prefix_key: Tensor | None, prefix_value: Tensor | None
+) -> tuple[Tensor, ...]:
+    """一段的 [3, heads, S, d] → q [heads, S, d]，k、v [heads, V + U + S, d]；U 为父段的长度。"""
     query, key, value = document
-    if prefix_key is not None:
-        key, value = torch.cat([prefix_key, key], dim=1), torch.cat([prefix_value, value], dim=1)
+    before = [] if prefix_key is None else [(prefix_key, prefix_value)]
+    before += [] if parent is None else [(parent[1], parent[2])]
+    if before:
+        key, value = (torch.cat(parts, dim=1) for parts in zip(*before, (key, value), strict=True))
     return query, key, value
 
 

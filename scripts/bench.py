@@ -161,7 +161,7 @@ class Bench:
             "precision": self.precision,
             "threads": args.threads,
             "samples_per_step": bench_work.SAMPLES_PER_STEP,
-            "work": {**{key: work[key] for key in ("target_share", "padding_efficiency")},
+            "work": {**{key: work[key] for key in ("target_share", "padding_efficiency", "shared_share")},
                      "tokens": int(median(work["tokens"]))},
             "load_before": load,
             "idle_share_before": quiet_share,
@@ -260,19 +260,22 @@ class Bench:
             if not record["summary"]:
                 continue
             work = works[record["options"].get("work", "real")]
+            options = record["options"]
+            off = "shared_prefix" in options.get("levers_off", []) or "--no-packing" in options.get("argv", [])
+            shares = record["kind"] == "ours" and not off
             flops = [
                 bench_work.step_flops(shape, lengths, targets, record["method"], TRAINED_LAYERS,
-                                      record["name"] == "ours_freeze_cache")
-                for lengths, targets in zip(work["lengths"], work["targets"], strict=True)
+                                      record["name"] == "ours_freeze_cache", repeated if shares else ())
+                for lengths, targets, repeated in zip(work["lengths"], work["targets"], work["repeated"], strict=True)
             ]  # fmt: skip
             per_token = sum(flops) / sum(work["tokens"])
             record["flops_per_token"] = per_token
             rate = record["summary"]["tokens_per_second"] * per_token
             record["summary"]["gemm_share"] = rate / group["gemm_flops"]
         if group["stage"] == "freeze":
-            lengths, targets = works["real"]["lengths"][0], works["real"]["targets"][0]
+            lengths, targets, repeated = (works["real"][name][0] for name in ("lengths", "targets", "repeated"))
             plain, cached = (
-                bench_work.step_flops(shape, lengths, targets, "freeze", TRAINED_LAYERS, is_cached)
+                bench_work.step_flops(shape, lengths, targets, "freeze", TRAINED_LAYERS, is_cached, repeated)
                 for is_cached in (False, True)
             )
             group["cache_flops_ratio"] = plain / cached

@@ -112,6 +112,7 @@ def switch_off(levers: list[str]):
     Raises:
         ValueError: 不认识的名字，或项目里已没有这一项。
     """
+    import batching
     import model_factory
     from baichuan import modeling_baichuan
 
@@ -122,6 +123,8 @@ def switch_off(levers: list[str]):
             model_factory.fuse_lora = lambda model: model
         elif lever == "row_multiple":
             modeling_baichuan.ROW_MULTIPLE = 1
+        elif lever == "shared_prefix":
+            batching.MIN_SHARED_TOKENS = sys.maxsize
         elif lever not in ("label_rows", "graph_prefix"):
             raise ValueError(f"不认识的开关 {lever}")
 

@@ -51,6 +51,7 @@ ANCESTOR = {"argv": ["--gradient_checkpointing", "all"], "levers_off": ["graph_p
 
 LORA = [
     ours("ours", "本项目，DeepSpeed ZeRO-2"),
+    ours("ours_no_sharing", "同上，共用的开头各算各的", levers_off=["shared_prefix"]),
     peer("hf", "hf_bs8", "transformers + peft，batch 8 补齐（缺省）"),
     peer("hf", "hf_bs1", "transformers + peft，batch 1 累积 8", **ONE_BY_ONE),
     peer("hf", "hf_bs1_pure", "同上，不用 autocast，适配器也用计算精度", **ONE_BY_ONE, amp=False),
@@ -75,6 +76,7 @@ DROPOUT = [
 ]
 FREEZE = [
     ours("ours_freeze", "本项目，训练末 2 层", "freeze"),
+    ours("ours_freeze_no_sharing", "同上，共用的开头各算各的", "freeze", levers_off=["shared_prefix"]),
     ours("ours_freeze_cache", "同上，--cache_frozen memory，第二轮起", "freeze", argv=["--cache_frozen", "memory"]),
     ours("ours_freeze_graph", "同上，底层也进计算图", "freeze", levers_off=["graph_prefix"]),
     ours("ours_freeze_ancestor", "同上，各层都进计算图并重算（先祖的做法）", "freeze", **ANCESTOR),
@@ -89,6 +91,7 @@ FREEZE = [
 ]  # fmt: skip
 FULL = [
     ours("ours_full", "本项目，DeepSpeed ZeRO-2", "full"),
+    ours("ours_full_no_sharing", "同上，共用的开头各算各的", "full", levers_off=["shared_prefix"]),
     ours("ours_full_bare", "同上，不用 DeepSpeed 的同一个循环", "full", engine="bare"),
     peer("hf", "hf_full_bs8", "transformers，batch 8 补齐（缺省）", "full"),
     peer("hf", "hf_full_bs1", "transformers，batch 1 累积 8，不用 autocast", "full", **ONE_BY_ONE, amp=False),
@@ -98,6 +101,7 @@ FULL = [
 ]
 LEVERS = [
     ours("ours", "本项目"),
+    ours("no_sharing", "共用的开头各算各的", levers_off=["shared_prefix"]),
     ours("no_packing", "关掉并排：batch 8 补齐", argv=["--no-packing"]),
     ours("no_packing_bs1", "关掉并排：batch 1 累积 8", argv=["--no-packing"], **ONE_BY_ONE),
     ours("all_rows", "最后一层与词表投影在每一行上算", levers_off=["label_rows"]),

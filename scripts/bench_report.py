@@ -126,7 +126,8 @@ def table(group: dict[str, Any]) -> list[str]:
         f"## {group['stage']}，词表 {group['vocab_size']}，{group['precision']}，{group['threads']} 线程",
         "",
         f"每步 {group['samples_per_step']} 条，中位 {work['tokens']} 个非补齐 token，"
-        f"目标占 {work['target_share']:.1%}，补齐到最长时的效率 {work['padding_efficiency']:.3f}。"
+        f"目标占 {work['target_share']:.1%}，补齐到最长时的效率 {work['padding_efficiency']:.3f}，"
+        f"与同一步别的样本共用的开头占 {work['shared_share']:.1%}。"
         f"实测矩阵乘法 {group['gemm_flops'] / 1e9:.0f} GF/s。",
         "" if group["is_quiet"] else "\n**机器不安静（别的进程占用了 CPU）：本组的数字不作结论。**\n",
         f"| {' | '.join(COLUMNS)} |",

@@ -159,16 +159,27 @@ def write_data(directory: Path, num_rows: int) -> Path:
     return path
 
 
+def repeated_prefixes(step: list[dict[str, list[int]]]) -> list[int]:
+    """这一步的样本并排时，不再重算的共用开头，见 flops.step_flops。"""
+    from batching import shared_prefixes
+
+    groups = shared_prefixes([as_sample(row) for row in step])
+    return [shared for shared, members in groups for _ in members[1:]]
+
+
 def write_work(path: Path, steps: list[list[dict[str, list[int]]]], vocab_size: int) -> dict[str, Any]:
     """把各步的样本写成一个 JSON（各程序都从它读），返回它的统计。"""
     path.write_text(json.dumps({"vocab_size": vocab_size, "steps": steps}), encoding="utf-8")
     lengths = [[len(row["input_ids"]) for row in step] for step in steps]
     targets = [sum(label != -100 for row in step for label in row["labels"]) for step in steps]
     tokens = [sum(step) for step in lengths]
+    repeated = [repeated_prefixes(step) for step in steps]
     return {
         "lengths": lengths,
         "targets": targets,
         "tokens": tokens,
+        "repeated": repeated,
+        "shared_share": sum(map(sum, repeated)) / sum(tokens),
         "target_share": sum(targets) / sum(tokens),
         "padding_efficiency": sum(tokens) / sum(max(step) * len(step) for step in lengths),
     }

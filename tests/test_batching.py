@@ -2,12 +2,14 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batching import StepLoader, collate, deal_step, epoch_steps
+import batching
+from batching import StepLoader, collate, deal_step, epoch_steps, shared_prefixes, whole_samples
 from prompting import IGNORE_INDEX, EncodedSample
 
 NO = IGNORE_INDEX
@@ -139,6 +141,7 @@ def test_packed_batch_is_one_row():
         "target_rows": [1, 4, 5],
     }
     assert batch["document_lengths"] == [3, 4]
+    assert batch["document_parents"] == [-1, -1]
 
 
 def test_padded_batch_is_filled_on_the_right():
@@ -163,6 +166,71 @@ def test_empty_micro_batch_is_one_pad_without_targets(packing):
 SAMPLES = st.lists(
     st.lists(st.tuples(st.integers(1, 99), st.booleans()), min_size=1, max_size=8), min_size=1, max_size=6
 ).map(lambda rows: [sample([t for t, _ in row], [t if target else NO for t, target in row]) for row in rows])
+
+
+def prompt(text: str, answer: str = "z") -> EncodedSample:
+    """每个字符一个 token；answer 是目标。"""
+    ids = [ord(character) for character in text + answer]
+    return sample(ids, [NO] * len(text) + ids[len(text) :])
+
+
+@pytest.mark.parametrize(
+    ("texts", "least", "expected"),
+    [
+        ([], 2, []),
+        (["abcd"], 2, []),
+        (["abcd", "abce"], 2, [(3, [0, 1])]),
+        (["abcd", "abce"], 4, []),
+        (["abcd", "xbcd"], 1, []),
+        (["abcd", "abcd"], 2, [(3, [0, 1])]),  # 预测首个目标的那一行各算各的
+        (["abc", "abcdef"], 2, [(2, [0, 1])]),
+        (["abcx", "pqrx", "abcy", "pqry", "m"], 2, [(3, [0, 2]), (3, [1, 3])]),
+        # 两个长的开头胜过一个短的：8 + 8 > 2 × 3
+        (["ab111111x", "ab222222x", "ab111111y", "ab222222y"], 2, [(8, [0, 2]), (8, [1, 3])]),
+        # 一个短的胜过分成两组：3 × 4 > 3 × 2 + 4
+        (["abc1", "abc2", "abc3", "abc4x", "abc4xy"], 2, [(3, [0, 1, 2, 3, 4])]),
+    ],
+    ids=str,
+)
+def test_shared_prefixes(monkeypatch, texts, least, expected):
+    monkeypatch.setattr(batching, "MIN_SHARED_TOKENS", least)
+    assert shared_prefixes([prompt(text) for text in texts]) == expected
+
+
+def test_shared_prefixes_stop_before_the_first_target(monkeypatch):
+    monkeypatch.setattr(batching, "MIN_SHARED_TOKENS", 1)
+    # 回答也相同；没有目标的样本可以一直合并到只剩一个 token
+    assert shared_prefixes([prompt("ab", "cd"), prompt("ab", "cd")]) == [(1, [0, 1])]
+    assert shared_prefixes([sample([7] * 5, [NO] * 5), sample([7] * 5, [NO] * 5)]) == [(4, [0, 1])]
+    assert shared_prefixes([sample([7, 8], [7, 8]), sample([7, 8], [7, 8])]) == []
+
+
+def test_shared_prefix_is_laid_once_and_first(monkeypatch):
+    monkeypatch.setattr(batching, "MIN_SHARED_TOKENS", 2)
+    samples = [sample([1, 2, 3, 4], [NO, NO, NO, 4]), sample([9, 8], [NO, 8]), sample([1, 2, 5, 6], [NO, NO, NO, 6])]
+    batch = collate(samples, pad_token_id=0, packing=True)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 9, 8, 5, 6]]
+    assert batch["labels"].tolist() == [[NO, NO, NO, 4, NO, 8, NO, 6]]
+    assert batch["target_rows"].tolist() == [2, 4, 6]
+    assert batch["document_lengths"] == [2, 2, 2, 2]
+    assert batch["document_parents"] == [-1, 0, -1, 0]
+
+
+@given(samples=st.lists(st.integers(0, 3), min_size=1, max_size=12), seed=st.integers(0, 99))
+def test_shared_prefixes_lose_no_token_and_no_target(samples, seed):
+    """指令随机地共用；接回之后与原样相同，目标不少。"""
+    rng = np.random.default_rng(seed)
+    openings = [rng.integers(3, 99, size) for size in (0, 17, 17, 40)]
+    rows = [[*openings[which], *rng.integers(3, 99, rng.integers(2, 9))] for which in samples]
+    encoded = [sample(list(map(int, row)), [NO] * (len(row) - 1) + [int(row[-1])]) for row in rows]
+    batch = collate(encoded, 0, packing=True)
+    for name in ("input_ids", "labels"):
+        assert [values.tolist() for values in whole_samples(batch, name)] == [getattr(e, name) for e in encoded]
+    assert sum(batch["document_lengths"]) == batch["input_ids"].shape[1]
+    assert batch["labels"][0, batch["target_rows"] + 1].tolist() == [e.input_ids[-1] for e in encoded]
+    saved = sum(map(len, rows)) - batch["input_ids"].shape[1]
+    most = [size * max(0, samples.count(which) - 1) for which, size in ((1, 17), (2, 17), (3, 40))]
+    assert saved >= sum(most)
 
 
 @given(samples=SAMPLES)

@@ -72,7 +72,22 @@ def test_write_work_counts_tokens_and_padding(tmp_path):
     found = bench_work.write_work(tmp_path / "work.json", steps, 9)
     assert found["tokens"] == [6] and found["targets"] == [4]
     assert found["padding_efficiency"] == 0.75
+    assert (found["repeated"], found["shared_share"]) == ([[]], 0.0)
     assert json.loads((tmp_path / "work.json").read_text()) == {"vocab_size": 9, "steps": steps}
+
+
+def test_a_shared_prefix_is_counted_once(tmp_path):
+    rows = [{"input_ids": [*range(20), last], "labels": [-100] * 20 + [last]} for last in (30, 31, 32)]
+    found = bench_work.write_work(tmp_path / "work.json", [rows], 99)
+    assert found["repeated"] == [[19, 19]]  # 预测首个目标的那一行各算各的
+    assert found["shared_share"] == 38 / 63
+    # 19 个 token 一次，每个样本再有两个：与这样的矩阵乘法、成对的注意力相同
+    once, alone = (bench_work.step_flops(SHAPE, [21] * 3, 3, "lora", repeated=r) for r in ([19, 19], []))
+    layer_weights = 4 * SHAPE.hidden**2 + 3 * SHAPE.hidden * SHAPE.intermediate
+    after_attention = SHAPE.hidden**2 + 3 * SHAPE.hidden * SHAPE.intermediate
+    matmul = 2 * 38 * (2 * SHAPE.layers * layer_weights - 2 * after_attention)
+    attention = 2 * 2 * 19**2 * SHAPE.hidden * 3 * SHAPE.layers
+    assert alone - once == matmul + attention
 
 
 # ---- 对方的样本 ----
@@ -176,7 +191,7 @@ def group_of(*programs: dict, is_quiet: bool = True) -> dict:
         if program["summary"]:
             program["summary"]["gemm_share"] = 0.7
     group = {"stage": "lora", "vocab_size": 8000, "precision": "bf16", "threads": 2, "samples_per_step": 8}
-    group |= {"work": {"tokens": 100, "target_share": 0.19, "padding_efficiency": 0.5}, "gemm_flops": 2e11}
+    group |= {"work": {"tokens": 100, "target_share": 0.19, "padding_efficiency": 0.5, "shared_share": 0.25}, "gemm_flops": 2e11}
     group |= {"is_quiet": is_quiet, "same_rows": True, "programs": list(programs)}
     group["loss_checks"], group["verdicts"] = bench_report.check_losses(group), bench_report.judge(group)
     return group
@@ -236,7 +251,7 @@ def test_report_files(tmp_path):
 
 def test_big_vocabulary_is_measured_in_two_batches(tmp_path, monkeypatch):
     args = bench.parse_args(["--stage", "lora", "--precision", "fp32"])
-    for memory, expected in ((24.0, [6, 7]), (64.0, [12])):
+    for memory, expected in ((24.0, [6, 8]), (64.0, [13])):
         monkeypatch.setattr(bench, "machine", lambda memory=memory: {"memory_gb": memory})
         batches = bench.Bench(args, tmp_path).batches("lora", 64000)
         assert [len(names) for names in batches] == expected

@@ -7,7 +7,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, linear_cross_entropy, packed_matmul
-from baichuan.attention import rotary_tables
+from baichuan.attention import packed_attention, rotary_tables
 from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
 from baichuan.packed_matmul import PackedMatmulAttention
@@ -220,20 +220,23 @@ def test_frozen_cache_gives_the_same_gradients_without_running_the_layers(tmp_pa
 
 @pytest.mark.parametrize("num_prefix", [0, 3])
 @pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("parents", [[-1, -1, -1, -1], [-1, 0, -1, 0]], ids=["alone", "shared"])
 @pytest.mark.parametrize(("block", "max_saved"), [(256, 512), (4, 512), (4, 8), (5, 0)])
-def test_packed_matmul_attention(monkeypatch, block, max_saved, rotates, num_prefix):
-    """与逐个样本写开的注意力相同（fp64），前向与反向；块内外、存概率与重算、有无前缀与旋转。"""
+def test_packed_matmul_attention(monkeypatch, block, max_saved, parents, rotates, num_prefix):
+    """与逐个样本写开的注意力相同（fp64），前向与反向；块内外、存概率与重算、有无前缀、旋转与共用的开头。"""
     monkeypatch.setattr(packed_matmul, "BLOCK", block)
     monkeypatch.setattr(packed_matmul, "MAX_SAVED_LENGTH", max_saved)
     heads, head_dim, lengths = 2, 4, [9, 1, 13, 4]
-    total, longest = sum(lengths), max(lengths)
+    total = sum(lengths)
     torch.manual_seed(0)
     packed = torch.randn(1, total, 3 * heads * head_dim, dtype=torch.float64, requires_grad=True)
     prefix = [torch.randn(heads, num_prefix, head_dim, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     slopes = torch.tensor([0.5, 0.25], dtype=torch.float64)[:, None, None]
+    longest = max(n + (lengths[p] if p >= 0 else 0) for n, p in zip(lengths, parents, strict=True))
     visible = torch.ones(longest, num_prefix + longest, dtype=torch.bool).tril(num_prefix)
     bias = (slopes * torch.arange(num_prefix + longest)).masked_fill(~visible, float("-inf"))
-    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    begins = [lengths[p] if p >= 0 else 0 for p in parents]
+    positions = torch.cat([torch.arange(b, b + n) for b, n in zip(begins, lengths, strict=True)])[None]
     cos, sin = (table.double() for table in rotary_tables(positions, head_dim)) if rotates else (None, None)
     weights = torch.randn(total, heads * head_dim, dtype=torch.float64)
 
@@ -243,11 +246,13 @@ def test_packed_matmul_attention(monkeypatch, block, max_saved, rotates, num_pre
             query, key = (
                 states * cos[0] + torch.cat([states[..., 2:], states[..., :2]], -1) * sin[0] for states in (query, key)
             )
+        queries, keys, values = ([s.transpose(0, 1) for s in states.split(lengths)] for states in (query, key, value))
         outputs = []
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
-            q, k, v = (states.transpose(0, 1) for states in (q, k, v))
-            k, v = torch.cat([prefix[0], k], 1), torch.cat([prefix[1], v], 1)
-            scores = q @ k.transpose(1, 2) / head_dim**0.5 + bias[:, : q.shape[1], : k.shape[1]]
+        for i, (q, parent, begin) in enumerate(zip(queries, parents, begins, strict=True)):
+            seen = [parent, i] if parent >= 0 else [i]
+            k = torch.cat([prefix[0], *(keys[j] for j in seen)], 1)
+            v = torch.cat([prefix[1], *(values[j] for j in seen)], 1)
+            scores = q @ k.transpose(1, 2) / head_dim**0.5 + bias[:, begin : begin + q.shape[1], : k.shape[1]]
             outputs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
@@ -255,8 +260,30 @@ def test_packed_matmul_attention(monkeypatch, block, max_saved, rotates, num_pre
     expected = expected_output()
     expected_grads = torch.autograd.grad((expected * weights).sum(), inputs)
     given = prefix if num_prefix else (None, None)
-    output = PackedMatmulAttention.apply(packed, cos, sin, bias, lengths, head_dim, *given)
+    output = PackedMatmulAttention.apply(packed, cos, sin, bias, lengths, parents, head_dim, *given)
     grads = torch.autograd.grad((output[0] * weights).sum(), inputs)
     torch.testing.assert_close(output[0], expected, rtol=0, atol=1e-12)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+    if not rotates:  # GPU 上的写法，旋转在它之前
+        query, key, value = packed.view(total, 3, heads, head_dim).unbind(1)
+        output = packed_attention(query, key, value, lengths, parents, bias, *given)
+        torch.testing.assert_close(output.flatten(1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
+def test_frozen_cache_of_a_shared_prefix(tmp_path, position_embedding):
+    """共用的开头在各样本里都存着：下一轮换了同伴、不再合并，读到的也是同样的数。"""
+    model = small_model(position_embedding).requires_grad_(False).train()
+    model.model.layers[2].requires_grad_(True)
+    cache = FrozenCache(tmp_path / "cache", 2, 11, 32, torch.float32, needs_agreement=False)
+    model.model.frozen_cache = cache
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])  # 共用 3 4 5；样本 3 4 5 6 7 与 3 4 5 8 9 10
+    shared = {"document_lengths": [3, 2, 3], "document_parents": [-1, 0, 0], "document_offsets": [0, 5]}
+    together = model(input_ids=ids, **shared).logits[0]
+    alone = model(input_ids=torch.tensor([[3, 4, 5, 8, 9, 10]]), document_lengths=[6], document_offsets=[5]).logits[0]
+    again = model(input_ids=ids, **shared).logits[0]
+    assert cache._filled.nonzero().flatten().tolist() == [0, 5]
+    torch.testing.assert_close(alone, together[[0, 1, 2, 5, 6, 7]], rtol=0, atol=2e-6)
+    torch.testing.assert_close(again, together, rtol=0, atol=2e-6)
+    cache.remove()

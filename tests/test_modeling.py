@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
+from batching import collate
 
 # transformers 5.23 起把 gradient_checkpointing_enable 改了名，5.17 只有旧名
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -587,6 +588,34 @@ def test_packed_gradients_equal_padded_ones(architecture, checkpointing):
     for form in ("packed", "left"):
         assert results[form][0] == pytest.approx(results["right"][0], abs=2e-6)
         assert_same_gradients(results[form][1], results["right"][1])
+
+
+@pytest.mark.parametrize("checkpointing", [None, "all", "attention"])
+@pytest.mark.parametrize("method", ["full", "freeze", "lora", "ptuning"])
+def test_shared_prefix_gives_the_same_gradients(architecture, method, checkpointing):
+    """几个样本共用的开头只算一次，与各算各的相同：四种方法，重算与否。"""
+    opening = torch.randint(3, 400, (17,), generator=torch.Generator().manual_seed(1))
+    documents = make_documents(400)
+    for i in (0, 2, 4):  # 第二、四篇不共用
+        ids, labels = documents[i]
+        documents[i] = torch.cat([opening, ids]), torch.cat([torch.full_like(opening, IGNORE_INDEX), labels])
+    samples = [SimpleNamespace(input_ids=ids.tolist(), labels=labels.tolist()) for ids, labels in documents]
+    shared = collate(samples, 0, packing=True)
+    assert shared["document_lengths"] == [17, 9, 1, 14, 2, 6] and shared["document_parents"] == [-1, 0, -1, 0, -1, 0]
+    results = []
+    for batch in (packed_batch(documents), shared):
+        model = {"lora": lora_model, "ptuning": prefix_model}.get(method, load_model)(architecture).train()
+        if method == "freeze":
+            model.requires_grad_(False).model.layers[-1].requires_grad_(True)
+        if checkpointing:
+            base = model.get_base_model() if method in ("lora", "ptuning") else model
+            base.gradient_checkpointing_enable()
+            base.model.checkpoint_every = 1 if checkpointing == "all" else 0
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((loss.item(), gradients(model)))
+    assert results[1][0] == pytest.approx(results[0][0], abs=2e-6)
+    assert_same_gradients(results[1][1], results[0][1])
 
 
 def test_packed_loss_equals_documents_alone(architecture):
