@@ -101,7 +101,7 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         "packing",
         True,
         action=BoolFlag,
-        help="把一步的样本并排放进尽量少的 micro batch，各看各的，结果与不并排相同"
+        help="把一步的样本并排放进尽量少的 micro batch，各看各的，相同的开头（如同样的指令）只算一次，结果与不并排相同"
         "（缺省开；P-Tuning 第 1 版不支持，自动关）",
     )
 

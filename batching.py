@@ -15,8 +15,9 @@ import torch
 from prompting import IGNORE_INDEX, EncodedSample
 
 Dealt = list[list[list[int]]]  # [rank][micro batch][样本下标]
-# 共用的开头至少要有这么多 token 才合并：每多一段，注意力就多一组小的矩阵乘法
-MIN_SHARED_TOKENS = 16
+# 共用的开头至少要有这么多 token，一共至少省下这么大的份额，才合并：每多一段，注意力就多一组小的矩阵乘法；
+# GPU 上有了接在别段之后的段，注意力要带偏置，用不了 flash
+MIN_SHARED_TOKENS, MIN_SAVED_SHARE = 16, 0.05
 
 
 def epoch_steps(num_samples: int, global_batch_size: int, seed: int | None, epoch: int = 0) -> list[list[int]]:
@@ -154,6 +155,8 @@ def shared_prefixes(samples: Sequence[EncodedSample]) -> list[tuple[int, list[in
                 most, chosen = saved[begin] + (end - begin - 1) * lowest, begin
         saved.append(most)
         begins.append(chosen)
+    if saved[-1] < MIN_SAVED_SHARE * sum(map(len, ids)):
+        return []
     groups, end = [], len(order)
     while end:
         begin = begins[end]

@@ -191,7 +191,10 @@ def group_of(*programs: dict, is_quiet: bool = True) -> dict:
         if program["summary"]:
             program["summary"]["gemm_share"] = 0.7
     group = {"stage": "lora", "vocab_size": 8000, "precision": "bf16", "threads": 2, "samples_per_step": 8}
-    group |= {"work": {"tokens": 100, "target_share": 0.19, "padding_efficiency": 0.5, "shared_share": 0.25}, "gemm_flops": 2e11}
+    group |= {
+        "work": {"tokens": 100, "target_share": 0.19, "padding_efficiency": 0.5, "shared_share": 0.25},
+        "gemm_flops": 2e11,
+    }
     group |= {"is_quiet": is_quiet, "same_rows": True, "programs": list(programs)}
     group["loss_checks"], group["verdicts"] = bench_report.check_losses(group), bench_report.judge(group)
     return group
