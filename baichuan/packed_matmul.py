@@ -32,14 +32,13 @@ class PackedMatmulAttention(torch.autograd.Function):
         output = states.new_empty(states.shape[2], *states.shape[1::2])  # [T, heads, d]
         keeps = any(ctx.needs_input_grad)
         documents, saved = [], []
-        for rows, parent in zip(document_rows(document_lengths), document_parents, strict=True):
+        for rows, parent, first in segments(document_lengths, document_parents):
             # 布局整齐，矩阵乘法才不必逐次复制
             document = states[:, :, rows].clone(memory_format=torch.contiguous_format)
             if cos is not None:
                 rotate(document[:2], cos[0, rows, 0], sin[0, rows, 0])
             documents.append(document)
-            first = document_lengths[parent] if parent >= 0 else 0  # 第一个查询的位置
-            query, key, value = with_prefix(document, documents[parent] if parent >= 0 else None, *prefix)
+            query, key, value = with_prefix(document, documents[parent] if first else None, *prefix)
             document_output = output[rows].transpose(0, 1)  # [heads, S, d]
             probabilities = []
             for begin, end in query_blocks(query.shape[1]):
@@ -70,14 +69,10 @@ class PackedMatmulAttention(torch.autograd.Function):
             prefix_grads = torch.zeros_like(prefix_key), torch.zeros_like(prefix_value)
         num_prefix = 0 if prefix_key is None else prefix_key.shape[1]
         document_grads = []
-        for rows, document, parent in zip(
-            document_rows(ctx.document_lengths), documents, ctx.document_parents, strict=True
-        ):
-            first = ctx.document_lengths[parent] if parent >= 0 else 0
+        places = list(segments(ctx.document_lengths, ctx.document_parents))
+        for document, (rows, parent, first) in zip(documents, places, strict=True):
             own = num_prefix + first  # 自己的键从第几个起
-            query, key, value = with_prefix(
-                document, documents[parent] if parent >= 0 else None, prefix_key, prefix_value
-            )
+            query, key, value = with_prefix(document, documents[parent] if first else None, prefix_key, prefix_value)
             grad = output_grad[:, rows].contiguous()
             document_grad = torch.empty_like(document)
             length = query.shape[1]
@@ -100,24 +95,24 @@ class PackedMatmulAttention(torch.autograd.Function):
                 sums = parts
             for part, total in zip(document_grad[1:], sums, strict=True):
                 part.copy_(total[:, own:])
-            if parent >= 0:
+            if first:
                 for total, part in zip(document_grads[parent][1:], sums, strict=True):
                     total += part[:, num_prefix:own]
             if prefix_grads is not None:
                 for total, part in zip(prefix_grads, sums, strict=True):
                     total += part[:, :num_prefix]
             document_grads.append(document_grad)
-        for rows, document_grad in zip(document_rows(ctx.document_lengths), document_grads, strict=True):
+        for document_grad, (rows, _, _) in zip(document_grads, places, strict=True):
             if cos is not None:
                 rotate(document_grad[:2], cos[0, rows, 0], -sin[0, rows, 0])
             states_grad[:, :, rows] = document_grad
         return packed_grad, None, None, None, None, None, None, *(prefix_grads or (None, None))
 
 
-def document_rows(lengths: list[int]) -> Iterator[slice]:
-    """并排的各段占哪些行。"""
-    for begin, end in pairwise(accumulate(lengths, initial=0)):
-        yield slice(begin, end)
+def segments(lengths: list[int], parents: list[int]) -> Iterator[tuple[slice, int, int]]:
+    """并排的各段：(占哪些行, 父段, 第一个查询的位置)；没有父段的从 0 起。"""
+    for (begin, end), parent in zip(pairwise(accumulate(lengths, initial=0)), parents, strict=True):
+        yield slice(begin, end), parent, lengths[parent] if parent >= 0 else 0
 
 
 def with_prefix(
