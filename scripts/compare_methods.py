@@ -24,7 +24,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).resolve().parent)) if path not in sys.path]
 
-from compare_cell import base_path, choose_rows, run_cell, start_worker  # noqa: E402
+from compare_cell import base_path, choose_rows, read_rows_any, run_cell, start_worker  # noqa: E402
+from compare_copying import copying_rows, drilling_rows  # noqa: E402
 from compare_data import check_leakage, prepare_task, split_text, synthetic_rows, write_rows  # noqa: E402
 from compare_plan import (  # noqa: E402
     Cell,
@@ -116,9 +117,16 @@ def build_base(plan: dict[str, Any], output_dir: Path):
     files["general"] = data / "general_pretrain.txt"
     text = (data / "general_train.txt").read_text(encoding="utf-8")
     files["general"].write_text(text[: options.pop("general_chars", None)], encoding="utf-8")
-    for task, count in synthetic.items():
-        files[f"synthetic_{task}"] = data / f"synthetic_{task}.json"
-        write_rows(files[f"synthetic_{task}"], synthetic_rows(task, count, plan["split_seed"]))
+    inputs = [row["input"] for task in plan["tasks"] for row in read_rows_any(files[task["name"]])]
+    texts = [*files["general"].read_text(encoding="utf-8").splitlines(), *inputs]
+    exercises = {"copying": copying_rows, "drilling": drilling_rows}
+    for name, count in synthetic.items():
+        files[f"synthetic_{name}"] = data / f"synthetic_{name}.json"
+        if name in exercises:
+            rows = exercises[name](texts, count, plan["split_seed"])
+        else:
+            rows = synthetic_rows(name, count, plan["split_seed"])
+        write_rows(files[f"synthetic_{name}"], rows)
     sources = [files[name] for name, count in repeats.items() for _ in range(count)]
     pretraining = {name: options.pop(name) for name in ("pretrain_tokens", "pretrain_threads") if name in options}
     arch = options.pop("arch")

@@ -101,14 +101,18 @@ def draw_scores(pyplot, plan, tasks, cells, base_scores):
             cell, (color, marker) = cells[task["name"], method], STYLES[method]
             errors = [[max(0.0, cell["score"] - cell["ci_low"])], [max(0.0, cell["ci_high"] - cell["score"])]]
             axis.errorbar(place, cell["score"], yerr=errors, fmt=marker, color=color, markersize=8, capsize=5)
-            axis.plot([place + 0.2] * len(cell["by_seed"]), cell["by_seed"], ".", color=color, alpha=0.6)
+            label = "各种子" if place == 0 else None
+            axis.plot([place + 0.2] * len(cell["by_seed"]), cell["by_seed"], ".", color=color, alpha=0.6, label=label)
         if task["name"] in base_scores:
-            axis.axhline(base_scores[task["name"]], color=BASE_COLOR, linestyle="--", linewidth=1.2, label="基座")
-            axis.legend(frameon=False, loc="best")
+            axis.axhline(
+                base_scores[task["name"]], color=BASE_COLOR, linestyle="--", linewidth=1.2, label="没有微调的基座"
+            )
         axis.set_xticks(range(len(methods)), methods)
         axis.set_xlim(-0.5, len(methods) - 0.5)
         axis.set_ylim(bottom=0)
         axis.set_ylabel(METRIC_NAMES[task["metric"]])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center", fontsize=10)
     return figure
 
 
@@ -137,7 +141,9 @@ def draw_against(key: str, label: str, is_log: bool):
             axis.set_ylim(bottom=0)
             axis.set_xlabel(label)
             axis.set_ylabel(METRIC_NAMES[task["metric"]])
-        axes[0].legend(frameon=False, loc="lower right", fontsize=10)
+        figure.legend(
+            *axes[0].get_legend_handles_labels(), frameon=False, ncols=4, loc="outside lower center", fontsize=10
+        )
         return figure
 
     return draw

@@ -65,7 +65,7 @@ def lay_out(plan, facts, jobs, results, summary, base, figures) -> list[Block]:
 
 def introduction(plan, facts, jobs, summary) -> list[Block]:
     full = [cell["trainable_parameters"] for (_, method), cell in summary["cells"].items() if method == "full"]
-    size = f"{full[0] / 1e6:.1f} 百万个参数" if full else "大小见下"
+    size = f"{full[0] / 1e4:,.0f} 万个参数" if full else "大小见下"
     is_built = not isinstance(plan["base"], str)
     origin = "本工具在通用文字与三种任务格式的行上预训练的" if is_built else f"检查点 {plan['base']} 的"
     blocks: list[Block] = [
@@ -231,7 +231,7 @@ def replay_part(plan, results, summary) -> list[Block]:
     ]
     others = [f"{TASK_NAMES[name]}分数" for name in row["forgetting"]["other_tasks"]]
     text = (
-        f"遗忘最多的是 {TASK_NAMES[row['task']]} 上的 {row['method']}；同样的种子（{row['seed']}）与学习率，"
+        f"遗忘最多的是{TASK_NAMES[row['task']]}上的 {row['method']}；同样的种子（{row['seed']}）与学习率，"
         f"训练里混进通用文字（--replay_ratio {plan['replay']['ratio']:g}）："
     )
     header = ["", "分数", "通用 NLL 上升", "KL", *others, "时间 秒"]
@@ -297,6 +297,8 @@ def checks_part(plan, results, base) -> list[Block]:
         )
     if "shuffled" in checks:
         row = checks["shuffled"]
+        own = base["forgetting"]["other_tasks"].get(row["task"]) if base is not None else None
+        untuned = "" if own is None else f"，没有微调的基座 {own['test_score']:.3f}"
         true = mean(
             [
                 r["score"]
@@ -306,7 +308,7 @@ def checks_part(plan, results, base) -> list[Block]:
         )
         lines.append(
             f"打乱标签：{TASK_NAMES[row['task']]}、{row['method']} 在标签互换的行上训练，分数 {row['score']:.3f} "
-            f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]；真标签 {true:.3f}；两类各半的抛硬币是 0.5。"
+            f"[{row['ci_low']:.3f}, {row['ci_high']:.3f}]；真标签 {true:.3f}{untuned}；两类各半的抛硬币是 0.5。"
         )
     if "untrained" in checks:
         entries = checks["untrained"]["forgetting"]["other_tasks"]

@@ -2,6 +2,7 @@
 
 纯文本按段落切成块，每个 token 都是目标；JSON 行按 train.py 的 plain 格式编码，也每个 token 都是目标，回答部分另加权重
 （分类的回答只有一两个 token，不加权就淹没在正文里）。样本并排（各看各的），权重与 Adam 的状态是 fp32，计算用 bf16。
+token 少，从输入里抄一段这件事要先学会才谈得上抽取：初值带一点抄写的倾向（lean_to_copying），很短的样本先学。
 次序、初值与线程数都固定：同一种机器上，同样的参数得到逐位相同的权重。
 """
 
@@ -21,9 +22,11 @@ if str(ROOT) not in sys.path:
 
 BLOCK_TOKENS = 256  # 纯文本一块的长度，也是任务行的上限
 STEP_TOKENS = 1024  # 一步并排的 token 数；token 少，步数比每步的大小要紧
-LEARNING_RATE, WEIGHT_DECAY, BETAS = 2e-3, 0.1, (0.9, 0.95)
+SHORT_TOKENS = 34  # 至多这么长的样本先学：抄写在短的里容易学会
+LEARNING_RATE, WEIGHT_DECAY, BETAS = 1e-3, 0.1, (0.9, 0.95)
 WARMUP_SHARE, MIN_LR_RATIO, CLIP_NORM = 0.05, 0.02, 1.0
-ANSWER_WEIGHT = 0.5
+ANSWER_WEIGHT = 2.0
+EMBEDDING_SCALE, QUERY_SCALE, OUTPUT_SCALE = 5.0, 2.0, 0.2  # lean_to_copying 的三个倍数
 
 Block = tuple[list[int], int]  # (token id, 回答从第几个 token 起；纯文本为其长度，没有回答)
 
@@ -62,13 +65,14 @@ def read_blocks(files: Sequence[Path], tokenizer) -> list[Block]:
 
 
 def deal_steps(blocks: list[Block], max_tokens: int | None, seed: int) -> list[list[Block]]:
-    """打乱后依次装成各步，每步至多 STEP_TOKENS；到 max_tokens 为止，不够就再来一遍（另一个次序）。"""
+    """打乱后依次装成各步，短的在前，每步至多 STEP_TOKENS；到 max_tokens 为止，不够就再来一遍（另一个次序）。"""
     total = sum(len(ids) for ids, _ in blocks)
     remaining = total if max_tokens is None else max_tokens
     steps: list[list[Block]] = [[]]
     rng, used = random.Random(seed), 0
     while remaining > 0:
-        for block in rng.sample(blocks, len(blocks)):
+        mixed = rng.sample(blocks, len(blocks))
+        for block in sorted(mixed, key=lambda block: len(block[0]) > SHORT_TOKENS):
             size = len(block[0])
             if used + size > STEP_TOKENS and steps[-1]:
                 steps.append([])
@@ -79,6 +83,35 @@ def deal_steps(blocks: list[Block], max_tokens: int | None, seed: int) -> list[l
             if remaining <= 0:
                 break
     return steps
+
+
+def lean_to_copying(weights: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """初值带一点抄写的倾向（仿照 Trockman 与 Kolter 2023 的 mimetic initialization）；其余的仍是随机的。
+
+    R 是一个随机的正交阵。注意力把看到的 token 的词嵌入经 R 写进输出（W_o W_v ∝ R），词表投影的各行是词嵌入经 R，
+    所以「看到什么」直接加到「说什么」上；第二层起键读 R 的那一边（W_k = W_q Rᵀ），查询因此找到「前一个是我」的位置。
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = weights["model.norm.weight"].numel()
+
+    def orthogonal() -> torch.Tensor:
+        return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+
+    leaning, rotation = dict(weights), orthogonal()
+    embedding = weights["model.embed_tokens.weight"] * EMBEDDING_SCALE
+    rows = embedding.clone()
+    rows[0] = rows[1]  # 补齐行是 0，没有方向
+    leaning["model.embed_tokens.weight"] = embedding
+    leaning["lm_head.weight"] = rows @ rotation.T / rows.norm(dim=1).mean()
+    for name in [name for name in weights if name.endswith("W_pack.weight")]:
+        query, key, _ = weights[name].split(size)
+        value = orthogonal()
+        if ".layers.0." not in name:
+            query = query * QUERY_SCALE
+            key = query @ rotation.T
+        leaning[name] = torch.cat([query, key, value])
+        leaning[name.replace("W_pack", "o_proj")] = OUTPUT_SCALE * rotation @ value.T
+    return leaning
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -120,7 +153,7 @@ def pretrain(
     num_threads: int = 2,
     seed: int = 1234,
 ) -> dict[str, torch.Tensor]:
-    """从 weights（fp32 的初值）训练，返回训练后的权重（fp32）；directory 里已有 config.json 与分词器。
+    """从 weights（fp32，先经 lean_to_copying）训练，返回训练后的权重（fp32）；directory 里已有 config.json 与分词器。
 
     max_tokens 缺省为各文件恰好一遍。按 CPU 的线程数与随机种子，结果逐位可重现。
     """
@@ -133,6 +166,7 @@ def pretrain(
     precision, reason = choose_precision("auto")
     precision = "fp32" if precision == "fp16" else precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = lean_to_copying(weights, seed)
     model = BaichuanForCausalLM(config)
     missing, unexpected = model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if not name.endswith("inv_freq")}, strict=False

@@ -453,6 +453,32 @@ def test_steps_use_each_block_once_or_up_to_the_token_budget():
     assert sum(len(step) for step in pretrain_tiny.deal_steps(blocks, 25 * 256, seed=1)) == 25
 
 
+def test_short_blocks_come_first():
+    blocks = [([n] * (20 if n % 3 else 200), 20) for n in range(30)]
+    lengths = [len(ids) for step in pretrain_tiny.deal_steps(blocks, None, seed=1) for ids, _ in step]
+    assert lengths == [20] * 20 + [200] * 10
+
+
+def test_initial_values_lean_to_copying():
+    generator, size = torch.Generator().manual_seed(0), 64
+    shapes = {"model.embed_tokens.weight": (40, size), "model.norm.weight": (size,), "lm_head.weight": (40, size)}
+    for layer in range(2):
+        shapes[f"model.layers.{layer}.self_attn.W_pack.weight"] = (3 * size, size)
+        shapes[f"model.layers.{layer}.self_attn.o_proj.weight"] = (size, size)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    leaning = pretrain_tiny.lean_to_copying(weights, seed=3)
+    assert list(leaning) == list(weights) and all(leaning[name].shape == shape for name, shape in shapes.items())
+    embedding, head = leaning["model.embed_tokens.weight"], leaning["lm_head.weight"]
+    for layer in range(2):
+        query, key, value = leaning[f"model.layers.{layer}.self_attn.W_pack.weight"].split(size)
+        written = embedding @ (leaning[f"model.layers.{layer}.self_attn.o_proj.weight"] @ value).T
+        said = (written @ torch.nn.functional.normalize(head).T)[2:].argmax(dim=1)
+        assert said.tolist() == list(range(2, 40))  # 看到什么，就说什么
+        found = ((embedding @ query.T) @ (written @ key.T).T)[2:].argmax(dim=1)
+        share = (found == torch.arange(2, 40)).float().mean().item()
+        assert share > 0.9 if layer else share < 0.1  # 第二层起，查询找的是「前一个是我」的位置
+
+
 def test_learning_rate_warms_up_and_decays():
     rates = [pretrain_tiny.learning_rate(step, 100) / pretrain_tiny.LEARNING_RATE for step in (0, 4, 5, 99)]
     assert rates == pytest.approx([0.2, 1.0, 1.0, 0.02], abs=1e-3)

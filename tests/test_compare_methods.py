@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import compare_copying  # noqa: E402
 import compare_data  # noqa: E402
 import compare_methods  # noqa: E402
 import compare_plan  # noqa: E402
@@ -104,6 +105,23 @@ def test_synthetic_rows_come_from_the_generators_of_the_project(task):
     assert len(rows) == 6 and rows == compare_data.synthetic_rows(task, 6, seed=1)
     with pytest.raises(ValueError, match="synthetic 里的 other 应为 extraction、generation、classification 之一"):
         compare_data.synthetic_rows("other", 5, seed=1)
+
+
+def test_copying_rows_answer_with_words_of_their_input():
+    texts = [row_["input"] for row_ in compare_data.synthetic_rows("generation", 40, seed=1)]
+    rows = compare_copying.copying_rows(texts, 60, seed=1)
+    assert rows == compare_copying.copying_rows(texts, 60, seed=1) != compare_copying.copying_rows(texts, 60, seed=2)
+    assert len({row_["instruction"] for row_ in rows}) > 10  # 含要找的词与断开的字
+    for row_ in rows:
+        for line in row_["output"].split("\n"):
+            assert line.replace("_", "") in row_["input"]
+            assert line.count("_") == (2 if "断开" in row_["instruction"] else 0)
+        assert compare_copying.MIN_CHARS <= len(row_["input"]) <= compare_copying.MAX_CHARS
+    with pytest.raises(ValueError, match=r"copying\(9999\) 超过文字里的片段数 \d+，请调小它或调大 general_chars"):
+        compare_copying.copying_rows(texts, 9999, seed=1)
+    drills = compare_copying.drilling_rows(texts, 60, seed=1)
+    assert drills == compare_copying.drilling_rows(texts, 60, seed=1) and len(drills) == 60
+    assert all(row_["input"] == row_["output"] and 3 <= len(row_["input"]) <= 16 for row_ in drills)
 
 
 def test_rows_that_are_too_long_or_empty_are_left_out(tmp_path):
