@@ -225,8 +225,8 @@ def choose_rows(plan: dict[str, Any], output_dir: Path) -> dict[str, dict[str, i
         test = read_rows_any(directory / "test.json")
         write_rows(directory / "other.json", test[: task["other"]])
         chosen[task["name"]] = {}
-        for part, share in (("final", 1.0), ("sweep", plan["sweep_share"])):
-            count = take_tokens(lengths, int(plan["train_tokens"] * share), task["epochs"])
+        for part, share in (("final", 1.0), ("sweep", task["sweep_share"])):
+            count = take_tokens(lengths, int(task["train_tokens"] * share), task["epochs"])
             write_rows(directory / f"{part}.json", rows[:count])
             chosen[task["name"]] |= {part: sum(lengths[:count]) * task["epochs"], f"{part}_rows": count}
     return chosen

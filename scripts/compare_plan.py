@@ -25,6 +25,7 @@ TASK_OPTIONAL = {
     **{"pretrain": 0, "pretrain_max_input_chars": None, "other": 50},
     **{"max_input_chars": None, "max_output_chars": None},
 }
+TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
 # 一个格子里与训练 token 数无关的时间（启动、评测），折成一次完整训练的份额，只用来估计剩余时间
 FIXED_WEIGHT = 0.4
 
@@ -62,16 +63,17 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     problems = [f"缺少 {name}" for name in REQUIRED if name not in plan]
     problems += [f"不认识 {name}" for name in plan if name not in (*REQUIRED, *OPTIONAL)]
     plan = {**OPTIONAL, **plan}
-    tasks = plan.get("tasks") or []
+    tasks, known = plan.get("tasks") or [], (*TASK_REQUIRED, *TASK_OPTIONAL, *TASK_OWN)
     for task in tasks:
         place = f"任务 {task.get('name')}"
         problems += [f"{place}缺少 {name}" for name in TASK_REQUIRED if name not in task]
-        problems += [f"{place}不认识 {name}" for name in task if name not in (*TASK_REQUIRED, *TASK_OPTIONAL, "epochs")]
+        problems += [f"{place}不认识 {name}" for name in task if name not in known]
         if task.get("name") not in TASKS:
             problems.append(f"{place}：名字应为 {'、'.join(TASKS)} 之一")
         if task.get("metric") not in METRICS or task.get("metric") == "nll":
             problems.append(f"{place}：metric {task.get('metric')} 应为 triple_f1、label_f1、rouge 之一")
-    plan["tasks"] = [{**TASK_OPTIONAL, "epochs": plan["epochs"], **task} for task in tasks]
+    shared = {name: plan.get(name) for name in TASK_OWN}
+    plan["tasks"] = [{**TASK_OPTIONAL, **shared, **task} for task in tasks]
     for method, entry in (plan.get("methods") or {}).items():
         if method not in METHODS:
             problems.append(f"方法 {method} 应为 {'、'.join(METHODS)} 之一")
@@ -84,8 +86,9 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     problems += [f"checks 里的 {name} 应为 {'、'.join(CHECKS)} 之一" for name in plan["checks"] if name not in CHECKS]
     if "untrained" in plan["checks"] and isinstance(plan.get("base"), str):
         problems.append("checks 的 untrained 要求 base 由本工具预训练（一个对象，而不是目录），请去掉它")
-    if not 0 < plan["sweep_share"] <= 1:
-        problems.append(f"sweep_share({plan['sweep_share']}) 应在 (0, 1] 内")
+    for share in dict.fromkeys(task["sweep_share"] for task in plan["tasks"]):
+        if not 0 < share <= 1:
+            problems.append(f"sweep_share({share}) 应在 (0, 1] 内")
     if problems:
         raise ValueError(f"计划 {path} 有 {len(problems)} 处问题：\n" + "\n".join(f"  {text}" for text in problems))
     return plan
@@ -163,8 +166,11 @@ def next_cell(plan: dict[str, Any], results: list[Result], running: set[Cell]) -
 
 def cell_weight(plan: dict[str, Any], cell: Cell) -> float:
     """一个格子大约是几次完整训练的时间，估计剩余时间用。"""
-    share = {"sweep": plan["sweep_share"], "base": 0.0}.get(cell.stage, 0.0 if cell.check == "untrained" else 1.0)
-    return share + FIXED_WEIGHT
+    if not cell.task:
+        return FIXED_WEIGHT
+    task = task_of(plan, cell.task)
+    share = task["sweep_share"] if cell.stage == "sweep" else 1.0
+    return share * task["train_tokens"] / plan["train_tokens"] + FIXED_WEIGHT
 
 
 def total_weight(plan: dict[str, Any]) -> float:

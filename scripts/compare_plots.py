@@ -104,9 +104,8 @@ def draw_scores(pyplot, plan, tasks, cells, base_scores):
             label = "各种子" if place == 0 else None
             axis.plot([place + 0.2] * len(cell["by_seed"]), cell["by_seed"], ".", color=color, alpha=0.6, label=label)
         if task["name"] in base_scores:
-            axis.axhline(
-                base_scores[task["name"]], color=BASE_COLOR, linestyle="--", linewidth=1.2, label="没有微调的基座"
-            )
+            style = {"color": BASE_COLOR, "linestyle": "--", "linewidth": 1.4, "clip_on": False, "zorder": 3}
+            axis.axhline(base_scores[task["name"]], label="没有微调的基座", **style)
         axis.set_xticks(range(len(methods)), methods)
         axis.set_xlim(-0.5, len(methods) - 0.5)
         axis.set_ylim(bottom=0)

@@ -68,6 +68,10 @@ def introduction(plan, facts, jobs, summary) -> list[Block]:
     size = f"{full[0] / 1e4:,.0f} 万个参数" if full else "大小见下"
     is_built = not isinstance(plan["base"], str)
     origin = "本工具在通用文字与三种任务格式的行上预训练的" if is_built else f"检查点 {plan['base']} 的"
+    budgets, shares = (
+        "、".join(dict.fromkeys(form.format(task.get(name, plan[name])) for task in plan["tasks"]))
+        for name, form in (("train_tokens", "{:,}"), ("sweep_share", "{:.0%}"))
+    )
     blocks: list[Block] = [
         (
             "p",
@@ -76,8 +80,8 @@ def introduction(plan, facts, jobs, summary) -> list[Block]:
         ),
         (
             "p",
-            f"种子 {'、'.join(map(str, plan['seeds']))}；每格训练 {plan['train_tokens']:,} 个 token（至多），"
-            f"各方法用同样的行与遍数；试跑是它的 {plan['sweep_share']:.0%}。"
+            f"种子 {'、'.join(map(str, plan['seeds']))}；同一任务的各方法用同样的行与遍数，"
+            f"训练的 token 见下表（预算 {budgets}）；试跑是它的 {shares}。"
             + f"时间与速度是 {'、'.join(map(str, jobs))} 个格子并行、各一个线程时测的。",
         ),
     ]
