@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from arguments import parse_args
 from baichuan import BaichuanForCausalLM
-from batching import collate
+from batching import collate, whole_samples
 from checkpoint import verify_checkpoint
 from data_set import BaichuanDataSet
 from fused_lora import fuse_lora
@@ -290,6 +290,11 @@ def test_learning_rate_follows_the_flags(observed):
     assert ds_config["train_micro_batch_size_per_gpu"] == 2
 
 
+def observed_samples(batch: dict, name: str) -> list[list[int]]:
+    """记下的 micro batch 里各样本的 input_ids 或 labels，接回共用的开头。"""
+    return [values.tolist() for values in whole_samples({**batch, name: torch.tensor(batch[name])}, name)]
+
+
 def test_train_log_has_what_was_promised(observed):
     total = 0
     for record in (record for record in observed.run.records if "loss" in record):
@@ -300,9 +305,10 @@ def test_train_log_has_what_was_promised(observed):
         assert 0 < record["grad_norm"] < 1e3
         total += record["tokens"]
     lengths = [
-        sum(batch["document_lengths"])
+        len(ids)
         for seen in observed.seen for step in seen["steps"] for batch in step["batches"]
         if any(label != -100 for label in batch["labels"][0])
+        for ids in observed_samples(batch, "input_ids")
     ]  # fmt: skip
     assert total == sum(lengths)
     assert (observed.output / "loss.png").is_file()
@@ -333,10 +339,8 @@ def test_eos_follows_every_whole_answer_and_no_cut_one(observed):
         for step in seen["steps"]:
             lines = iter(line for _, line in step["rows"])
             for batch in step["batches"]:
-                ids, labels, start = batch["input_ids"][0], batch["labels"][0], 0
-                for length in batch["document_lengths"]:
-                    own_ids, own_labels = ids[start : start + length], labels[start : start + length]
-                    start += length
+                samples = (observed_samples(batch, name) for name in ("input_ids", "labels"))
+                for own_ids, own_labels in zip(*samples, strict=True):
                     if all(label == -100 for label in own_labels):
                         assert own_ids == [tokenizer.pad_token_id]  # 空的 micro batch
                         continue
