@@ -171,7 +171,7 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
     add(train, "weight_decay", 0.1, **typed(float), help="权重衰减，只作用于矩阵，不作用于 RMSNorm（缺省 %(default)s）")
     add(train, "warmup_ratio", 0.1, **typed(float), help="预热占总步数的比例，[0, 1)（缺省 %(default)s）")
     add(train, "seed", 1234, **typed(int), help="随机种子（缺省 %(default)s）")
-    add(train, "precision", "auto", choices=PRECISIONS, help="计算精度；auto 取设备直接支持的（缺省 %(default)s）")
+    add(train, "precision", "auto", choices=PRECISIONS, help="计算精度；auto 取设备算得快的（缺省 %(default)s）")
     add(train, "ds_file", "ds_zero2_no_offload.json", help="DeepSpeed 配置（缺省 %(default)s）")
     add(
         train,

@@ -23,7 +23,7 @@ from generation import (
 from loading import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
 from prompting import encode_prompt, encode_sample, max_prompt_tokens
 from quantization import quantization_of
-from utils import TORCH_DTYPES, choose_precision, cpu_has_native_bf16
+from utils import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 Record = dict[str, Any]
@@ -32,7 +32,7 @@ Record = dict[str, Any]
 def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
     """--precision 对应的类型；auto 按实际使用的设备决定，而不是按机器上有没有 GPU。"""
     if requested == "auto" and device.type == "cpu":
-        return TORCH_DTYPES["bf16" if cpu_has_native_bf16() else "fp32"]
+        return TORCH_DTYPES["bf16" if cpu_bf16_speedup() >= 1 else "fp32"]
     return TORCH_DTYPES[choose_precision(requested)[0]]
 
 

@@ -90,7 +90,7 @@ def main() -> int:
     tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     train_set, eval_set = load_data(args, tokenizer, prompting)
-    precision, reason = choose_precision(args.precision)
+    precision, reason = broadcast_from_rank_0(lambda: choose_precision(args.precision))
     log_rank_0(f"精度：{precision}（{reason}）")
 
     run_config = broadcast_from_rank_0(lambda: describe_run(args, prompting, ds_config, precision))

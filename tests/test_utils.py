@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import time
 
 import numpy as np
 import pytest
@@ -140,13 +141,33 @@ def test_a_precision_asked_for_is_taken(name):
     assert choose_precision(name) == (name, "由 --precision 指定")
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_on_a_cpu_asks_the_cpu(monkeypatch, native, expected):
+@pytest.mark.parametrize(("speedup", "expected"), [(2.4, "bf16"), (1.0, "bf16"), (0.51, "fp32"), (0.14, "fp32")])
+def test_auto_on_a_cpu_measures_the_cpu(monkeypatch, speedup, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(utils, "cpu_has_native_bf16", lambda: native)
+    monkeypatch.setattr(utils, "cpu_bf16_speedup", lambda: speedup)
     name, reason = choose_precision("auto")
     assert name == expected
-    assert "avx512_bf16" in reason
+    assert f"{speedup:.1f}" in reason or f"{speedup:.2f}" in reason
+
+
+def test_the_speed_of_bf16_is_measured_on_this_cpu_and_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    utils.cpu_bf16_speedup.cache_clear()
+    speedup = utils.cpu_bf16_speedup()
+    matrices = [torch.ones(1024, 1024, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    seconds = []
+    for matrix in matrices:
+        runs = []
+        for _ in range(5):
+            began = time.perf_counter()
+            matrix @ matrix
+            runs.append(time.perf_counter() - began)
+        seconds.append(min(runs))
+    # 大一倍的矩阵上差不多：两种精度相差不到 1.3 倍的机器上不比较
+    ratio = seconds[0] / seconds[1]
+    assert 1 / 1.3 < ratio < 1.3 or (ratio > 1) == (speedup > 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert utils.cpu_bf16_speedup() == speedup
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
