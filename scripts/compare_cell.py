@@ -22,6 +22,8 @@ from compare_data import read_rows, shuffled_labels, take_tokens, write_rows  # 
 from compare_plan import Cell, task_of  # noqa: E402
 from training_process import TrainingProcess  # noqa: E402
 
+from utils import read_json  # noqa: E402
+
 TRAIN_TIMEOUT = 24 * 3600.0
 PR_SET_PDEATHSIG = 1
 TRAINABLE = re.compile(r"可训练 ([\d,]+) / ([\d,]+)")
@@ -101,6 +103,7 @@ def train(
         write_rows(shuffled, shuffled_labels(read_rows(train_path), plan["split_seed"]))
         train_path = shuffled
     flags = [
+        *("--precision", read_json(output_dir / "data.json")["precision"]),
         *("--train_path", train_path, "--model_name_or_path", base_path(plan, output_dir)),
         *("--output_dir", directory / "train", "--train_type", cell.method, "--learning_rate", repr(rate)),
         *("--seed", cell.seed, "--num_train_epochs", task_of(plan, cell.task)["epochs"], "--no-save_trainer_state"),
@@ -121,7 +124,6 @@ def train(
 def measured(train_dir: Path, output: str, wall_seconds: float) -> tuple[Path, dict[str, Any]]:
     """从一次训练的目录与输出读出各项数值：(检查点, 数值)。"""
     from checkpoint import iter_checkpoints
-    from utils import read_json
 
     checkpoint = next(path for _, _, path in iter_checkpoints(train_dir))
     lines = (train_dir / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
@@ -186,11 +188,11 @@ def score(
 ) -> dict[str, Any]:
     """用 predict.py 在一个文件上评测，提示词的截断与训练相同；返回 *.metrics.json 的内容。"""
     import predict
-    from utils import read_json
 
     output = directory / f"{test_path.parent.name}-{test_path.stem}.jsonl"
     words = ["--model_path", checkpoint, "--test_path", test_path, "--output_path", output, "--metric", metric]
     words += ["--max_new_tokens", max_new_tokens, "--batch_size", 64]
+    words += ["--precision", read_json(test_path.parents[2] / "data.json")["precision"]]
     words += ["--max_src_len", flag_value(plan["train_flags"], "max_src_len", LENGTH_FLAGS["max_src_len"])]
     code = predict.main([str(word) for word in words])
     if code != 0:

@@ -4,7 +4,8 @@ import json
 import random
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,10 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from data_check import read_samples  # noqa: E402
-from digests import digest  # noqa: E402
 
-PARTS = ("test", "dev", "pretrain", "train")
+# 两个文档相近：字数较少的一个的 SHINGLE 字片段，有 NEAR_SHARE 以上也在另一个里
+SHINGLE = 12
+NEAR_SHARE = 0.5
 Row = dict[str, Any]
 
 
@@ -29,10 +31,38 @@ class Parts(NamedTuple):
     train: list[Row]
 
 
-def document_digest(row: Row) -> int:
-    """一行所属文档的摘要：input（没有时用 instruction）NFKC 规范化，去掉全部空白。"""
-    text = row.get("input") or row.get("instruction") or ""
-    return digest("".join(unicodedata.normalize("NFKC", text).split()))
+def document_text(row: Row) -> str:
+    """一行所属的文档：input（没有时用 instruction）NFKC 规范化，去掉全部空白。"""
+    return plain_text(row.get("input") or row.get("instruction") or "")
+
+
+def plain_text(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKC", text).split())
+
+
+def near_groups(texts: Iterable[str]) -> list[int]:
+    """各文档所属的组，组号是组里最前一个文档的下标；相同与相近的同组，可以传递。texts 须是 plain_text 的结果。"""
+    groups: list[int] = []
+    shingles: list[set[str]] = []
+    holders: defaultdict[str, list[int]] = defaultdict(list)
+
+    def first_of(index: int) -> int:
+        while groups[index] != index:
+            index = groups[index] = groups[groups[index]]
+        return index
+
+    for index, text in enumerate(texts):
+        own = {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
+        shared = Counter(other for shingle in own for other in holders[shingle])
+        groups.append(index)
+        for other, count in shared.items():
+            if count > NEAR_SHARE * min(len(own), len(shingles[other])):
+                first, second = sorted((first_of(other), first_of(index)))
+                groups[second] = first
+        for shingle in own:
+            holders[shingle].append(index)
+        shingles.append(own)
+    return [first_of(index) for index in range(len(groups))]
 
 
 def read_rows(path: Path, max_input_chars: int | None = None, max_output_chars: int | None = None) -> list[Row]:
@@ -54,43 +84,57 @@ def read_rows(path: Path, max_input_chars: int | None = None, max_output_chars: 
 
 
 def split_by_document(rows: Sequence[Row], test: int, dev: int, pretrain: int, seed: int) -> Parts:
-    """按文档随机拆成四份；test、dev、pretrain 是文档数，其余归 train。不够分时抛 ValueError。"""
+    """按文档随机拆成四份，相近的文档算一个；test、dev、pretrain 是文档数，其余归 train。不够分时抛 ValueError。
+
+    test 里相近的几个文档只留一个，它的几行并成一行。
+    """
     groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(document_digest(row), []).append(row)
+    for row, group in zip(rows, near_groups(map(document_text, rows)), strict=True):
+        groups.setdefault(group, []).append(row)
     needed = test + dev + pretrain
     if len(groups) <= needed:
         raise ValueError(
-            f"只有 {len(groups)} 个文档，不够分出 {needed} 个（test {test}、dev {dev}、pretrain {pretrain}）再训练，"
-            "请减少它们，或放宽 max_input_chars"
+            f"只有 {len(groups)} 个互不相近的文档，不够分出 {needed} 个（test {test}、dev {dev}、pretrain {pretrain}）"
+            "再训练，请减少它们，或放宽 max_input_chars"
         )
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     cuts = [0, test, test + dev, needed, len(order)]
     parts = [[row for group in order[a:b] for row in group] for a, b in pairwise(cuts)]
-    merged = [{**group[0], "output": list(dict.fromkeys(row["output"] for row in group))} for group in order[:test]]
     for part in parts[2:]:
         random.Random(seed + 1).shuffle(part)  # 同一文档的几行分散开
-    return Parts(merged, *parts[1:])
+    return Parts([merge_document(group) for group in order[:test]], *parts[1:])
+
+
+def merge_document(group: Sequence[Row]) -> Row:
+    """一组里第一个文档的几行并成一行，output 是它全部的回答。"""
+    own = [row for row in group if document_text(row) == document_text(group[0])]
+    return {**own[0], "output": list(dict.fromkeys(row["output"] for row in own))}
 
 
 def check_leakage(parts: dict[str, Sequence[Row]], name: str) -> int:
-    """各份之间没有相同的文档，返回文档总数。
+    """各份之间没有相同或相近的文档，返回互不相近的文档总数。
 
     Raises:
         ValueError: 有；指出哪两份、第几行与原文。
     """
-    seen: dict[int, tuple[str, int]] = {}
-    for part, rows in parts.items():
-        for number, row in enumerate(rows, start=1):
-            key = document_digest(row)
-            other, line = seen.setdefault(key, (part, number))
-            if other != part:
-                raise ValueError(
-                    f"泄漏：{name} 的 {part} 第 {number} 行与 {other} 第 {line} 行是同一个文档"
-                    f"（{(row.get('input') or row['instruction'])[:30]}……），请重新拆分"
-                )
-    return len(seen)
+    places = [(part, number, row) for part, rows in parts.items() for number, row in enumerate(rows, start=1)]
+    groups = near_groups(document_text(row) for _, _, row in places)
+    for (part, number, row), group in zip(places, groups, strict=True):
+        other, line, _ = places[group]
+        if other != part:
+            raise ValueError(
+                f"泄漏：{name} 的 {part} 第 {number} 行与 {other} 第 {line} 行是相同或相近的文档"
+                f"（{(row.get('input') or row['instruction'])[:30]}……），请重新拆分"
+            )
+    return len(set(groups))
+
+
+def without_near(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """texts 里与 others 的任何一个都不相近的，次序不变。"""
+    groups = near_groups(map(plain_text, [*others, *texts]))
+    taken = set(groups[: len(others)])
+    return [text for text, group in zip(texts, groups[len(others) :], strict=True) if group not in taken]
 
 
 def take_tokens(lengths: Sequence[int], budget: int, epochs: int = 1) -> int:
@@ -117,7 +161,7 @@ def shuffled_labels(rows: Sequence[Row], seed: int) -> list[Row]:
 
 
 def split_text(path: Path, held_out_chars: int) -> tuple[list[str], list[str]]:
-    """通用文字 → (训练的行, 末尾留出的行)；留出的行里，训练的行里也有的略去。"""
+    """通用文字 → (训练的行, 末尾留出的行)；留出的行里，与训练的行相同或相近的略去。"""
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     cut, size = len(lines), 0
     while cut and size < held_out_chars:
@@ -125,8 +169,7 @@ def split_text(path: Path, held_out_chars: int) -> tuple[list[str], list[str]]:
         size += len(lines[cut])
     if not cut:
         raise ValueError(f"{path} 只有 {size} 字，不够留出 {held_out_chars} 字，请调小 held_out_chars")
-    seen = set(lines[:cut])
-    return lines[:cut], [line for line in lines[cut:] if line and line not in seen]
+    return lines[:cut], without_near([line for line in lines[cut:] if line], [line for line in lines[:cut] if line])
 
 
 def synthetic_rows(task: str, count: int, seed: int) -> list[Row]:
@@ -154,14 +197,15 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def longer_rows(path: Path, parts: Parts, max_input_chars: int, max_output_chars: int | None) -> list[Row]:
-    """只用于预训练的较长的行：文档不在四份里，输入至多 max_input_chars 字，回答至多是四份的两倍。"""
-    taken = {document_digest(row) for part in parts for row in part}
+    """只用于预训练的较长的行：与四份的文档都不相近，输入至多 max_input_chars 字，回答至多是四份的两倍。"""
     rows = read_rows(path, max_input_chars, None if max_output_chars is None else 2 * max_output_chars)
-    return [row for row in rows if document_digest(row) not in taken]
+    taken = [document_text(row) for part in parts for row in part]
+    kept = set(without_near([document_text(row) for row in rows], taken))
+    return [row for row in rows if document_text(row) in kept]
 
 
 def prepare_task(task: dict[str, Any], seed: int, directory: Path) -> dict[str, int]:
-    """拆一个任务，核对泄漏，写出 directory/{test,dev,pretrain,train}.json → 各份的行数与文档总数。"""
+    """拆一个任务，核对泄漏，写出 directory/{test,dev,pretrain,train}.json → 各份的行数与互不相近的文档总数。"""
     rows = read_rows(ROOT / task["path"], task.get("max_input_chars"), task.get("max_output_chars"))
     parts = split_by_document(rows, task["test"], task["dev"], task.get("pretrain", 0), seed)
     if task.get("pretrain_max_input_chars"):

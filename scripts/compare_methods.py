@@ -26,7 +26,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).resolve().parent
 
 from compare_cell import base_path, choose_rows, read_rows_any, run_cell, start_worker  # noqa: E402
 from compare_copying import copying_rows, drilling_rows  # noqa: E402
-from compare_data import check_leakage, prepare_task, split_text, synthetic_rows, write_rows  # noqa: E402
+from compare_data import prepare_task, split_text, synthetic_rows, without_near, write_rows  # noqa: E402
 from compare_plan import (  # noqa: E402
     Cell,
     cell_of,
@@ -37,7 +37,7 @@ from compare_plan import (  # noqa: E402
     replay_cell,
     total_weight,
 )
-from compare_results import load_results, record  # noqa: E402
+from compare_results import load_results, record, repair  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from utils import read_json, write_json  # noqa: E402
@@ -62,11 +62,12 @@ def held(output_dir: Path) -> Iterator[None]:
 
 
 def stop_orphans(work: Path):
-    """杀掉上一次被杀的比较留下的训练：命令行里有这个 work 目录的进程。"""
+    """杀掉上一次被杀的比较留下的训练：命令行里有这个 work 目录的 python 进程。"""
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (process / "cmdline").read_bytes().split(b"\0")
-            if int(process.name) != os.getpid() and any(w.startswith(os.fsencode(f"{work}/")) for w in words):
+            is_ours = b"python" in os.path.basename(words[0]) and int(process.name) != os.getpid()
+            if is_ours and any(word.startswith(os.fsencode(f"{work}/")) for word in words):
                 os.kill(int(process.name), signal.SIGKILL)
 
 
@@ -89,11 +90,11 @@ def prepare(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     if described.is_file():
         return read_json(described)
     data = output_dir / "data"
-    facts: dict[str, Any] = {
-        task["name"]: prepare_task(task, plan["split_seed"], data / task["name"]) for task in plan["tasks"]
-    }
+    facts: dict[str, Any] = {"precision": chosen_precision(plan)}
+    facts |= {task["name"]: prepare_task(task, plan["split_seed"], data / task["name"]) for task in plan["tasks"]}
     training, held_out = split_text(ROOT / plan["general_path"], plan["held_out_chars"])
-    check_leakage({"train": [{"input": x} for x in training if x], "test": [{"input": x} for x in held_out]}, "general")
+    tests = [row["input"] for task in plan["tasks"] for row in read_rows_any(data / task["name"] / "test.json")]
+    training = without_near([line for line in training if line], tests)
     for name, lines in (("general_train", training), ("general_test", held_out)):
         (data / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     build_base(plan, output_dir)
@@ -101,6 +102,15 @@ def prepare(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         facts[task] |= chosen
     write_json(described, facts)
     return facts
+
+
+def chosen_precision(plan: dict[str, Any]) -> str:
+    """全部格子共用的计算精度，只定一次：train_flags 里写的，没有写时由设备决定。"""
+    from utils import choose_precision
+
+    words = [str(word) for word in plan["train_flags"]]
+    requested = words[words.index("--precision") + 1] if "--precision" in words else "auto"
+    return choose_precision(requested)[0]
 
 
 def build_base(plan: dict[str, Any], output_dir: Path):
@@ -145,10 +155,11 @@ def build_base(plan: dict[str, Any], output_dir: Path):
 
 def compare(plan: dict[str, Any], output_dir: Path, jobs: int):
     """做完全部格子，jobs 个并行；一个格子失败就停下，已做完的都在。"""
+    repair(output_dir)
     results = load_results(output_dir)
     finished = {cell_of(row) for row in results}
     bar = tqdm(
-        total=round(total_weight(plan), 2),
+        total=round(total_weight(plan, results), 2),
         initial=round(sum(cell_weight(plan, cell) for cell in finished), 2),
         desc=f"比较（做完 {len(finished)} 格）",
         bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
@@ -172,6 +183,7 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int):
                     row, detail = future.result()
                     record(output_dir, row, {**detail, "jobs": jobs})
                     results.append(row)
+                    bar.total = round(total_weight(plan, results), 2)
                     bar.update(cell_weight(plan, cell))
                     bar.set_description_str(f"比较（做完 {len(results)} 格）")
                     tqdm.write(describe(cell, row))

@@ -72,6 +72,11 @@ def read_plan(path: str | Path) -> dict[str, Any]:
             problems.append(f"{place}：名字应为 {'、'.join(TASKS)} 之一")
         if task.get("metric") not in METRICS or task.get("metric") == "nll":
             problems.append(f"{place}：metric {task.get('metric')} 应为 triple_f1、label_f1、rouge 之一")
+    names = [task.get("name") for task in tasks]
+    problems += [f"任务 {name} 写了 {names.count(name)} 次" for name in dict.fromkeys(names) if names.count(name) > 1]
+    ratio = 1 if plan["replay"] is None else plan["replay"].get("ratio")
+    if not isinstance(ratio, (int, float)) or ratio <= 0:
+        problems.append(f'replay 的 ratio({ratio}) 应是正数，例如 {{"ratio": 0.25}}')
     shared = {name: plan.get(name) for name in TASK_OWN}
     plan["tasks"] = [{**TASK_OPTIONAL, **shared, **task} for task in tasks]
     for method, entry in (plan.get("methods") or {}).items():
@@ -173,6 +178,10 @@ def cell_weight(plan: dict[str, Any], cell: Cell) -> float:
     return share * task["train_tokens"] / plan["train_tokens"] + FIXED_WEIGHT
 
 
-def total_weight(plan: dict[str, Any]) -> float:
-    replay = (1 + FIXED_WEIGHT) if plan["replay"] is not None else 0.0
-    return sum(cell_weight(plan, cell) for cell in list_cells(plan)) + replay
+def total_weight(plan: dict[str, Any], results: list[Result]) -> float:
+    """全部格子的份量；重放的任务还不知道时按第一个任务算。"""
+    cells = list_cells(plan)
+    if plan["replay"] is not None:
+        first = Cell("replay", plan["tasks"][0]["name"], next(iter(plan["methods"])), plan["seeds"][0])
+        cells.append(replay_cell(plan, results) or first)
+    return sum(cell_weight(plan, cell) for cell in cells)

@@ -67,7 +67,7 @@ def draw_all(plan: dict[str, Any], summary: dict[str, Any], base: dict | None, d
             "分数对可训练的参数（对数轴）：越靠左上越好",
             draw_against("trainable_parameters", "可训练的参数", True),
         ),
-        "losses.svg": ("训练损失（各种子的平均；token 数相同，步数也相同）", draw_losses),
+        "losses.svg": ("训练损失（各种子的平均；token 数相同，步数也相同；没有画只有一步的第一点）", draw_losses),
         "forgetting.svg": ("遗忘：通用文字的 NLL 上升了多少，与基座的 KL 散度；越低越好", draw_forgetting),
     }
     drawn = {}
@@ -108,7 +108,7 @@ def draw_scores(pyplot, plan, tasks, cells, base_scores):
             axis.axhline(base_scores[task["name"]], label="没有微调的基座", **style)
         axis.set_xticks(range(len(methods)), methods)
         axis.set_xlim(-0.5, len(methods) - 0.5)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=-0.02)  # 基座是 0 分时，虚线不与横轴重合
         axis.set_ylabel(METRIC_NAMES[task["metric"]])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower center", fontsize=10)
@@ -153,6 +153,8 @@ def draw_losses(pyplot, plan, tasks, cells, base_scores):
     for axis, task in zip(axes, tasks, strict=True):
         for method in methods_of(plan, cells, task["name"]):
             curves = cells[task["name"], method]["losses"]
+            if len(curves[0]) > 2:  # 第一点只是一步，其余是几步的平均：画在一起会看错
+                curves = [curve[1:] for curve in curves]
             steps = [step for step, _ in curves[0]]
             if any([step for step, _ in curve] != steps for curve in curves):
                 curves = curves[:1]

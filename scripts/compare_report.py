@@ -10,11 +10,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [path for path in (str(ROOT), str(Path(__file__).resolve().parent)) if path not in sys.path]
 
-from compare_plan import best_rate  # noqa: E402
+from compare_plan import best_rate, cell_of  # noqa: E402
 from compare_plots import METRIC_NAMES, TASK_NAMES, draw_all  # noqa: E402
 from compare_render import Block, to_html, to_markdown  # noqa: E402
 from compare_results import DETAILS, load_results, load_rows  # noqa: E402
-from compare_stats import mean, summarize  # noqa: E402
+from compare_stats import NUM_RESAMPLES, mean, summarize  # noqa: E402
 
 from utils import read_json  # noqa: E402
 
@@ -29,7 +29,7 @@ def write_report(directory: Path):
     base = next((row for row in results if row["stage"] == "base"), None)
     summary = summarize(plan, results, details, base)
     figures = draw_all(plan, summary, base, directory / "figures")
-    blocks = lay_out(plan, facts, jobs, results, summary, base, figures)
+    blocks = lay_out(plan, facts, jobs, results, details, summary, base, figures)
     (directory / "report.md").write_text(to_markdown(blocks), encoding="utf-8")
     (directory / "report.html").write_text(to_html(blocks, directory / "figures"), encoding="utf-8")
 
@@ -38,7 +38,7 @@ def write_report(directory: Path):
 # 内容
 
 
-def lay_out(plan, facts, jobs, results, summary, base, figures) -> list[Block]:
+def lay_out(plan, facts, jobs, results, details, summary, base, figures) -> list[Block]:
     """整份报告，按次序的块。"""
     finals = [row for row in results if row["stage"] == "final"]
     num_finals = len(plan["tasks"]) * len(plan["methods"]) * len(plan["seeds"])
@@ -57,7 +57,7 @@ def lay_out(plan, facts, jobs, results, summary, base, figures) -> list[Block]:
     blocks += [("h2", "代价"), *costs_table(summary)]
     blocks += [*figure("score-memory.svg"), *figure("score-parameters.svg"), *figure("losses.svg")]
     blocks += [("h2", "遗忘"), *forgetting_table(plan, summary, base), *figure("forgetting.svg")]
-    blocks += replay_part(plan, results, summary)
+    blocks += replay_part(plan, results, details)
     blocks += [("h2", "学习率"), *sweep_part(plan, results)]
     blocks += checks_part(plan, results, base)
     return blocks
@@ -75,7 +75,7 @@ def introduction(plan, facts, jobs, summary) -> list[Block]:
     blocks: list[Block] = [
         (
             "p",
-            f"基座是{origin}模型，{size}。**小模型的数字不是 7B 模型的数字**：次序与差别不能直接搬到 7B 上，"
+            f"基座是{origin}模型，{size}。**小模型的数字不是 7B 模型的数字**：次序、差别与学习率都不能直接搬到 7B 上，"
             "能搬的是做法：每种方法自己试学习率、同样多的训练 token、几个种子、留出的测试文档与区间。",
         ),
         (
@@ -84,6 +84,8 @@ def introduction(plan, facts, jobs, summary) -> list[Block]:
             f"训练的 token 见下表（预算 {budgets}）；试跑是它的 {shares}。"
             + f"时间与速度是 {'、'.join(map(str, jobs))} 个格子并行、各一个线程时测的。",
         ),
+        ("p", "各方法在缺省之外的参数（交给 train.py 的）："),
+        ("list", method_flags(plan, facts)),
     ]
     rows = [
         [
@@ -98,7 +100,11 @@ def introduction(plan, facts, jobs, summary) -> list[Block]:
         header = ["任务", "指标", "文档", "测试文档", "验证行", "预训练行", "训练行", "训练 token", "试跑 token"]
         blocks += [
             ("table", (header, rows)),
-            ("p", "测试、验证、预训练与训练的行按文档分开；工具逐个文档核对过摘要，没有任何文档出现在两份里。"),
+            (
+                "p",
+                "测试、验证、预训练与训练的行按文档分开，相近的文档（较短的一篇有一半以上的 12 字片段也在另一篇里）"
+                f"算作一个；工具核对过，没有相同或相近的文档出现在两份里。{inputs_only(plan)}",
+            ),
         ]
     uneven = [
         f"{TASK_NAMES[task['name']]}"
@@ -109,6 +115,28 @@ def introduction(plan, facts, jobs, summary) -> list[Block]:
         verdict = f"不相等：{'、'.join(uneven)}" if uneven else "同一任务的各方法、各种子完全相等"
         blocks.append(("p", f"训练的 token 数由训练日志核对：{verdict}。"))
     return blocks
+
+
+def method_flags(plan, facts) -> list[str]:
+    """每种方法与全部格子的 train.py 参数，各一行。"""
+    lines = [
+        f"{method}：{' '.join(map(str, entry['flags'])) if entry.get('flags') else '都是缺省值'}"
+        for method, entry in plan["methods"].items()
+    ]
+    shared = " ".join(map(str, plan["train_flags"])) or "都是缺省值"
+    precision = f"；计算精度 {facts['precision']}" if "precision" in facts else ""
+    return [*lines, f"共同：{shared}{precision}"]
+
+
+def inputs_only(plan) -> str:
+    """预训练行只取了输入的文字的任务，一句话；没有时为空。"""
+    if isinstance(plan["base"], str):
+        return ""
+    tasks = [task["name"] for task in plan["tasks"] if task.get("pretrain")]
+    names = [TASK_NAMES[name] for name in tasks if name not in plan["base"]["repeats"]]
+    if not names:
+        return ""
+    return f"{'与'.join(names)}的预训练行只取了输入的文字，用来造抄写练习：基座没有见过它们的回答。"
 
 
 DATA_COLUMNS = ("documents", "test", "dev", "pretrain", "final_rows", "final", "sweep")
@@ -125,8 +153,23 @@ def scores_table(plan, summary, base) -> list[Block]:
     if base is not None:
         entries = [base["forgetting"]["other_tasks"].get(task["name"]) for task in tasks]
         rows.append(["没有微调的基座", *(("—" if e is None else with_interval(e, "test_")) for e in entries)])
-    text = "各种子的平均分与 95% 区间；区间由两层自助法得到：先重抽测试行，再重抽种子。"
+    guesses = [chance_score(task, summary) for task in tasks]
+    if any(guess is not None for guess in guesses):
+        rows.append(["碰运气（各标签机会相等）", *("—" if guess is None else f"{guess:.3f}" for guess in guesses)])
+    text = (
+        "各种子的平均分与 95% 区间；区间由两层自助法得到：先重抽测试行，再重抽种子。"
+        "种子只有几个，它们之间的差别因此估得偏小。"
+    )
     return [("p", text), ("table", (header, rows))]
+
+
+def chance_score(task, summary) -> float | None:
+    """分类任务上碰运气（各标签机会相等）的宏 F1（期望）；别的任务为 None。"""
+    if task["metric"] != "label_f1":
+        return None
+    shares = next(cell["label_shares"] for (name, _), cell in summary["cells"].items() if name == task["name"])
+    recall = 1 / len(shares)  # 猜中每个标签的机会；准确率是它在测试行里的份额
+    return mean([2 * share * recall / (share + recall) for share in shares])
 
 
 def with_interval(cell: dict[str, Any], prefix: str = "") -> str:
@@ -146,13 +189,17 @@ def significance(plan, summary) -> list[Block]:
                     TASK_NAMES[task["name"]],
                     f"{pair['first']} − {pair['second']}",
                     difference,
-                    f"{pair['p_value']:.3f}",
-                    f"{pair['p_holm']:.3f}",
+                    p_text(pair["p_value"]),
+                    p_text(pair["p_holm"]),
                     verdict,
                 ]
             )
     blocks: list[Block] = [
-        ("p", "配对自助法：同样重抽的测试行与种子上比较两种方法。p 值在每个任务内按 Holm 校正，小于 0.05 记为显著。"),
+        (
+            "p",
+            f"配对自助法，重抽 {NUM_RESAMPLES:,} 次：同样重抽的测试行与种子上比较两种方法。"
+            "p 值在每个任务内按 Holm 校正，小于 0.05 记为显著；区间没有校正。",
+        ),
         ("table", (["任务", "比较", "差与 95% 区间", "p", "p（Holm）", "结论"], rows)),
     ]
     against = [
@@ -160,13 +207,14 @@ def significance(plan, summary) -> list[Block]:
             TASK_NAMES[name],
             method,
             f"{c['vs_base']['difference']:+.3f} [{c['vs_base']['ci_low']:+.3f}, {c['vs_base']['ci_high']:+.3f}]",
-            f"{c['vs_base']['p_value']:.3f}",
+            p_text(c["vs_base"]["p_value"]),
         ]
         for (name, method), c in summary["cells"].items()
         if c["vs_base"] is not None
     ]
     if against:
-        blocks += [("p", "与没有微调的基座之差："), ("table", (["任务", "方法", "差与 95% 区间", "p"], against))]
+        note = "与没有微调的基座之差（p 没有校正；基座不按格式回答时是 0 分，比它高不等于比碰运气好）："
+        blocks += [("p", note), ("table", (["任务", "方法", "差与 95% 区间", "p"], against))]
     return blocks
 
 
@@ -177,8 +225,8 @@ def costs_table(summary) -> list[Block]:
             method,
             f"{cell['trainable_parameters']:,.0f}",
             f"{cell['peak_memory_mb']:.0f}",
-            f"{cell['seconds']:.0f}",
-            f"{cell['tokens_per_second']:.0f}",
+            with_range(cell, "seconds"),
+            with_range(cell, "tokens_per_second"),
             f"{cell['checkpoint_bytes'] / 1e6:.2f}",
             f"{cell['learning_rate']:g}",
         ]
@@ -186,10 +234,21 @@ def costs_table(summary) -> list[Block]:
     ]
     header = ["任务", "方法", "可训练的参数", "峰值内存 MB", "时间 秒", "token/s", "检查点 MB", "学习率"]
     text = (
-        "各种子的平均。峰值内存在 CPU 上是整个训练进程的常驻内存（含几百 MB 的程序库），在 GPU 上是分配过的显存；"
+        "各种子的平均，括号里是最小与最大：小模型上受机器上别的程序影响。峰值内存在 CPU 上是整个训练进程的常驻内存"
+        "（含几百 MB 的程序库，小模型上方法之间的差别被它盖过），在 GPU 上是分配过的显存；"
         "时间从启动到结束，含读模型、测遗忘与保存；token/s 只算训练步；检查点不含续训用的优化器状态。"
     )
     return [("p", text), ("table", (header, rows))]
+
+
+def with_range(cell: dict[str, Any], key: str) -> str:
+    low, high = cell["ranges"][key]
+    return f"{cell[key]:.0f}（{low:.0f}–{high:.0f}）"
+
+
+def p_text(value: float) -> str:
+    """p 值；重抽的次数分辨不了更小的。"""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def forgetting_table(plan, summary, base) -> list[Block]:
@@ -216,7 +275,7 @@ def forgetting_table(plan, summary, base) -> list[Block]:
     return [("p", text), ("table", (header, rows))]
 
 
-def replay_part(plan, results, summary) -> list[Block]:
+def replay_part(plan, results, details) -> list[Block]:
     row = next((row for row in results if row["stage"] == "replay"), None)
     if row is None:
         return []
@@ -229,16 +288,18 @@ def replay_part(plan, results, summary) -> list[Block]:
             f"{r['forgetting']['general_nll_after'] - r['forgetting']['general_nll_before']:+.3f}",
             f"{r['forgetting']['kl']:.3f}",
             *(f"{entry['score']:.3f}" for entry in r["forgetting"]["other_tasks"].values()),
+            f"{details[cell_of(r).name]['tokens']:,}",
             f"{r['seconds']:.0f}",
         ]
         for title, r in (("不重放", plain), (f"重放 {plan['replay']['ratio']:g}", row))
     ]
     others = [f"{TASK_NAMES[name]}分数" for name in row["forgetting"]["other_tasks"]]
     text = (
-        f"遗忘最多的是{TASK_NAMES[row['task']]}上的 {row['method']}；同样的种子（{row['seed']}）与学习率，"
-        f"训练里混进通用文字（--replay_ratio {plan['replay']['ratio']:g}）："
+        f"遗忘最多的是{TASK_NAMES[row['task']]}上的 {row['method']}；同样的学习率，只有一个种子（{row['seed']}），"
+        f"训练里混进通用文字（--replay_ratio {plan['replay']['ratio']:g}，是任务行数的这么多倍；"
+        "训练的 token 因此更多）："
     )
-    header = ["", "分数", "通用 NLL 上升", "KL", *others, "时间 秒"]
+    header = ["", "分数", "通用 NLL 上升", "KL", *others, "训练 token", "时间 秒"]
     return [("h2", "重放买到了什么"), ("p", text), ("table", (header, table))]
 
 
@@ -263,7 +324,7 @@ def sweep_part(plan, results) -> list[Block]:
                 r["learning_rate"]: r["score"] for r in sweeps if (r["task"], r["method"]) == (task["name"], method)
             }
             marked = [
-                "—" if rate not in scores else f"**{scores[rate]:.3f}**" if rate == chosen else f"{scores[rate]:.3f}"
+                "—" if rate not in scores else f"**{scores[rate]:.4f}**" if rate == chosen else f"{scores[rate]:.4f}"
                 for rate in rates
             ]
             rows.append([TASK_NAMES[task["name"]], *marked])
@@ -271,7 +332,7 @@ def sweep_part(plan, results) -> list[Block]:
         blocks.append(("table", ([method, *(f"{rate:g}" for rate in rates)], rows)))
         if best:
             advice.append(advise(method, rates, best, len(plan["tasks"])))
-    return [*blocks, ("list", advice)]
+    return [*blocks, ("p", "这个大小的模型从哪里开始；别的大小请自己试，上面的试跑就是做法："), ("list", advice)]
 
 
 def advise(method: str, rates: list[float], best: list[float], num_tasks: int) -> str:

@@ -20,13 +20,17 @@ def append_row(path: Path, row: dict[str, Any]):
         os.fsync(stream.fileno())
 
 
-def load_rows(path: Path) -> list[dict[str, Any]]:
-    """读 JSON 行；末尾写了一半的一行（当时被杀）删去。中间坏了的行是错误，抛 ValueError。"""
+def load_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """读 JSON 行，略去末尾写了一半的一行（当时被杀）；repair 时把它从文件里删去，只在占住目录时可以。
+
+    Raises:
+        ValueError: 中间有坏了的行。
+    """
     if not path.is_file():
         return []
     content = path.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
-    if len(complete) < len(content):
+    if repair and len(complete) < len(content):
         temporary = path.with_name(f".tmp-{path.name}")
         temporary.write_bytes(complete)
         temporary.replace(path)
@@ -42,6 +46,12 @@ def load_rows(path: Path) -> list[dict[str, Any]]:
 def load_results(output_dir: Path) -> list[dict[str, Any]]:
     """全部做完的格子：results.jsonl 与 extras.jsonl。"""
     return [*load_rows(output_dir / RESULTS), *load_rows(output_dir / EXTRAS)]
+
+
+def repair(output_dir: Path):
+    """删去各文件末尾写了一半的一行，接着写之前调用；须已占住目录。"""
+    for name in (RESULTS, EXTRAS, DETAILS):
+        load_rows(output_dir / name, repair=True)
 
 
 def record(output_dir: Path, row: dict[str, Any], detail: dict[str, Any]):

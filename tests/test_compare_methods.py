@@ -52,15 +52,42 @@ def test_split_keeps_documents_together():
 
 
 def test_split_needs_enough_documents():
-    with pytest.raises(ValueError, match=r"只有 3 个文档，不够分出 3 个（test 1、dev 1、pretrain 1）再训练"):
+    with pytest.raises(ValueError, match=r"只有 3 个互不相近的文档，不够分出 3 个（test 1、dev 1、pretrain 1）再训练"):
         compare_data.split_by_document([row(str(n)) for n in range(3)], 1, 1, 1, seed=0)
 
 
 def test_leakage_is_found_whatever_the_width_and_spaces():
     parts = {"test": [row("ＡＢＣ 故障")], "train": [row("别的"), row("ABC故障")]}
-    with pytest.raises(ValueError, match="泄漏：extraction 的 train 第 2 行与 test 第 1 行是同一个文档（ABC故障……）"):
+    with pytest.raises(ValueError, match="extraction 的 train 第 2 行与 test 第 1 行是相同或相近的文档（ABC故障……）"):
         compare_data.check_leakage(parts, "extraction")
     assert compare_data.check_leakage({"test": [row("甲")], "train": [row("乙"), row("乙")]}, "x") == 2
+
+
+DIGITS = "".join(map(str, range(100, 130)))
+NEAR = "享有高寿的老人每天清晨散步半小时，午后读报写字，晚上九点准时睡觉，从不熬夜"
+
+
+def test_near_duplicates_stay_on_one_side():
+    texts = ["甲" * 30, NEAR + "（摘自《快乐老人报》）", "乙" * 30, NEAR[4:] + "扫一扫关注我们", "丙丙", "丙丙", "丙"]
+    assert compare_data.near_groups(texts) == [0, 1, 2, 1, 4, 4, 6]
+    # 各 20 个 12 字的片段：共用 10 个不算相近，11 个算；可以传递
+    first, apart, near = DIGITS[:31], DIGITS[10:41], DIGITS[9:40]
+    assert compare_data.near_groups([first, apart]) == [0, 1]
+    assert compare_data.near_groups([first, near]) == [0, 0]
+    assert compare_data.near_groups([first, DIGITS[18:49], "别的", near]) == [0, 0, 2, 0]
+    parts = {"test": [row(NEAR + "。")], "train": [row("别的"), row(NEAR + "……转自网络")]}
+    with pytest.raises(ValueError, match="泄漏：generation 的 train 第 2 行与 test 第 1 行是相同或相近的文档"):
+        compare_data.check_leakage(parts, "generation")
+    assert compare_data.without_near(["甲" * 40, NEAR, "丁"], [NEAR + "（转）", "甲" * 30]) == ["丁"]
+
+
+def test_a_test_document_has_the_answers_of_one_document_only():
+    rows = [row(NEAR, "问一"), row(NEAR, "问二"), row(NEAR + "（转载）", "问三"), row("别的文档", "问四")]
+    parts = compare_data.split_by_document(rows, test=1, dev=0, pretrain=0, seed=3)
+    (document,) = parts.test
+    assert document in (row(NEAR, ["问一", "问二"]), row("别的文档", ["问四"]))
+    assert len(parts.train) == (1 if document["input"] == NEAR else 3)
+    assert compare_data.merge_document(rows[:3]) == row(NEAR, ["问一", "问二"])
 
 
 def test_take_tokens_never_exceeds_the_budget():
@@ -291,6 +318,8 @@ def test_resuming_gives_the_same_cells(plan, tmp_path):
     with (tmp_path / "results.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"stage": "final", "ta')  # 写到一半被杀
     results = compare_results.load_results(tmp_path)
+    assert not (tmp_path / "results.jsonl").read_bytes().endswith(b"}\n")  # 只读的一方不动别人正在写的文件
+    compare_results.repair(tmp_path)
     names = {compare_plan.cell_of(row_).name for row_ in results}
     assert names == set(order[:7])
     assert (tmp_path / "results.jsonl").read_bytes().endswith(b"}\n")
@@ -340,7 +369,7 @@ def test_paired_difference():
     found = compare_stats.paired_difference(first, second)
     assert found["difference"] == 0.375
     assert 0.2 < found["ci_low"] < 0.375 < found["ci_high"] < 0.55
-    assert found["p_value"] == pytest.approx(2 / 2001)
+    assert found["p_value"] == pytest.approx(2 / 20001)
     assert compare_stats.paired_difference(first, first) == {
         "difference": 0.0,
         "ci_low": 0.0,
@@ -379,13 +408,17 @@ def test_report_contents(finished):
     for expected in (
         "小模型的数字不是 7B 模型的数字",
         "2 个格子并行、各一个线程时测的",
+        "- lora：都是缺省值\n",
+        "- 共同：都是缺省值\n",
         "| 抽取 | 三元组 F1 | 50 | 4 | 2 | 0 | 9 | 990 | 240 |",
         "| lora | 0.250 [",
         "| full | 0.750 [",
         "| 没有微调的基座 | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200] |",
         "| 抽取 | lora − full | -0.500 [",
         "同一任务的各方法、各种子完全相等",
-        "| 抽取 | lora | 1,000 | 500 | 10 | 100 | 0.00 | 0.001 |",
+        "| 抽取 | lora | 1,000 | 500 | 10（10–10） | 100（100–100） | 0.00 | 0.001 |",
+        "| 碰运气（各标签机会相等） | — | 0.467 |",
+        "重抽 20,000 次",
         "| 抽取 | lora | 3.000 → 3.100 | +0.100 | 0.050 | — | 0.200（0.200） |",
         "重放买到了什么",
         "lora：从 0.001 开始（2/2 个任务选中它）；它在试过的范围（0.001 至 0.01）的边上，更小的也值得试。",
