@@ -12,7 +12,7 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
 from baichuan.modeling_baichuan import ROW_MULTIPLE
-from baichuan.packed_matmul import MAX_SAVED_LENGTH, query_blocks
+from baichuan.packed_matmul import MAX_SAVED_SCORES, query_blocks
 from flops import Shape
 from model_factory import TRAIN_METHODS, num_elements
 from quantization import quantization_of
@@ -195,9 +195,8 @@ def _attention_activations(
     """注意力保留的：q、k、v 的存储，概率（CPU 上并排的短样本）或输出与 logsumexp（SDPA）。"""
     tokens, width, heads, prefix = sum(lengths), model.shape.hidden, model.shape.heads, model.prefix_length
     if packing and on_cpu:
-        saved = [
-            (end - begin, prefix + end) for n in lengths if n <= MAX_SAVED_LENGTH for begin, end in query_blocks(n)
-        ]
+        short = [n for n in lengths if n * (prefix + n) <= MAX_SAVED_SCORES]
+        saved = [(end - begin, prefix + end) for n in short for begin, end in query_blocks(n)]
         return (3 * tokens * width + heads * sum(rows * keys for rows, keys in saved)) * element_bytes
     # W_pack 的输出是一块，q、k、v 是它的视图：只要还有一个在用，整块都在；有前缀时 k、v 另有一份
     with_prefix = (tokens + len(lengths) * prefix) * bool(prefix)

@@ -133,10 +133,10 @@ def shared_prefixes(samples: Sequence[EncodedSample]) -> list[tuple[int, list[in
     共用的部分止于首个目标的前两个 token：预测首个目标的那一行各样本自己算。
     """
     ids = [np.asarray(sample.input_ids, dtype=">u4") for sample in samples]
-    limits = [
-        int(np.argmax(is_target) if is_target.any() else len(is_target)) - 1
-        for is_target in (np.asarray(sample.labels) != IGNORE_INDEX for sample in samples)
-    ]
+    limits = []
+    for sample in samples:
+        targets = 1 + np.flatnonzero(np.asarray(sample.labels)[1:] != IGNORE_INDEX)  # 首位的标签不作目标
+        limits.append(int(targets[0] if len(targets) else len(sample.labels)) - 1)
     order = sorted(range(len(samples)), key=lambda i: ids[i].tobytes())  # 大端：字节的次序就是 token 的次序
     common = []
     for a, b in pairwise(order):

@@ -5,6 +5,7 @@
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_factory import base_model_of
+from utils import raise_together
 
 
 class FrozenCache:
@@ -23,16 +25,23 @@ class FrozenCache:
         num_tokens: 数据集的 token 总数。
         hidden_size、dtype: 隐藏状态的宽与类型。
         needs_agreement: ZeRO-3 下各进程必须走同样的层，有一个进程缺就都重算。
+
+    Raises:
+        ValueError: path 所在的地方放不下；各进程一同抛出。
     """
 
     def __init__(
         self, path: Path, num_layers: int, num_tokens: int, hidden_size: int, dtype: torch.dtype, needs_agreement: bool
     ):
         self.path, self.num_layers, self.needs_agreement = path, num_layers, needs_agreement
+        error = None
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            self.remove()  # 别的运行留下的；文件由下面的映射重新建立，初值全零
-        if dist.is_initialized():
-            dist.barrier()
+            try:
+                self.remove()  # 别的运行留下的；文件由下面的映射重新建立，初值全零
+                check_space(path.parent, num_tokens * (hidden_size * dtype.itemsize + 1))
+            except (OSError, ValueError) as raised:
+                error = raised
+        raise_together(error)
         self._states = torch.from_file(str(path), shared=True, size=num_tokens * hidden_size, dtype=dtype)
         self._states = self._states.view(num_tokens, hidden_size)
         self._filled = torch.from_file(f"{path}.filled", shared=True, size=num_tokens, dtype=torch.uint8)
@@ -86,6 +95,21 @@ class FrozenCache:
         """删去缓存文件。"""
         for path in (self.path, Path(f"{self.path}.filled")):
             path.unlink(missing_ok=True)
+
+
+def check_space(directory: Path, num_bytes: int):
+    """directory 里放得下 num_bytes；映射的文件写到一半没有空间时，进程会被 SIGBUS 杀死，没有说明。
+
+    Raises:
+        ValueError: 放不下。
+    """
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise ValueError(
+            f"--cache_frozen 要 {num_bytes / 2**30:.2f} GiB，{directory} 只有 {free / 2**30:.2f} GiB 可用。"
+            "请换成 --cache_frozen disk（内存不够时；缓存在 --output_dir）、腾出空间，或去掉 --cache_frozen；"
+            "Docker 的 /dev/shm 缺省只有 64 MB，用 --shm-size 调大"
+        )
 
 
 def num_frozen_layers(model: nn.Module) -> int:

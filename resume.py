@@ -20,7 +20,7 @@ from utils import global_rank, log_rank_0, raise_together, read_json, world_size
 from weights import ShardedWriter, weight_map
 
 STATE_DIR = "trainer_state"
-# 换了也还是同一次训练的参数：只影响显示、保存、评估，或只决定走多远
+# 换了也还是同一次训练的参数：只影响显示、保存、评估、内存与速度，或只决定走多远
 FREE_FLAGS = frozenset(
     {
         *(
@@ -32,6 +32,8 @@ FREE_FLAGS = frozenset(
             "save_trainer_state",
             "resume",
             "cache_dir",
+            "cache_frozen",
+            "gradient_checkpointing",
         ),
         *("num_train_epochs", "max_steps", "early_stopping_patience", "save_total_limit"),
         *("eval_path", "eval_step", "eval_metric", "eval_max_new_tokens", "general_path", "forgetting_threshold"),

@@ -7,6 +7,7 @@
 """
 
 import os
+import socket
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -336,11 +337,19 @@ def open_frozen_cache(args: Namespace, engine, train_set: BaichuanDataSet) -> Fr
     if args.cache_frozen == "none":
         return None
     model = base_model_of(engine.module)
+    num_layers = num_frozen_layers(engine.module)
+    if not 0 < num_layers < len(model.model.layers):
+        where = "词嵌入或第 0 层" if num_layers == 0 else "最后一层之后"
+        raise ValueError(
+            f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层（共 {len(model.model.layers)} 层）。"
+            "请去掉 --cache_frozen，或让 --freeze_module_name 只含上面的几层"
+        )
     directory = Path("/dev/shm") if args.cache_frozen == "memory" else Path(args.output_dir)
-    name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{os.environ.get('MASTER_PORT', '0')}"
+    port = os.environ.get("MASTER_PORT", "0")
+    name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{socket.gethostname()}-{port}"
     cache = FrozenCache(
         directory / name,
-        num_layers=num_frozen_layers(engine.module),
+        num_layers=num_layers,
         num_tokens=sum(train_set.lengths),
         hidden_size=model.config.hidden_size,
         dtype=model.dtype,

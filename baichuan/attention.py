@@ -137,7 +137,7 @@ def allowed_mask(
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """写开的注意力，只在要输出概率时用：→ ([b, heads, q, d], 概率 [b, heads, q, kv])。"""
+    """写开的注意力，要输出概率或要被遮住的行也有正确的梯度时用：→ ([b, heads, q, d], 概率 [b, heads, q, kv])。"""
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
     if bias is not None:
         # 官方 13B 的写法：下限截断在相等处只传一半梯度
@@ -153,16 +153,18 @@ def packed_attention(
     document_lengths: list[int],
     document_parents: list[int],
     bias: Tensor | None,
+    is_rotary: bool,
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
 ) -> Tensor:
     """对并排的各段分别做因果注意力（GPU；CPU 用 packed_matmul.py）。
 
     Args:
-        query, key, value: [T, heads, head_dim]，T 为各样本长度之和（旋转位置编码已加）。
+        query, key, value: [T, heads, head_dim]，T 为各段长度之和（旋转位置编码已加）。
         document_lengths, document_parents: 见 AttentionContext；长度之和为 T。
         bias: [heads | 1, S, V + S]，S 为最长样本的长度：ALiBi 偏置与因果掩码之和，按各段的位置裁取；
             None 表示不需要偏置（旋转位置编码，没有前缀，各段都自成开头，由 is_causal 表示因果）。
+        is_rotary: 用旋转位置编码，bias 只是因果掩码：前面什么也不接的段不用它，走不带掩码的快路。
         prefix_key, prefix_value: [heads, V, head_dim]，P-Tuning 的前缀，放在每个样本之前；没有则为 None。
 
     Returns:
@@ -176,7 +178,7 @@ def packed_attention(
         before += [(keys[parent], values[parent])] if parent >= 0 else []
         if before:
             k, v = (torch.cat(parts, dim=1) for parts in zip(*before, (k, v), strict=True))
-        if bias is not None:
+        if bias is not None and (before or not is_rotary):
             first = document_lengths[parent] if parent >= 0 else 0  # 第一个查询的位置
             document_bias = bias[:, first : first + length, : k.shape[1]]
         output = nn.functional.scaled_dot_product_attention(

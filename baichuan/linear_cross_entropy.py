@@ -30,6 +30,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             target = targets[rows, None]
             log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
             loss += (log_normalizer - logits.gather(1, target)).sum()
+            if hidden_grad is None and weight_grad is None:
+                continue
             # d loss / d logits = softmax - onehot，写在 logits 的存储上
             logits_grad = logits.sub_(log_normalizer).exp_()
             logits_grad.scatter_add_(1, target, torch.full_like(log_normalizer, -1.0))

@@ -125,7 +125,8 @@ class BaichuanAttention(nn.Module):
         attentions = None
         if is_packed:
             documents = context.document_lengths, context.document_parents
-            output = packed_attention(query[0], key[0], value[0], *documents, context.bias, *prefix)
+            is_rotary = context.rotary is not None
+            output = packed_attention(query[0], key[0], value[0], *documents, context.bias, is_rotary, *prefix)
         else:
             query, key, value = (states.transpose(1, 2) for states in (query, key, value))  # [b, heads, L, d]
             if past_key_values is not None:
@@ -203,7 +204,10 @@ class BaichuanHead(nn.Module):
     def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
         """没有 targets：[..., H] → logits [..., V]；有：hidden [N, H] 与 targets [N] → 交叉熵之和（标量 fp32）。"""
         if targets is not None:
-            return LinearCrossEntropy.apply(hidden_states, self.weight, self.row_scale(), targets)
+            tensors = hidden_states, self.weight
+            if not torch.is_grad_enabled():  # autograd.Function 只看 requires_grad：评估时不让它算梯度
+                tensors = [tensor.detach() for tensor in tensors]
+            return LinearCrossEntropy.apply(*tensors, self.row_scale(), targets)
         if not self.norm_head:
             return nn.functional.linear(hidden_states, self.weight)
         if self.weight.requires_grad and torch.is_grad_enabled():
@@ -513,7 +517,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         logits 为 None；评估模式，或 return_logits=True 时，给出完整的 logits [b, L, V]。
 
         Args:
-            target_rows: [N]，展平后的行号 t，其下一个 label 是目标；由 data_set.collate 在主机上算好，
+            target_rows: [N]，展平后的行号 t，其下一个 label 是目标；由 batching.collate 在主机上算好，
                 免去设备同步；缺省由 labels 算出。
             logits_to_keep: 只算最后几行（或给定下标）的 logits，generate() 用。
             其余见 BaichuanModel.forward。

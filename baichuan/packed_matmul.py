@@ -11,8 +11,8 @@ from baichuan.attention import by_head, rotate
 
 # 一块至多这么多个查询：块只看到它末尾为止的键，因果的上三角大多不必算
 BLOCK = 256
-# 样本不长于它时存下概率，反向直接用；更长的在反向里重算，免得存 S² 个数
-MAX_SAVED_LENGTH = 512
+# 一段的概率（查询 × 键）不多于这么多个时存下，反向直接用；更多的在反向里重算
+MAX_SAVED_SCORES = 512 * 512
 
 softmax_backward = torch.ops.aten._softmax_backward_data
 
@@ -31,7 +31,7 @@ class PackedMatmulAttention(torch.autograd.Function):
         states = by_head(packed_states, head_dim)[0].permute(1, 2, 0, 3)  # [3, heads, T, d]
         output = states.new_empty(states.shape[2], *states.shape[1::2])  # [T, heads, d]
         keeps = any(ctx.needs_input_grad)
-        documents, saved = [], []
+        documents, saved, recomputes = [], [], False
         for rows, parent, first in segments(document_lengths, document_parents):
             # 布局整齐，矩阵乘法才不必逐次复制
             document = states[:, :, rows].clone(memory_format=torch.contiguous_format)
@@ -47,9 +47,10 @@ class PackedMatmulAttention(torch.autograd.Function):
                 block = softmax_scores(query[:, begin:end], key[:, :num_keys], seen)
                 document_output[:, begin:end] = torch.bmm(block, value[:, :num_keys])
                 probabilities.append(block)
-            if keeps and query.shape[1] <= MAX_SAVED_LENGTH:
+            if query.shape[1] * key.shape[1] > MAX_SAVED_SCORES:
+                recomputes = True
+            elif keeps:
                 saved += probabilities
-        recomputes = max(document_lengths) > MAX_SAVED_LENGTH
         ctx.save_for_backward(cos, sin, bias if recomputes else None, *prefix, *(documents + saved if keeps else []))
         ctx.document_lengths, ctx.document_parents = document_lengths, document_parents
         ctx.head_dim, ctx.packed_shape = head_dim, packed_states.shape
@@ -80,7 +81,7 @@ class PackedMatmulAttention(torch.autograd.Function):
             for begin, end in query_blocks(length):
                 num_keys = own + end
                 q, k, v = query[:, begin:end], key[:, :num_keys], value[:, :num_keys]
-                if length <= MAX_SAVED_LENGTH:
+                if length * key.shape[1] <= MAX_SAVED_SCORES:
                     probabilities = next(saved)
                 else:
                     probabilities = softmax_scores(q, k, bias[:, first + begin : first + end, :num_keys])

@@ -6,7 +6,7 @@ python scripts/bench.py --stage correctness speed7b        # GPU，见 bench_gpu
 
 每个程序一个常驻进程（bench_protocol.py）。每轮各程序依次走一回：先走一步不计（内存与缓存重新变热），再走一步计时，
 然后把已释放的内存还给系统，让给下一个。次序 A-B-A-B…；每步之前打印 1 分钟负载，并记下这一步里别的进程占用的 CPU
-份额：超过 --max_foreign 的一轮作废重来。FLOPs 的公式见 bench_work.py，程序与要求的表见 bench_programs.py。
+份额：超过 --max_foreign 的一轮作废重来。FLOPs 的公式见 flops.py，程序与要求的表见 bench_programs.py。
 """
 
 import argparse
@@ -32,7 +32,7 @@ CPU_STAGES = (*GROUPS, "loss_memory", "tuning")
 GPU_STAGES = ("correctness", "speed7b", "speed13b", "peers")
 # 载入一个程序之前至少要有这么多空闲内存
 NEEDED_MEMORY_GB = 3.0
-# lora 的 12 个程序在词表 64,000 时同时载入，补齐的一步另要 7 GB：内存不到这么多时分批
+# lora 的 13 个程序在词表 64,000 时同时载入，补齐的一步另要 7 GB：内存不到这么多时分批
 ALL_AT_ONCE_GB = 40
 # 一回两步：第一步不计，第二步计时
 STEPS_PER_TURN = 2

@@ -99,10 +99,10 @@ def measure_attention(spec: dict[str, Any]) -> dict[str, dict[str, float]]:
         bias = torch.full((length, length), float("-inf"), dtype=dtype).triu(1)[None]
 
         def matmul(packed=packed, bias=bias, length=length):
-            return PackedMatmulAttention.apply(packed, None, None, bias, [length], width, None, None)
+            return PackedMatmulAttention.apply(packed, None, None, bias, [length], [-1], width, None, None)
 
         def sdpa(bias, packed=packed, length=length):
-            return packed_attention(*packed.view(length, 3, heads, width).unbind(1), [length], bias)
+            return packed_attention(*packed.view(length, 3, heads, width).unbind(1), [length], [-1], bias, False)
 
         ways = {"matmul": matmul, "sdpa_bias": partial(sdpa, bias), "sdpa_causal": partial(sdpa, None)}
         found[length] = {}
@@ -137,6 +137,8 @@ def run_dials(stage: str, args: argparse.Namespace) -> dict[str, Any]:
         spec = {**shared, "heads": shape.heads, "head_dim": shape.hidden // shape.heads}
         spec["lengths"] = (64, 128) if args.toy else ATTENTION_LENGTHS
         results = in_own_process("attention", spec)
+        if "error" in results:
+            raise RuntimeError(f"attention 没有量到：{results['error']}")
         lines = [
             "## 一个样本的注意力（前向加反向，毫秒）",
             "",

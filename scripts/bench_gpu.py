@@ -2,7 +2,7 @@
 
 python scripts/bench.py --stage speed7b [--cases lora freeze4] [--max_minutes 8]    # 加 --toy 可在 CPU 上走通
 
-speed7b、speed13b：各方法的 token/s、占实测矩阵速率的份额（公式见 bench_work.py）、显存峰值；
+speed7b、speed13b：各方法的 token/s、占实测矩阵速率的份额（公式见 flops.py）、显存峰值；
 peers：与 transformers + peft 在同一张卡上轮流（ours、对方、ours）；correctness 见 bench_gpu_check.py。
 """
 

@@ -197,6 +197,19 @@ def test_shared_prefixes(monkeypatch, texts, least, expected):
     assert shared_prefixes([prompt(text) for text in texts]) == expected
 
 
+def test_chat_samples_share_their_opening():
+    """chat 格式没有 system 时，首位的用户标记处有标签（同官方代码），但移位后它不作目标：开头照样共用。"""
+    opening, user, assistant = list(range(300, 340)), 195, 196
+    rows = []
+    for question in ([7, 8], [9, 10, 11]):
+        ids = [user, *opening, *question, assistant, 50, 2]
+        rows.append(sample(ids, [2, *[NO] * (len(ids) - 3), 50, 2]))
+    assert shared_prefixes(rows) == [(41, [0, 1])]
+    batch = collate(rows, 0, packing=True)
+    assert batch["document_lengths"] == [41, 5, 6] and batch["document_parents"] == [-1, 0, 0]
+    assert sum(row.num_targets for row in rows) == len(batch["target_rows"]) == 4
+
+
 def test_a_small_saving_is_left_alone(monkeypatch):
     monkeypatch.setattr(batching, "MIN_SHARED_TOKENS", 2)
     texts = ["abc" + "x" * 26, "abc" + "y" * 26, "m" * 40]  # 省 3，共 30 + 30 + 41

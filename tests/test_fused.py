@@ -1,15 +1,22 @@
 """自带反向的算子（RMSNorm、SwiGLU、LoRA、分块交叉熵）与写开的式子对照，前向与反向；冻结底层的缓存与选择性重算。"""
 
+import shutil
+from types import SimpleNamespace
+from typing import ClassVar
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import train
 from baichuan import BaichuanConfig, BaichuanForCausalLM, linear_cross_entropy, packed_matmul
 from baichuan.attention import packed_attention, rotary_tables
 from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
+from baichuan.modeling_baichuan import BaichuanHead
 from baichuan.packed_matmul import PackedMatmulAttention
 from frozen_cache import FrozenCache
 from fused_lora import LoraFunction, fuse_lora
@@ -225,7 +232,7 @@ def test_frozen_cache_gives_the_same_gradients_without_running_the_layers(tmp_pa
 def test_packed_matmul_attention(monkeypatch, block, max_saved, parents, rotates, num_prefix):
     """与逐个样本写开的注意力相同（fp64），前向与反向；块内外、存概率与重算、有无前缀、旋转与共用的开头。"""
     monkeypatch.setattr(packed_matmul, "BLOCK", block)
-    monkeypatch.setattr(packed_matmul, "MAX_SAVED_LENGTH", max_saved)
+    monkeypatch.setattr(packed_matmul, "MAX_SAVED_SCORES", max_saved**2)
     heads, head_dim, lengths = 2, 4, [9, 1, 13, 4]
     total = sum(lengths)
     torch.manual_seed(0)
@@ -267,8 +274,71 @@ def test_packed_matmul_attention(monkeypatch, block, max_saved, parents, rotates
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
     if not rotates:  # GPU 上的写法，旋转在它之前
         query, key, value = packed.view(total, 3, heads, head_dim).unbind(1)
-        output = packed_attention(query, key, value, lengths, parents, bias, *given)
+        output = packed_attention(query, key, value, lengths, parents, bias, False, *given)
         torch.testing.assert_close(output.flatten(1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_prefix", [0, 3])
+def test_packed_attention_needs_the_causal_bias_only_after_something(num_prefix):
+    """旋转位置编码：自成开头的段用 is_causal，不用偏置（偏置改坏也不影响它）；接在别的段或前缀之后的用偏置。"""
+    lengths, parents, heads, head_dim = [9, 1, 13, 4], [-1, 0, -1, 0], 2, 4
+    torch.manual_seed(0)
+    states = [torch.randn(27, heads, head_dim) for _ in range(3)]
+    prefix = [torch.randn(heads, num_prefix, head_dim) for _ in range(2)] if num_prefix else [None, None]
+    visible = torch.ones(13, num_prefix + 13, dtype=torch.bool).tril(num_prefix)
+    bias = torch.zeros(1, 13, num_prefix + 13).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = packed_attention(*states, lengths, parents, bias, False, *prefix)
+    output = packed_attention(*states, lengths, parents, bias, True, *prefix)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    spoiled = packed_attention(*states, lengths, parents, bias + torch.randn_like(bias), True, *prefix)
+    changed = (spoiled - output).abs().amax(dim=(1, 2)) > 1e-4
+    # 一行只看得到一个键时，偏置不改变结果：这里没有这样的行
+    expected_change = [True] * 27 if num_prefix else [False] * 9 + [True] + [False] * 13 + [True] * 4
+    assert changed.tolist() == expected_change
+
+
+@pytest.mark.parametrize("norm_head", [False, True])
+def test_evaluation_computes_no_gradient(norm_head):
+    """权重可训练、不求梯度时：只有 logits 一次矩阵乘法，不为梯度分配内存；损失与训练时逐位相同。"""
+
+    class Products(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    head = BaichuanHead(BaichuanConfig(vocab_size=50, hidden_size=8, num_attention_heads=2, norm_head=norm_head))
+    nn.init.normal_(head.weight)
+    hidden, targets = torch.randn(6, 8, requires_grad=True), torch.arange(6)
+    for guard in (torch.no_grad, torch.inference_mode):
+        Products.names.clear()
+        with guard(), Products():
+            loss = head(hidden, targets)
+        assert sum(name in ("mm", "matmul", "addmm_") for name in Products.names) == 1
+        assert not {"zeros_like", "empty_like"} & set(Products.names)
+        trained = head(hidden, targets)
+        assert loss.item() == trained.item()
+    trained.backward()
+    assert hidden.grad is not None and head.weight.grad is not None
+
+
+def test_no_room_for_the_frozen_cache(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1024)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match=r"--cache_frozen 要 0\.00 GiB，.*只有 0\.00 GiB 可用.*--cache_frozen disk"):
+        FrozenCache(tmp_path / "cache", 2, 11, 32, torch.float32, needs_agreement=False)
+    assert list(tmp_path.iterdir()) == []
+    FrozenCache(tmp_path / "cache", 2, 7, 36, torch.float32, needs_agreement=False).remove()  # 7 × (36 × 4 + 1) = 1015
+
+
+@pytest.mark.parametrize(("trained", "where"), [("embed_tokens", "词嵌入或第 0 层"), ("lm_head", "最后一层之后")])
+def test_nothing_to_cache_is_an_error(trained, where):
+    model = small_model("rope").requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with pytest.raises(ValueError, match=f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层"):
+        train.open_frozen_cache(SimpleNamespace(cache_frozen="memory"), SimpleNamespace(module=model), None)
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "alibi"])
