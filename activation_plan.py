@@ -11,7 +11,6 @@ from torch import nn
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
-from baichuan.modeling_baichuan import ROW_MULTIPLE
 from baichuan.packed_matmul import MAX_SAVED_SCORES, query_blocks
 from flops import Shape
 from model_factory import TRAIN_METHODS, num_elements
@@ -150,7 +149,7 @@ def layer_activations(
     lengths = model_lengths(model, batch)
     tokens, width, inner = sum(lengths), model.shape.hidden, model.shape.intermediate
 
-    mask_bytes = element_bytes if keeps_inputs and on_cpu else 1  # ZeRO-3 走 peft 的前向，掩码是普通的张量
+    mask_bytes = element_bytes if on_cpu else 1  # CPU 上 dropout 的掩码是普通的张量，GPU 上是 bool
 
     def linear(rows: int, size: int, *names: str) -> int:
         """几个共用输入的线性层保留的：自身训练的留输入；LoRA 各留 dropout 之后的输入、掩码与 dim 宽的中间结果。"""
@@ -183,10 +182,8 @@ def layer_activations(
 
 
 def model_lengths(model: PlannedModel, batch: MicroBatch) -> list[int]:
-    """模型里各样本的长度：P-Tuning v1 的提示加在每个样本前；并排的行数补成整块，补的自成一个样本。"""
-    lengths = [length + model.prompt_length for length in batch.lengths]
-    filler = -sum(lengths) % ROW_MULTIPLE if batch.packing else 0
-    return [*lengths, filler] if filler else lengths
+    """模型里各样本的长度：P-Tuning v1 的提示加在每个样本前。"""
+    return [length + model.prompt_length for length in batch.lengths]
 
 
 def _attention_activations(

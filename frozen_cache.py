@@ -69,10 +69,7 @@ class FrozenCache:
             pieces[segment] = self._states[begin : begin + lengths[segment]]
             if parent >= 0:
                 pieces[parent] = self._states[offset:begin]
-        pieces = [pieces[segment] for segment in sorted(pieces)]
-        num_rows, hidden_size = like.shape[1:]
-        filler = self._states.new_zeros(num_rows - sum(map(len, pieces)), hidden_size)  # 末尾补成整块的行，不存
-        states = torch.cat([*pieces, filler])
+        states = torch.cat([pieces[segment] for segment in sorted(pieces)])
         return states[None].to(like.device, non_blocking=True)
 
     def write(self, offsets: list[int], lengths: list[int], parents: list[int], hidden_states: Tensor):

@@ -25,7 +25,6 @@ from transformers.initialization import no_init_weights
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from config_check import model_config_problems, tokenizer_model_problems
-from fused_lora import fuse_lora
 from quantization import load_quantized, quantization_of
 from utils import log_rank_0, read_json
 from weights import check_weights, load_weights
@@ -112,7 +111,7 @@ def apply_lora(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:
         bias="none",
         task_type=TaskType.CAUSAL_LM,
     )
-    return fuse_lora(get_peft_model(model, config, autocast_adapter_dtype=False))
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def apply_ptuning(model: BaichuanForCausalLM, args: Namespace) -> nn.Module:

@@ -45,9 +45,6 @@ def chosen_cache(past_key_values, cache):
 # ---------------------------------------------------------------------------------------------------------------------
 # 层
 
-# 并排的行数补成它的倍数：行数不齐时，oneDNN 的矩阵乘法慢，单独量至多一成（GPU 的矩阵单元也要求 8 的倍数）
-ROW_MULTIPLE = 8
-
 
 class BaichuanRMSNorm(nn.Module):
     """RMSNorm：方差用 fp32；权重是半精度时先转回权重的类型再相乘。"""
@@ -328,15 +325,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
 
-        num_rows = hidden_states.shape[1]
-        filler = -num_rows % ROW_MULTIPLE if document_lengths is not None else 0
-        if filler:  # 末尾补成整块，自成一个没有人看的样本
-            hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, filler))
-            position_ids = None if position_ids is None else nn.functional.pad(position_ids, (0, filler))
-            document_lengths = [*document_lengths, filler]
-        if document_lengths is not None:
-            document_parents = document_parents or []
-            document_parents = document_parents + [-1] * (len(document_lengths) - len(document_parents))
+        if document_lengths is not None and document_parents is None:
+            document_parents = [-1] * len(document_lengths)
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         prefixes = None
@@ -370,7 +360,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             if cached is not None and index < self.frozen_cache.num_layers:
                 continue
             if output_hidden_states:
-                all_hidden_states.append(hidden_states[:, :num_rows])
+                all_hidden_states.append(hidden_states)
             prefix = (None, None) if prefixes is None else prefixes[index]
             rows = output_rows if layer is self.layers[-1] else None
             if self._checkpoints(index, layer, hidden_states, prefix[0]):
@@ -383,7 +373,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
             else:
                 hidden_states, attentions = layer(hidden_states, context, past_key_values, *prefix, rows)
             all_attentions.append(attentions)
-        hidden_states = self.norm(hidden_states if output_rows is not None else hidden_states[:, :num_rows])
+        hidden_states = self.norm(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if use_cache is not False else None,

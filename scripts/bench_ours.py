@@ -110,20 +110,12 @@ def switch_off(levers: list[str]):
     """关掉没有命令行开关的几项，在造模型之前调用。
 
     Raises:
-        ValueError: 不认识的名字，或项目里已没有这一项。
+        ValueError: 不认识的名字。
     """
     import batching
-    import model_factory
-    from baichuan import modeling_baichuan
 
     for lever in levers:
-        if lever == "fused_lora":
-            if not hasattr(model_factory, "fuse_lora"):
-                raise ValueError("model_factory 里没有 fuse_lora，关不掉 fused_lora")
-            model_factory.fuse_lora = lambda model: model
-        elif lever == "row_multiple":
-            modeling_baichuan.ROW_MULTIPLE = 1
-        elif lever == "shared_prefix":
+        if lever == "shared_prefix":
             batching.MIN_SHARED_TOKENS = sys.maxsize
         elif lever not in ("label_rows", "graph_prefix"):
             raise ValueError(f"不认识的开关 {lever}")

@@ -1,4 +1,4 @@
-"""自带反向的算子（RMSNorm、SwiGLU、LoRA、分块交叉熵）与写开的式子对照，前向与反向；冻结底层的缓存与选择性重算。"""
+"""自带反向的算子（RMSNorm、SwiGLU、分块交叉熵）与写开的式子对照，前向与反向；冻结底层的缓存与选择性重算。"""
 
 import shutil
 from types import SimpleNamespace
@@ -6,8 +6,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +17,6 @@ from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
 from baichuan.modeling_baichuan import BaichuanHead
 from baichuan.packed_matmul import PackedMatmulAttention
 from frozen_cache import FrozenCache
-from fused_lora import LoraFunction, fuse_lora
 from model_factory import enable_gradient_checkpointing
 
 LENGTHS = [5, 1, 17, 9]
@@ -133,51 +130,6 @@ def assert_same_grads(first, second, tolerance=1e-6):
     assert first[1].keys() == second[1].keys()
     for name, grad in first[1].items():
         assert (grad - second[1][name]).norm() <= tolerance * grad.norm() + 1e-12, name
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_fused_lora_equals_peft(dropout):
-    """同样的随机种子下，连 dropout 的掩码都相同；第一层的输入不需要梯度。"""
-    model = small_model()
-    config = LoraConfig(r=4, lora_alpha=30, lora_dropout=dropout, target_modules=["W_pack", "down_proj"])
-    model = get_peft_model(model, config)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
-    torch.manual_seed(5)
-    expected = trained_grads(model)
-    fuse_lora(model)
-    torch.manual_seed(5)
-    assert_same_grads(trained_grads(model), expected, 2e-6)
-    assert len(expected[1]) == 3 * 2 * 2
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_fused_lora_without_rows(dropout):
-    """没有目标的 micro batch：最后一层只算 0 行，梯度是零，不是错误（多进程时别的进程会一直等它）。"""
-    x, weight = torch.zeros(1, 0, 4, requires_grad=True), torch.randn(6, 4)
-    a, b = torch.randn(2, 4, requires_grad=True), torch.randn(6, 2, requires_grad=True)
-    y = LoraFunction.apply(x, weight, a, b, 1.0, dropout)
-    y.sum().backward()
-    assert (y.shape, x.grad.shape) == ((1, 0, 6), (1, 0, 4))
-    assert a.grad.count_nonzero() == b.grad.count_nonzero() == 0
-
-
-def test_fused_lora_leaves_special_cases_to_peft():
-    model = get_peft_model(small_model(), LoraConfig(r=4, target_modules=["W_pack"]))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.05)
-    fuse_lora(model).eval()
-    batch = {"input_ids": packed_batch()["input_ids"]}
-    adapted = model(**batch).logits
-    with model.disable_adapter():
-        base = model(**batch).logits
-    assert (adapted - base).abs().max() > 1e-3
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.merge()
-    torch.testing.assert_close(model(**batch).logits, adapted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "alibi"])

@@ -26,7 +26,6 @@ from baichuan import BaichuanForCausalLM
 from batching import collate, whole_samples
 from checkpoint import verify_checkpoint
 from data_set import BaichuanDataSet
-from fused_lora import fuse_lora
 from model_factory import TRAIN_METHODS, build_model, load_config, load_tokenizer
 from prompting import resolve_prompt_format
 from utils import read_json, seed_everything
@@ -735,8 +734,6 @@ def test_bf16_checkpoints_give_the_logits_of_training(tiny_checkpoint, tmp_path,
     model = BaichuanForCausalLM.from_pretrained(base if is_adapter else path, dtype=torch.bfloat16)
     if is_adapter:
         model = PeftModel.from_pretrained(model, path, autocast_adapter_dtype=False)
-    if method == "lora" and ds == ZERO2:
-        fuse_lora(model)  # 训练时的算式；peft 的舍入次序不同，bf16 里看得出来
     with torch.no_grad():
         found = model.eval()(input_ids=PROBE_IDS, attention_mask=PROBE_MASK).logits.float()
     expected = load_file(tmp_path / "epoch-1-step-4.safetensors")["logits"]
