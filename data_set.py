@@ -17,36 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from batching import StepBatch, StepLoader, collate, deal_step, epoch_steps
-from data_check import Problem, ProblemList, RawRow, Sample, check_file, iter_rows, parse_row, read_samples
-from prompting import (
-    IGNORE_INDEX,
-    PROMPT_FAMILIES,
-    PROMPT_FORMATS,
-    EncodedSample,
-    encode_prompt,
-    encode_sample,
-    max_prompt_tokens,
-)
+from data_check import Problem, ProblemList, RawRow, check_file, iter_rows, parse_row
+from prompting import IGNORE_INDEX, EncodedSample, encode_sample
 from token_cache import TokenCache
-
-__all__ = [
-    "IGNORE_INDEX",
-    "PROMPT_FAMILIES",
-    "PROMPT_FORMATS",
-    "BaichuanDataSet",
-    "EncodedSample",
-    "Sample",
-    "StepBatch",
-    "StepLoader",
-    "collate",
-    "deal_step",
-    "encode_prompt",
-    "encode_sample",
-    "epoch_steps",
-    "max_prompt_tokens",
-    "read_samples",
-]
 
 # 编码规则改变时加一，旧缓存随之作废
 ENCODING_VERSION = 1

@@ -42,7 +42,8 @@ from isolated_run import run_isolated  # noqa: E402
 
 import data_doctor  # noqa: E402
 from checkpoint import file_sha256, save_checkpoint, verify_checkpoint  # noqa: E402
-from data_set import BaichuanDataSet, read_samples  # noqa: E402
+from data_check import read_samples  # noqa: E402
+from data_set import BaichuanDataSet  # noqa: E402
 from model_factory import load_base_model, load_config, load_tokenizer  # noqa: E402
 from prompting import resolve_prompt_format  # noqa: E402
 from tables import format_table  # noqa: E402

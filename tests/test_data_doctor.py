@@ -143,8 +143,9 @@ def test_what_is_cut_is_told_exactly(write, base, capsys):
         for line in capsys.readouterr().out.splitlines()
         if "rows.json:" in line and "，超过" in line
     ]
-    from data_set import encode_sample, read_samples
+    from data_check import read_samples
     from model_factory import load_tokenizer
+    from prompting import encode_sample
 
     tokenizer = load_tokenizer(base, "baichuan", 2000)
     samples = read_samples(path)
