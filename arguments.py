@@ -10,10 +10,11 @@ import torch
 
 from baichuan import BaichuanConfig
 from config_check import fixed_numbers
-from data_set import PROMPT_FORMATS, check_first_rows
+from data_set import check_first_rows
 from evaluation_flags import add_evaluation_flags, evaluation_problems
 from model_factory import MODEL_FAMILIES, TRAIN_METHODS, check_model, freeze_parts, load_config
 from numerics import spike_choice
+from prompting import PROMPT_FORMATS
 from quantization import quantization_problems
 from utils import PRECISIONS, log_rank_0, read_ds_config
 

@@ -89,7 +89,8 @@ def encode_rows(baichuan: Path, vocab_size: int) -> list[dict[str, list[int]]]:
     长度取自真分词器（没有时取检查点自己的）；词表较小的模型把编号折回去：随机权重下编号是哪一个无关紧要。
     """
     from baichuan import BaichuanTokenizer
-    from data_set import IGNORE_INDEX, BaichuanDataSet
+    from data_set import BaichuanDataSet
+    from prompting import IGNORE_INDEX
 
     real = SHARED / "tokenizer" / "v1-reconstructed"
     tokenizer = BaichuanTokenizer.from_pretrained(real if real.is_dir() else baichuan)

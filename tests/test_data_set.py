@@ -11,7 +11,8 @@ import pytest
 import data_set as data_set_module
 from baichuan import BaichuanTokenizer
 from data_check import Problem, RawRow, read_samples
-from data_set import IGNORE_INDEX, BaichuanDataSet, check_first_rows, encode_sample
+from data_set import BaichuanDataSet, check_first_rows
+from prompting import IGNORE_INDEX, encode_sample
 
 ROWS = [
     {"instruction": "抽取：", "input": "水温高，风扇低速转动。", "output": "水温_故障_高"},
