@@ -161,7 +161,7 @@ def shuffled_labels(rows: Sequence[Row], seed: int) -> list[Row]:
 
 
 def split_text(path: Path, held_out_chars: int) -> tuple[list[str], list[str]]:
-    """通用文字 → (训练的行, 末尾留出的行)；留出的行里，与训练的行相同或相近的略去。"""
+    """通用文字 → (训练的行, 末尾留出的行)；留出的行里，与训练的行相同或相近的略去。留不出时抛 ValueError。"""
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     cut, size = len(lines), 0
     while cut and size < held_out_chars:
@@ -169,7 +169,12 @@ def split_text(path: Path, held_out_chars: int) -> tuple[list[str], list[str]]:
         size += len(lines[cut])
     if not cut:
         raise ValueError(f"{path} 只有 {size} 字，不够留出 {held_out_chars} 字，请调小 held_out_chars")
-    return lines[:cut], without_near([line for line in lines[cut:] if line], [line for line in lines[:cut] if line])
+    held_out = without_near([line for line in lines[cut:] if line], [line for line in lines[:cut] if line])
+    if not held_out:
+        raise ValueError(
+            f"{path} 末尾 {size} 字的各行都与前面的相同或相近，没有可留出的；请换文字，或调大 held_out_chars"
+        )
+    return lines[:cut], held_out
 
 
 def synthetic_rows(task: str, count: int, seed: int) -> list[Row]:

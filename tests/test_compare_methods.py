@@ -113,6 +113,9 @@ def test_held_out_text_is_the_end_without_lines_of_the_training_part(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("甲甲甲\n乙乙乙\n丙丙丙\n甲甲甲\n丁丁丁\n", encoding="utf-8")
     assert compare_data.split_text(path, 7) == (["甲甲甲", "乙乙乙"], ["丙丙丙", "丁丁丁"])
+    path.write_text("甲甲甲\n乙乙乙\n甲甲甲\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="末尾 3 字的各行都与前面的相同或相近，没有可留出的"):
+        compare_data.split_text(path, 3)
 
 
 def test_longer_rows_only_join_the_pretraining_part(tmp_path):
@@ -471,7 +474,8 @@ def test_the_committed_plan_is_valid():
 def toy_plan(directory: Path) -> Path:
     text = directory / "general.txt"
     lines = [json.loads(line)["input"] for line in (ROOT / "data" / "d2q_0.json").read_text("utf-8").splitlines()]
-    text.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+    groups = compare_data.near_groups(map(compare_data.plain_text, lines))
+    text.write_text("\n".join(lines[group] for group in dict.fromkeys(groups)) + "\n", encoding="utf-8")
     plan = {
         "base": {
             **{"arch": "baichuan2-7b", "layers": 2, "hidden_size": 32, "heads": 2, "vocab_size": 1200},
