@@ -1,10 +1,8 @@
 """由训练参数造模型：读检查点，按 --train_type 包成 freeze、lora、ptuning 或 full，并核对可训练的参数。"""
 
-import ctypes
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +26,7 @@ from transformers.initialization import no_init_weights
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from config_check import model_config_problems, tokenizer_model_problems
 from quantization import load_quantized, quantization_of
-from utils import log_rank_0, read_json
+from utils import freed_blocks_returned, log_rank_0, read_json
 from weights import check_weights, load_weights
 
 # 词表比分词器大一些是常有的补齐；分词器不到词表的这个比例就提醒
@@ -274,22 +272,6 @@ def check_model(args: Namespace, config: BaichuanConfig):
         apply_freeze(skeleton, args)
     elif args.train_type == "lora":
         lora_target_modules(skeleton, args)
-
-
-@contextmanager
-def freed_blocks_returned():
-    """1 MB 以上的内存块一释放就还给系统，不在堆里留下空洞；只对 glibc 有作用，退出时换成它自己会调到的上限。
-
-    ZeRO-3 逐层造出完整的张量再切分，CPU 上的空洞曾使 4 个进程中的一个多占 240 MB（模型 595 MB）。
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h 的 M_MMAP_THRESHOLD、M_TRIM_THRESHOLD
-    mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(mmap_threshold, 2**25)
-        mallopt(trim_threshold, 2**26)
 
 
 def load_base_model(

@@ -1,5 +1,6 @@
 """与模型和样本都无关的小工具：按 rank 输出、随机种子、JSON 文件、精度选择与 DeepSpeed 配置的填写。"""
 
+import ctypes
 import functools
 import json
 import os
@@ -7,7 +8,8 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,22 @@ def write_failed(error: OSError) -> OSError:
     """读写失败（磁盘满、只读、没有权限、挂载点消失）给人看的说明。"""
     reason = error.strerror or str(error)
     return OSError(f"读写 {error.filename or '文件'} 失败：{reason}。请检查磁盘空间与权限；已有的检查点没有受影响")
+
+
+@contextmanager
+def freed_blocks_returned() -> Iterator[None]:
+    """1 MB 以上的内存块一释放就还给系统，不在堆里留下空洞；只对 glibc 有作用，退出时换成它自己会调到的上限。
+
+    ZeRO-3 逐层造出完整的张量再切分，CPU 上的空洞曾使 4 个进程中的一个多占 240 MB（模型 595 MB）。
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
+    mmap_threshold, trim_threshold = -3, -1  # malloc.h 的 M_MMAP_THRESHOLD、M_TRIM_THRESHOLD
+    mallopt(mmap_threshold, 2**20)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 2**25)
+        mallopt(trim_threshold, 2**26)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ def wrap(name: str, around):
 
 
 class MemoryMeter(threading.Thread):
-    """取样本进程匿名内存的峰值，MB；不含映射的文件页与各进程共用的通信缓冲（在共享内存里）。"""
+    """取样本进程匿名内存（不含映射的文件页）的峰值，MB。"""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -66,7 +66,7 @@ class MemoryMeter(threading.Thread):
     @staticmethod
     def now() -> float:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:")) / 1024
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))) / 1024
 
     def run(self):
         while self.running:
