@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
+
 # CPU 通信的缓冲（DeepSpeed）与 --cache_frozen memory 的缓存（本项目）
+SHM_DIRECTORY = Path("/dev/shm")
 SHM_PATTERNS = ("deepspeed_allreduce_buffer_{uid}_*", ".tmp-frozen-*")
 # 建文件与把它映射进内存之间有一瞬间看不出有人在用
 SHM_MIN_AGE_SECONDS = 60.0
@@ -146,7 +149,20 @@ def _is_network_path(path: Path) -> bool:
     return not kinds or not kinds <= LOCAL_FILE_SYSTEMS
 
 
-def remove_dead_shared_memory(directory: Path = Path("/dev/shm")) -> list[Path]:
+def release_shared_memory():
+    """各进程都映射好 DeepSpeed 的 CPU 通信缓冲之后删去文件名：内存随最后一个进程归还，被 SIGKILL 也不留下。
+
+    DeepSpeed 自己从不删（0.19，每个进程 69 MB）。集合操作，紧接在 init_distributed 之后。
+    """
+    if dist.get_backend() != "gloo":
+        return
+    dist.barrier()
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
+    (SHM_DIRECTORY / name).unlink(missing_ok=True)
+
+
+def remove_dead_shared_memory(directory: Path = SHM_DIRECTORY) -> list[Path]:
     """删除本用户已死的运行留在共享内存里的文件（占的是内存，DeepSpeed 的每个进程 69 MB），返回删了哪些。"""
     found = [path for pattern in SHM_PATTERNS for path in directory.glob(pattern.format(uid=os.getuid()))]
     files = [path for path in found if _is_old_and_ours(path)]

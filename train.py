@@ -9,6 +9,7 @@
 import os
 import socket
 import sys
+import traceback
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ from evaluation import Evaluation, batch_to_device
 from forgetting import Forgetting
 from frozen_cache import FrozenCache, num_frozen_layers
 from general_text import general_pieces, replay_pieces
-from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave_group, limit_waiting, lost_connection
-from leftovers import remove_dead_shared_memory, settle_locks, watch_locks
+from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting, lost_connection
+from leftovers import release_shared_memory, remove_dead_shared_memory, settle_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer
 from numerics import NumberWatch
 from prompting import Prompting, resolve_prompt_format
@@ -87,6 +88,7 @@ def main() -> int:
     clean_leftovers()
     skip_ops_without_compiler()
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
+    release_shared_memory()
     interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
@@ -390,9 +392,9 @@ def run_main() -> int:
 
 
 if __name__ == "__main__":
-    code = 1
     try:
         code = run_main()
-    finally:
-        leave_group(is_agreed=code != 1)
-    sys.exit(code)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)

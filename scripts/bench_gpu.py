@@ -318,4 +318,7 @@ def section_table(stage: str, results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    from interruption import leave
+
     print(json.dumps(measure_training(json.loads(sys.argv[1]))))
+    leave(0)

@@ -178,4 +178,7 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
+    from interruption import leave
+
     print(json.dumps(CHECKS[json.loads(sys.argv[1])["check"]]()))
+    leave(0)

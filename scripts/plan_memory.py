@@ -117,8 +117,6 @@ def run_train(argv: list[str], log: Path, extra_environment: dict[str, str]) -> 
             if pid:
                 break
             time.sleep(0.01)
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
-        path.unlink(missing_ok=True)
     if status:
         raise RuntimeError(f"train.py 以 {os.waitstatus_to_exitcode(status)} 结束，见 {log}")
     return peak

@@ -18,6 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from interruption import leave
 from optimizer_state import iter_optimizer_state, load_optimizer_state, optimizer_scalars, read_flat_slice
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 4, 2, 7
@@ -210,8 +211,7 @@ def main() -> None:
         print(f"[{os.environ['RANK']}] {task['name']} {task['case']}", flush=True)
         run_task(task)
     dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # 结果都写完了；这么多引擎的 gloo 线程一起收尾，机器忙时偶尔以 SIGABRT 结束
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import deepspeed
 import torch.distributed as dist
 
 import train
+from interruption import leave
 from utils import global_rank
 
 train_step = train.train_step
@@ -58,17 +58,15 @@ def run_task(task: dict) -> dict:
     return {"code": code, "output": output.getvalue()}
 
 
-def main() -> int:
+def main():
     torch.set_num_threads(1)
     tasks_path, results_path = map(Path, sys.argv[1:])
     tasks = json.loads(tasks_path.read_text(encoding="utf-8"))
     results = {name: run_task(task) for name, task in tasks.items()}
     if global_rank() == 0:
         results_path.write_text(json.dumps(results, ensure_ascii=False), encoding="utf-8")
-    if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
-    return 0
+    leave(0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

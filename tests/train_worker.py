@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import deepspeed
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 import train
+from interruption import leave
 from utils import global_rank
 
 OBSERVE_DIR = Path(os.environ.get("OBSERVE_DIR", "."))
@@ -209,10 +209,8 @@ def main() -> int:
         code = modes[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
     else:
         code = observe()
-    if deepspeed.comm.is_initialized() and code == 0:
-        deepspeed.comm.destroy_process_group()
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
