@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import bench_work
-from bench_ours import Rows, single_process_environment, step_samples
+from bench_ours import Rows, share_lora_start, single_process_environment, step_samples
 from bench_programs import LEARNING_RATES, last_layers
 from bench_protocol import StepMeter, Worker, WorkerFailed, installed_versions
 
@@ -113,6 +113,7 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
         rows, per_step, max_len = case_rows(case, shape.vocab, num_steps, spec["toy"])
     else:
         rows, per_step, max_len = [row for step in work["steps"] for row in step], len(work["steps"][0]), 1024
+        share_lora_start()
     with tempfile.TemporaryDirectory(prefix="bench-gpu-") as scratch:
         checkpoint, ds_file = Path(scratch) / "model", Path(scratch) / "ds.json"
         write_config(checkpoint, spec["arch"], shape)

@@ -121,6 +121,22 @@ def switch_off(levers: list[str]):
             raise ValueError(f"不认识的开关 {lever}")
 
 
+def share_lora_start():
+    """train.build_model 造出的 LoRA 从与对方相同的 A 走起。"""
+    from bench_random import fill_lora
+
+    import train
+
+    build_model = train.build_model
+
+    def build_and_fill(*arguments):
+        model = build_model(*arguments)
+        fill_lora(model)
+        return model
+
+    train.build_model = build_and_fill
+
+
 def open_engine(spec: dict[str, Any], num_steps: int):
     """按规格造引擎 → (engine, args, config)。"""
     single_process_environment()
@@ -131,6 +147,7 @@ def open_engine(spec: dict[str, Any], num_steps: int):
 
     torch.set_num_threads(spec["threads"])
     switch_off(spec["levers_off"])
+    share_lora_start()
     args = train.parse_args(spec["argv"])
     ds_config, config = train.validate_args(args)
     ds_config.pop("scheduler", None)  # 各程序都用不变的学习率

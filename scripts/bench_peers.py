@@ -29,10 +29,12 @@ LORA = {"r": 8, "lora_alpha": 30, "target_modules": ["q_proj", "k_proj", "v_proj
 
 def step_callback(spec: dict[str, Any], work: dict[str, Any], channel: Channel):
     """让 Trainer 每一步都等父进程的指令，走完报告。"""
+    from bench_random import fill_lora
     from transformers import TrainerCallback
 
     class StepCallback(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
+            fill_lora(model)
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
             channel.send(ready=True, versions=installed_versions(*PACKAGES), num_trainable=trainable)
 

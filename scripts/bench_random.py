@@ -1,5 +1,6 @@
-"""bench 在 GPU 上用的随机权重：每个张量只由它的名字决定，两种布局、各个程序得到同样的数值，不经过磁盘。"""
+"""bench 的随机权重：每个张量只由它的名字决定，两种布局、各个程序得到同样的数值，不经过磁盘。"""
 
+import re
 import zlib
 
 import torch
@@ -49,3 +50,17 @@ def fill_llama(model: nn.Module, device: torch.device):
                 break
         else:
             random_rows(name, parameter.data, device)
+
+
+@torch.no_grad()
+def fill_lora(model: nn.Module):
+    """peft 的 LoRA 的 A：只由层号决定，q、k、v 三个与 W_pack 的一个相同（分布与 peft 的缺省一样，取 bf16 的数）。
+
+    B 从零起，第一步只动它，动多少全看 A：各取各的随机数时，走过同样的样本之后平均损失可差百分之一。
+    """
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            generator = torch.Generator().manual_seed(int(re.search(r"layers\.(\d+)\.", name)[1]))
+            bound = parameter.shape[1] ** -0.5
+            values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            parameter.copy_(values.bfloat16())

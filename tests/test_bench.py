@@ -17,7 +17,7 @@ import bench_report
 import bench_work
 from bench_peers import neat_pack, pad_collate
 from bench_programs import GROUPS, TARGETS
-from bench_random import fill_baichuan, fill_llama, random_rows
+from bench_random import fill_baichuan, fill_llama, fill_lora, random_rows
 
 SHAPE = bench_work.Shape(layers=4, hidden=8, intermediate=10, heads=2, vocab=50)
 
@@ -151,6 +151,29 @@ def test_both_layouts_are_the_same_function(monkeypatch):
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, llama(ids).logits, atol=1e-5)
+
+
+def test_every_program_starts_from_the_same_lora():
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from baichuan import BaichuanConfig, BaichuanForCausalLM
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2}
+    ours = BaichuanForCausalLM(BaichuanConfig(**sizes, position_embedding="rope", norm_head=False))
+    ours = get_peft_model(ours, LoraConfig(r=4, target_modules=["W_pack"]))
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))
+    llama = get_peft_model(llama, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])).to(torch.bfloat16)
+    for model in (ours, llama):
+        fill_lora(model)
+    for layer, other in zip(ours.model.model.layers, llama.model.model.layers, strict=True):
+        a = layer.self_attn.W_pack.lora_A["default"].weight.detach()
+        assert a.abs().max() <= 0.25 and a.std() == pytest.approx(0.25 / 3**0.5, rel=0.2)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            assert torch.equal(getattr(other.self_attn, name).lora_A["default"].weight.float(), a)
+    first, second = (layer.self_attn.W_pack.lora_A["default"].weight for layer in ours.model.model.layers)
+    assert not torch.equal(first, second)
 
 
 # ---- 表与结论 ----
