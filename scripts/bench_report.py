@@ -221,8 +221,8 @@ def draw(path: Path, groups: list[dict[str, Any]]):
         spans = [[max(0.0, span) for span in side] for side in spans]
         colors = ["#1f4e79" if p["kind"] == "ours" else "#b8c4d0" for p in programs]
         axis.barh([p["name"] for p in programs], speeds, color=colors, xerr=spans, ecolor="#777777")
-        for row, speed in enumerate(speeds):
-            axis.text(speed, row, f"  {speed:.0f} ({speed / speeds[0]:.2f}x)", va="bottom", fontsize=7)
+        for row, (speed, above) in enumerate(zip(speeds, spans[1], strict=True)):
+            axis.text(speed + above, row, f"  {speed:.0f} ({speed / speeds[0]:.2f}x)", va="center", fontsize=7)
         axis.invert_yaxis()
         axis.margins(x=0.18)
         noisy = "" if group["is_quiet"] else ", NOISY MACHINE"

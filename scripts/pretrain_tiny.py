@@ -155,7 +155,8 @@ def pretrain(
 ) -> dict[str, torch.Tensor]:
     """从 weights（fp32，先经 lean_to_copying）训练，返回训练后的权重（fp32）；directory 里已有 config.json 与分词器。
 
-    max_tokens 缺省为各文件恰好一遍。按 CPU 的线程数与随机种子，结果逐位可重现。
+    max_tokens 缺省为各文件恰好一遍。结果由随机种子、CPU 的种类与线程数决定，机器安静时逐位可重现；
+    两个线程与别的程序争 CPU 时偶尔差末位（见 benchmarks/comparison/README.md）。
     """
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
     from utils import TORCH_DTYPES, choose_precision
