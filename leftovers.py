@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-# CPU 通信的缓冲（DeepSpeed）与 --cache_frozen memory 的缓存（本项目）
 SHM_DIRECTORY = Path("/dev/shm")
-SHM_PATTERNS = ("deepspeed_allreduce_buffer_{uid}_*", ".tmp-frozen-*")
+# DeepSpeed 的 CPU 通信缓冲的名字，后面是 MASTER_ADDR_MASTER_PORT_rank
+DEEPSPEED_BUFFER = f"deepspeed_allreduce_buffer_{os.getuid()}_"
+# 它与 --cache_frozen memory 的缓存（本项目）
+SHM_PATTERNS = (f"{DEEPSPEED_BUFFER}*", ".tmp-frozen-*")
 # 建文件与把它映射进内存之间有一瞬间看不出有人在用
 SHM_MIN_AGE_SECONDS = 60.0
 # 两次核对锁的间隔；看不到持有者的锁，多久没有动静算死的（最慢的一个文件编译不到 3 分钟）
@@ -158,13 +160,12 @@ def release_shared_memory():
         return
     dist.barrier()
     address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{dist.get_rank()}"
-    (SHM_DIRECTORY / name).unlink(missing_ok=True)
+    (SHM_DIRECTORY / f"{DEEPSPEED_BUFFER}{address}_{port}_{dist.get_rank()}").unlink(missing_ok=True)
 
 
 def remove_dead_shared_memory(directory: Path = SHM_DIRECTORY) -> list[Path]:
     """删除本用户已死的运行留在共享内存里的文件（占的是内存，DeepSpeed 的每个进程 69 MB），返回删了哪些。"""
-    found = [path for pattern in SHM_PATTERNS for path in directory.glob(pattern.format(uid=os.getuid()))]
+    found = [path for pattern in SHM_PATTERNS for path in directory.glob(pattern)]
     files = [path for path in found if _is_old_and_ours(path)]
     if not files:
         return []

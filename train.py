@@ -27,7 +27,7 @@ from forgetting import Forgetting
 from frozen_cache import FrozenCache, num_frozen_layers
 from general_text import general_pieces, replay_pieces
 from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting, lost_connection
-from leftovers import release_shared_memory, remove_dead_shared_memory, settle_locks, watch_locks
+from leftovers import SHM_DIRECTORY, release_shared_memory, remove_dead_shared_memory, settle_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer
 from numerics import NumberWatch
 from prompting import Prompting, resolve_prompt_format
@@ -346,7 +346,7 @@ def open_frozen_cache(args: Namespace, engine, train_set: BaichuanDataSet) -> Fr
             f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层（共 {len(model.model.layers)} 层）。"
             "请去掉 --cache_frozen，或让 --freeze_module_name 只含上面的几层"
         )
-    directory = Path("/dev/shm") if args.cache_frozen == "memory" else Path(args.output_dir)
+    directory = SHM_DIRECTORY if args.cache_frozen == "memory" else Path(args.output_dir)
     port = os.environ.get("MASTER_PORT", "0")
     name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{socket.gethostname()}-{port}"
     cache = FrozenCache(
@@ -394,7 +394,7 @@ def run_main() -> int:
 if __name__ == "__main__":
     try:
         code = run_main()
-    except Exception:
+    except Exception:  # 没有料到的：回溯由这里打印，leave 不再回到解释器
         traceback.print_exc()
         code = 1
     leave(code)

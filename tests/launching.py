@@ -124,7 +124,7 @@ def kill_group(process: subprocess.Popen):
 
 
 def clean_shm(port: int):
-    """删去这个端口的共享内存文件：被杀的 rank 各留下 69 MB。"""
+    """删去这个端口的共享内存文件：不是 train.py 的脚本，或刚启动就被杀的 rank，各留下 69 MB。"""
     for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_*"):
         path.unlink(missing_ok=True)
 
