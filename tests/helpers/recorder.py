@@ -153,8 +153,9 @@ def cpu_model() -> str:
 
 
 def describe(root: Path) -> dict:
-    """记录于何处：提交、数据、各库的版本与 CPU 型号。"""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+    """记录于何处：最后改动过 tests/ 以外的提交、数据、各库的版本与 CPU 型号。"""
+    command = ["git", "log", "-1", "--format=%H", "--", ".", ":!tests"]
+    git = subprocess.run(command, cwd=root, capture_output=True, text=True)
     return {
         "commit": git.stdout.strip(),
         "data": sha256(root / "data" / "spo_0.json"),
