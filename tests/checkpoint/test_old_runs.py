@@ -4,17 +4,17 @@ goldens/old_runs 由 helpers/make_old_runs.py 在 expected.json 所记的提交�
 其中的绝对路径早已不在，基座与数据按相对路径找到。
 """
 
-import importlib.util
+import importlib
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import LOCAL_GOLDENS, ROOT
 from launching import RESUME_WORKER, launch
+from paths import LOCAL_GOLDENS, ROOT
 
 import predict
-from checkpoint import verify_checkpoint
+from finetune.checkpoint.manifest import verify_checkpoint
 from utils import read_json, write_json
 
 OLD_RUNS = LOCAL_GOLDENS / "old_runs"
@@ -43,11 +43,8 @@ def resumed(tmp_path_factory) -> Path:
 
 
 def run_script(name: str, *arguments) -> int:
-    """运行 scripts/NAME.py 的 main(argv)，返回退出码。"""
-    spec = importlib.util.spec_from_file_location(f"old_runs_{name}", ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main([str(argument) for argument in arguments])
+    """scripts/NAME.py 的 main(argv)，返回退出码。"""
+    return importlib.import_module(f"scripts.{name}").main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("method", METHODS)
