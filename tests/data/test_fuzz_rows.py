@@ -1,6 +1,6 @@
 """随机的数据文件与对话：只允许 ValueError，结果与独立的解析一致，编码的不变式成立。
 
-缺省每种一百例；更久：pytest tests/data/test_fuzz_rows.py --hypothesis-profile=fuzz。失败的例子缩小后打印，并记在 .hypothesis/。
+缺省每种一百例；更久：pytest tests/data/test_fuzz_rows.py --hypothesis-profile=fuzz。失败的例子会缩小后打印。
 """
 
 import json
