@@ -26,7 +26,7 @@ TOP_LEVEL = {
     **dict.fromkeys(("disable_allgather", "disable_python_gc", "dataloader_drop_last"), bool),
     **dict.fromkeys(("optimizer", "scheduler", "data_types", "flops_profiler", "comms_logger", "tensorboard"), dict),
     **dict.fromkeys(("wandb", "csv_monitor", "comet", "timers", "compile", "aio", "activation_checkpointing"), dict),
-    **dict.fromkeys(("autotuning", "checkpoint", "data_efficiency", "hybrid_engine", "torch_autocast"), dict),
+    **dict.fromkeys(("autotuning", "checkpoint", "data_efficiency", "hybrid_engine"), dict),
     **dict.fromkeys(("communication_data_type", "gradient_allreduce_op", "log_level"), str),
     **{"fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config, "zero_optimization": DeepSpeedZeroConfig},
 }

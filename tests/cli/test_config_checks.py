@@ -58,6 +58,7 @@ def test_our_own_ds_configs_are_clean(name):
         ("my_key", 1, "my_key"),
         ("bfloat16", {"enabled": True}, "bf16"),
         ("tensor_parallel", {"autotp_size": 2}, "数据并行"),
+        ("torch_autocast", {"enabled": True, "dtype": "float16"}, "torch_autocast"),
         *((name, {}, "已经删去") for name in ("elasticity", "compression_training", "nebula", "curriculum_learning")),
         ("sparse_gradients", False, "已经删去"),
         ("managed_gradient_accumulation", False, "应为 true"),
