@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.markdown import markdown_table
 from benchmarks.reliability.kill import EPOCHS, SAVE_STEP, STEPS, Line, compare
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.checkpoint.output_dir import iter_checkpoints
+from finetune.terminal import markdown_table
 from utils import read_json, write_json
 
 # 能装下多少个检查点：第一种连第一个都装不下，其余的第一个装得下、第二个写到不同的地方为止

@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.markdown import markdown_table
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.process.stale_files import extensions_dir
 from finetune.process.training_process import TrainingProcess
+from finetune.terminal import markdown_table
 from scripts.build_tiny_model import build_tiny_model
 from utils import read_json, write_json
 

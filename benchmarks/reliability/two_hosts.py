@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.markdown import markdown_table
 from benchmarks.reliability.kill import compare
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.process.training_process import Ended, TrainingProcess
+from finetune.terminal import markdown_table
 from scripts.build_tiny_model import build_tiny_model
 from utils import write_json
 
