@@ -112,7 +112,7 @@ def load_model(spec: dict[str, Any]):
 
 
 def apply_method(model, spec: dict[str, Any]):
-    """lora、freeze（末 k 层）或 full；input_grads 是先祖的做法：词嵌入的输出也要梯度。"""
+    """lora、freeze（末 k 层）或 full；input_grads 是ChatGLM-Finetuning 的做法：词嵌入的输出也要梯度。"""
     if spec["method"] == "lora":
         from peft import LoraConfig, get_peft_model
 

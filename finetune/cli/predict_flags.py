@@ -8,8 +8,8 @@ from finetune.metrics.registry import METRICS
 from finetune.process.precision import PRECISIONS
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """定义并解析命令行参数。"""
+def build_parser() -> argparse.ArgumentParser:
+    """全部参数。"""
     parser = Parser(
         prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -76,4 +76,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--stop", nargs="+", metavar="文字", help="出现任一文字就停，结果不含它；\\n 是换行（缺省只在 eos 处停）"
     )
     generation.add_argument("--seed", type=int, default=1234, help="采样的随机种子（缺省 1234）")
-    return parser.parse_args(argv)
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """解析命令行。"""
+    return build_parser().parse_args(argv)

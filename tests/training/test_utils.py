@@ -241,7 +241,7 @@ def test_an_auto_we_do_not_know():
 
 @pytest.mark.parametrize("name", DS_FILES)
 def test_cosine_as_warmup_type_is_refused(tmp_path, name):
-    """祖先的配置写 "warmup_type": "cosine"，DeepSpeed 只警告一句就改用 log。"""
+    """ChatGLM-Finetuning 的配置写 "warmup_type": "cosine"，DeepSpeed 只警告一句就改用 log。"""
     config = read_json(ROOT / name)
     config["scheduler"]["params"]["warmup_type"] = "cosine"
     write_json(tmp_path / "ds.json", config)
