@@ -40,6 +40,7 @@ CHECKPOINT = ["--gradient_checkpointing", "all"]
 # 情形：方法、样本（spo 为真实长度的 64 条；数字为两条这么长、全是目标的样本）、命令行、DeepSpeed 配置及其改动
 SPEED = {
     "lora": {"method": "lora"},
+    "lora_levers_off": {"method": "lora", "levers_off": True},  # 逐段的注意力，逐句的逐元素运算
     "lora_checkpoint_4096": {"method": "lora", "rows": 4096, "batch": 1, "argv": CHECKPOINT},
     "freeze4": {"method": "freeze", "trained_layers": 4},
     "lora_4096": {"method": "lora", "rows": 4096},
@@ -91,6 +92,34 @@ def write_config(directory: Path, arch: str, shape: bench_work.Shape):
     write_json(directory / "config.json", model_config(arch, **sizes))
 
 
+def switch_off_levers():
+    """不用 GPU 上合成的逐元素运算与并排样本的注意力：与它们比较的一边。"""
+    from baichuan import elementwise_gpu, modeling_baichuan
+
+    elementwise_gpu.can_compile = lambda: False
+    modeling_baichuan.layout_on_gpu = lambda *_: None
+
+
+def planned_peak(args, config, ds_config: dict, loader, index: int) -> dict[str, float]:
+    """推算的显存峰值，MB：planned_mb 是在用的（不含碎片与 CUDA 上下文），planned_total_mb 是全部。"""
+    from activation_plan import MicroBatch, plan_model
+    from batching import deal_step
+    from memory_plan import plan_memory, setup_of
+
+    data, max_tokens = loader.dataset, loader.batch_size * loader.max_len
+    dealt = deal_step(data.lengths, step_samples(loader, index), 1, loader.batch_size, max_tokens, loader.packing)[0]
+    micro = max(dealt, key=lambda micro: sum(data.lengths[i] for i in micro))
+    batch = MicroBatch([data.lengths[i] for i in micro], sum(data.num_targets[i] for i in micro), loader.packing)
+    setup = setup_of(ds_config, args.precision, 1, 1, "cuda")
+    parts = plan_memory(plan_model(args, config), batch, setup, args.gradient_checkpointing, accumulates=len(dealt) > 1)
+    outside = sum(parts.device.get(name, 0) for name in ("碎片", "CUDA 与通信"))
+    return {
+        "planned_mb": (parts.device_bytes - outside) / 2**20,
+        "planned_total_mb": parts.device_bytes / 2**20,
+        "planned_parts_mb": {name: number / 2**20 for name, number in parts.device.items()},
+    }
+
+
 def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
     """一种情形：build_engine 与 train_step，返回速度、份额与显存峰值。"""
     single_process_environment()
@@ -106,6 +135,8 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = bench_work.Shape(*spec["shape"])
     case, num_steps = spec["case"], spec["warmup"] + spec["steps"]
+    if case.get("levers_off"):
+        switch_off_levers()
     model_factory.check_weights = lambda *_: None
     model_factory.load_weights = lambda model, _: fill_baichuan(model, device)
     work = json.loads(Path(spec["work"]).read_text(encoding="utf-8")) if "work" in spec else None
@@ -136,7 +167,7 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
         ds_config.pop("scheduler", None)
         deepspeed.init_distributed()
         began = time.perf_counter()
-        engine, _ = train.build_engine(args, config, ds_config, args.precision, num_steps)
+        engine, ds_config = train.build_engine(args, config, ds_config, args.precision, num_steps)
         built = time.perf_counter() - began
     loader = StepLoader(
         Rows(rows),
@@ -166,8 +197,11 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
         "first_loss": steps[0]["loss"],
         "build_seconds": built,
         "peak_mb": max(step.get("peak_cuda_mb", step["peak_rss_mb"]) for step in steps),
+        "peak_reserved_mb": max(step.get("peak_reserved_mb", 0.0) for step in steps),
+        # 状态的类型改过的（bf16 的主权重与动量）推算不认得
+        **({} if "bf16" in case.get("ds_changes", {}) else planned_peak(args, config, ds_config, loader, 0)),
         "steps": steps,
-        "versions": installed_versions("torch", "transformers", "peft", "deepspeed"),
+        "versions": installed_versions("torch", "transformers", "peft", "deepspeed", "triton"),
     }
     del engine
     if device.type == "cuda":
@@ -303,17 +337,22 @@ def section_table(stage: str, results: dict[str, dict[str, Any]]) -> list[str]:
                 state = "过" if difference <= tolerance else "**不过**"
                 lines.append(f"| {name}：{text} | {state} | {difference:.2e} | {tolerance:.0e} |")
         return lines
-    lines = [f"## {stage}", "", "| 情形 | token/s | 步，秒 | TFLOP/s | 占实测矩阵速率 | 显存峰值，GiB | 首步损失 |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        f"## {stage}",
+        "",
+        "| 情形 | token/s | 步，秒 | TFLOP/s | 占实测矩阵速率 | 显存峰值，GiB | 推算，GiB | 首步损失 |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for name, found in results.items():
         if "error" in found:
-            lines.append(f"| {name} | 没有量到：{found['error']} | | | | | |")
+            lines.append(f"| {name} | 没有量到：{found['error']} | | | | | | |")
             continue
         flops = f"{found['model_flops'] / 1e12:.0f}" if "model_flops" in found else ""
         mfu = f"{found['mfu']:.1%}（{found['gemm_flops'] / 1e12:.0f}）" if "mfu" in found else ""
+        planned = f"{found['planned_mb'] / 1024:.1f}" if "planned_mb" in found else ""
         lines.append(
             f"| {name} | **{found['tokens_per_second']:.0f}** | {found['seconds']:.3f} | {flops} | {mfu} "
-            f"| {found['peak_mb'] / 1024:.1f} | {found['first_loss']:.4f} |"
+            f"| {found['peak_mb'] / 1024:.1f} | {planned} | {found['first_loss']:.4f} |"
         )
     return lines
 
