@@ -42,11 +42,11 @@ SPEED = {
     "lora": {"method": "lora"},
     "lora_levers_off": {"method": "lora", "levers_off": True},  # 逐段的注意力，逐句的逐元素运算
     "lora_checkpoint_4096": {"method": "lora", "rows": 4096, "batch": 1, "argv": CHECKPOINT},
+    "full_bf16_states": {"method": "full", "argv": CHECKPOINT, "ds_changes": BF16_STATES},
     "freeze4": {"method": "freeze", "trained_layers": 4},
     "lora_4096": {"method": "lora", "rows": 4096},
     "lora_checkpoint": {"method": "lora", "argv": CHECKPOINT},
     "ptuning": {"method": "ptuning"},
-    "full_bf16_states": {"method": "full", "argv": CHECKPOINT, "ds_changes": BF16_STATES},
     "full_zero2_offload": {"method": "full", "argv": CHECKPOINT, "ds_changes": OFFLOAD, "steps": 2, "warmup": 1},
     "full_zero3_offload": {
         "method": "full", "argv": CHECKPOINT, "ds_file": "ds_zero3_offload.json", "steps": 2, "warmup": 1,
