@@ -43,7 +43,7 @@ def fused(function: Callable, by_row: tuple[Tensor, ...], *shared) -> Tensor | t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# RMSNorm、SwiGLU：数值与 fused_ops 相同
+# RMSNorm、SwiGLU
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def rms_norm_weight_grad(y_grad: Tensor, x: Tensor, inverse_rms: Tensor, weight:
 
 
 def normalize(x: Tensor, inverse_rms: Tensor, weight: Tensor) -> Tensor:
-    normalized = x * inverse_rms
+    normalized = x * inverse_rms  # 与 fp32 相乘，结果是 fp32
     return normalized.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else normalized
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from baichuan import elementwise_gpu
-from baichuan.elementwise_gpu import fused, is_worth_it
+from baichuan.elementwise_gpu import fused, is_worth_it, normalize
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -18,13 +18,13 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         if is_worth_it(x):
-            y, inverse_rms = fused(elementwise_gpu.rms_norm, (x.flatten(0, -2),), weight, eps)
+            y, inverse_rms = fused(elementwise_gpu.rms_norm, (x.flatten(0, -2),), weight.detach(), eps)
             ctx.save_for_backward(x, weight, inverse_rms)
             return y.view(x.shape)
         square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse_rms = square_sum.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return weight * _normalize(x, inverse_rms, weight)
+        return weight * normalize(x, inverse_rms, weight)
 
     @staticmethod
     @once_differentiable
@@ -34,12 +34,12 @@ class RMSNormFunction(torch.autograd.Function):
         if is_worth_it(x):
             rows = y_grad.flatten(0, -2), x.flatten(0, -2), inverse_rms
             if ctx.needs_input_grad[1]:
-                weight_grad = fused(elementwise_gpu.rms_norm_weight_grad, rows, weight)
+                weight_grad = fused(elementwise_gpu.rms_norm_weight_grad, rows, weight.detach())
             if ctx.needs_input_grad[0]:
-                x_grad = fused(elementwise_gpu.rms_norm_input_grad, rows, weight).view(x.shape)
+                x_grad = fused(elementwise_gpu.rms_norm_input_grad, rows, weight.detach()).view(x.shape)
             return x_grad, weight_grad, None
         if ctx.needs_input_grad[1]:
-            product = y_grad * _normalize(x, inverse_rms, weight)
+            product = y_grad * normalize(x, inverse_rms, weight)
             weight_grad = product.flatten(0, -2).sum(dim=0, dtype=torch.float32).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             # d/dx (x·r) = r·(g - x·r²·mean(g·x))，g 是对归一化结果的梯度
@@ -47,11 +47,6 @@ class RMSNormFunction(torch.autograd.Function):
             along = (grad * x).mean(dim=-1, keepdim=True) * inverse_rms.square()
             x_grad = grad.addcmul_(x, along, value=-1.0).mul_(inverse_rms).to(x.dtype)
         return x_grad, weight_grad, None
-
-
-def _normalize(x: Tensor, inverse_rms: Tensor, weight: Tensor) -> Tensor:
-    normalized = x * inverse_rms  # 与 fp32 相乘，结果是 fp32
-    return normalized.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else normalized
 
 
 class SwiGLUFunction(torch.autograd.Function):

@@ -211,3 +211,37 @@ def test_rotary_split(table_dtype):
     tolerance = {"rtol": 0, "atol": 0} if table_dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
     torch.testing.assert_close(torch.stack(found, dim=1).flatten(1)[None], expected, **tolerance)
     torch.testing.assert_close(split.grad, in_place.grad, **tolerance)
+
+
+def test_compiles_once_for_all_lengths(monkeypatch):
+    """长度、段数变了不重新编译：超过上限时 torch 会悄悄退回逐句执行，FlexAttention 就要造出 T × T 的分数。"""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+    monkeypatch.setattr(elementwise_gpu, "is_worth_it", lambda states: True)
+    compiled = {}
+    monkeypatch.setattr(
+        elementwise_gpu,
+        "compiled",
+        lambda f: compiled.setdefault(f, torch.compile(f, fullgraph=True, backend="aot_eager")),
+    )
+    attention = torch.compile(flex_attention, dynamic=True, backend="aot_eager")
+    weight = torch.ones(64)
+    for lengths, parents in [([90, 300, 41], [-1, -1, -1]), ([150, 77, 60, 200, 8], [-1, -1, 0, 0, -1])]:
+        total = sum(lengths)
+        x, packed = torch.randn(total, 64), torch.randn(total, 3 * HEADS * WIDTH)
+        tables = [table[0] for table in rotary_tables(torch.arange(total)[None], WIDTH)]
+        with torch.no_grad():
+            found, expected = (
+                elementwise_gpu.fused(elementwise_gpu.rms_norm, (x,), weight, 1e-6),
+                nn.functional.rms_norm,
+            )
+            torch.testing.assert_close(found[0], expected(x, (64,), weight, 1e-6))
+            query, key, value = elementwise_gpu.fused(elementwise_gpu.rotary_split, (packed, *tables))
+            plan = FlexAttention(Layout(lengths, parents, 0), alibi_slopes(HEADS), CPU)
+            states = (states.transpose(0, 1)[None] for states in (query, key, value))
+            found = attention(*states, score_mod=plan.score, block_mask=plan.block_mask)[0].transpose(0, 1)
+            bias = alibi_bias(lengths, parents, 0).float()
+            expected = packed_attention(query, key, value, lengths, parents, bias, False)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert set(compiled) == {elementwise_gpu.rms_norm, elementwise_gpu.rotary_split}
