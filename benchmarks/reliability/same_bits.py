@@ -90,16 +90,7 @@ def pretrain(work: Path, num_threads: int) -> str:
 def train(work: Path, base: Path, rows: Path, kind: str, args: Namespace) -> str:
     """train.py 一次 → 末了的检查点（权重、优化器状态、随机状态）与日志的摘要。"""
     method, ranks = kind.split("-")
-    words = [
-        "--train_path",
-        rows,
-        "--model_name_or_path",
-        base,
-        "--output_dir",
-        work / "output",
-        "--train_type",
-        method,
-    ]
+    words = ["--train_path", rows, "--model_name_or_path", base, "--output_dir", work / "output"]
     words += ["--train_type", method, "--ds_file", "ds_zero2_no_offload.json"]
     words += ["--precision", args.precision, "--max_len", 96]
     words += ["--max_src_len", 64, "--num_train_epochs", EPOCHS, "--per_device_train_batch_size", 2]
