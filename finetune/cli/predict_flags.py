@@ -1,0 +1,82 @@
+"""predict.py 的全部参数。"""
+
+from dataclasses import dataclass
+
+from finetune.cli.parser import Parser
+from finetune.data.prompting import PROMPT_FORMATS
+from finetune.inference.options import GenerationOptions
+from finetune.options import flag
+
+
+@dataclass
+class CheckpointOptions:
+    """哪个模型。"""
+
+    model_path: str | None = flag(
+        None, "检查点目录：训练器写的、合并后的，或官方布局的基座（必填，除非用 --compare；缺省没有）"
+    )
+    adapter: list[str] | None = flag(
+        None,
+        "挂在 --model_path（任何完整的模型）上的适配器；对话时可给几个，用 /adapter 切换（缺省没有）",
+        nargs="+",
+        metavar="目录",
+    )
+    compare: list[str] | None = flag(
+        None,
+        "同样的提示词依次交给这几个检查点，回答并排显示，并写成 HTML；代替 --model_path（缺省没有）",
+        nargs="+",
+        metavar="目录",
+    )
+    base_model_path: str | None = flag(None, "适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
+    device: str = flag("auto", "auto | cpu | cuda | cuda:N；auto 有 GPU 用 GPU")
+    num_gpus: int = flag(1, "文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）")
+    load_in_4bit: bool = flag(False, "基座量化成 4 位（nf4），要 bitsandbytes（缺省不量化）")
+    load_in_8bit: bool = flag(False, "基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")
+    prompt_format: str = flag(
+        "auto",
+        "提示格式，auto 取训练时的格式，基座看 generation_config.json",
+        choices=("auto", *PROMPT_FORMATS),
+    )
+
+
+@dataclass
+class InputOptions:
+    """预测什么，写到哪里。"""
+
+    instruction: str | None = flag(None, "一条样本的指令（缺省没有）")
+    input: str | None = flag(None, "一条样本的输入，直接接在指令之后（缺省没有）")
+    test_path: str | None = flag(
+        None, "要预测的文件：JSON 行或 JSON 数组，字段同训练文件，output 可缺，也可是列表（缺省没有）"
+    )
+    output_path: str | None = flag(
+        None,
+        "预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
+        "做完的行先在 输出文件名.partial，中断后用同样的命令接着做；"
+        "已有的不同的结果改名为 *.previous-N。--compare 时是 HTML（缺省 compare.html）",
+    )
+
+
+# 帮助里的标题 → 其下的各组
+GROUPS = {
+    "模型": (CheckpointOptions,),
+    "输入与输出（都不给则在终端对话）": (InputOptions,),
+    "生成（缺省贪心）": (GenerationOptions,),
+}
+
+
+@dataclass
+class PredictOptions(GenerationOptions, InputOptions, CheckpointOptions):
+    """predict.py 的全部参数；要其中一组的函数可以直接拿它。"""
+
+    given: tuple[str, ...] = ()  # 命令行明确写出的参数名
+
+
+def build_parser() -> Parser:
+    """predict.py 的解析器；结果里只有命令行写出的参数。"""
+    return Parser("predict.py", "用训练好的检查点预测、评测、对照，或在终端里对话", GROUPS)
+
+
+def parse_args(argv: list[str] | None = None) -> PredictOptions:
+    """解析命令行。"""
+    found = vars(build_parser().parse_args(argv))
+    return PredictOptions(**found, given=tuple(sorted(found)))

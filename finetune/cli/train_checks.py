@@ -1,0 +1,145 @@
+"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题。
+
+一个参数自己的检查写在它的字段上，一种方法自己的在 methods/ 里；这里是几组之间的。
+"""
+
+from pathlib import Path
+
+import torch
+
+from baichuan import BaichuanConfig
+from finetune.checkpoint.base_model import checked_skeleton, load_config
+from finetune.checkpoint.quantized import quantization_problems
+from finetune.cli.train_flags import TrainOptions
+from finetune.data.plain_text import read_texts
+from finetune.data.samples import check_first_rows
+from finetune.methods.registry import TRAIN_METHODS
+from finetune.options import flags_of, problems_of
+from finetune.training.anomaly import spike_choice
+from finetune.training.ds_config import read_ds_config
+from finetune.training.ds_config_check import fixed_numbers
+from utils import log_rank_0
+
+NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "early_stopping_patience")
+
+
+def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
+    """DeepSpeed 配置写了具体的数、命令行没写时，以配置为准并说一声；两处都写而不同是错误，返回全部。"""
+    problems = []
+    for name, place, value in fixed_numbers(ds_config):
+        if name is None:
+            log_rank_0(f"注意：{args.ds_file} 的 {place} 写成 {value}，不随命令行变化")
+        elif name == "warmup_ratio" and name in args.given:
+            problems.append(
+                f"--{name} 与 {args.ds_file} 的 {place}（{value}）都写了，后者会盖住前者；"
+                '请去掉一个，或把配置里的改成 "auto"'
+            )
+        elif name == "warmup_ratio":
+            log_rank_0(f"注意：预热以 {args.ds_file} 的 {place}（{value}）为准，不是 --{name} {args.warmup_ratio}")
+        elif isinstance(getattr(args, name), int) and type(value) is not int:
+            problems.append(f"{args.ds_file} 的 {place} 应为整数，实际是 {value}")
+        elif getattr(args, name) != value and name in args.given:
+            problems.append(
+                f"--{name} {getattr(args, name)} 与 {args.ds_file} 的 {place}（{value}）不同；"
+                '请去掉一个，或把配置里的改成 "auto"'
+            )
+        elif getattr(args, name) != value:
+            log_rank_0(f"注意：{name} 以 {args.ds_file} 的 {place} 为准：{value}（缺省是 {getattr(args, name)}）")
+            setattr(args, name, value)
+            args.given = (*args.given, name)  # 配置里另一处再写一个不同的数也是错误
+    return problems
+
+
+def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
+    """检查全部参数，在读任何权重之前；返回 (DeepSpeed 配置, 模型配置)。
+
+    Raises:
+        ValueError: 列出全部问题。
+    """
+    problems = []
+
+    def read(function, *values):
+        try:
+            return function(*values)
+        except ValueError as error:
+            problems.append(str(error))
+
+    method = TRAIN_METHODS[args.train_type]
+    ds_config = read(read_ds_config, args.ds_file)
+    if ds_config is not None:
+        problems += settle_fixed_numbers(args, ds_config)
+    problems += [*problems_of(args), *method_problems(args), *file_problems(args), *evaluation_problems(args)]
+    problems += quantization_problems(args, ds_config)
+    if args.max_src_len >= args.max_len:
+        problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
+    if args.precision == "fp16" and not torch.cuda.is_available():
+        problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
+    for path in (args.train_path, args.eval_path):
+        if path is not None:
+            read(check_first_rows, path)
+    for path in (args.general_path, args.replay_path):
+        if path is not None:
+            read(read_texts, path)
+    read(spike_choice, args.loss_spike_factor)
+    config = read(load_config, args.model_name_or_path)
+    if config is not None and not method.problems(args) and not args.dry_run:  # 推算时权重可以还没有下载
+        read(check_model, args, config)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return ds_config, config
+
+
+def method_problems(args: TrainOptions) -> list[str]:
+    """别的方法的参数不起作用；这种方法自己的问题。"""
+    problems = []
+    for name, method in TRAIN_METHODS.items():
+        foreign = [f"--{field.name}" for field in flags_of(method.options) if field.name in args.given]
+        if foreign and name != args.train_type:
+            problems.append(f"{'、'.join(foreign)} 属于 --train_type {name}，对 {args.train_type} 不起作用，请去掉")
+    method = TRAIN_METHODS[args.train_type]
+    problems += method.problems(args)
+    if args.adapter_path is not None and not method.saves_adapter:
+        problems.append(f"--adapter_path 只用于 lora 与 ptuning，--train_type {method.name} 没有适配器，请去掉")
+    if args.cache_frozen != "none" and not args.packing:
+        problems.append(f"--cache_frozen {args.cache_frozen} 要开着 --packing，请去掉或改过来")
+    return problems
+
+
+def file_problems(args: TrainOptions) -> list[str]:
+    """目录给错了。"""
+    problems = []
+    if args.adapter_path is not None and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+        problems.append(
+            f"--adapter_path {args.adapter_path} 里没有 adapter_config.json，请给出 lora 或 ptuning 的检查点目录"
+        )
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        problems.append(f"--output_dir {output_dir} 是一个文件，请给出目录")
+    return problems
+
+
+def evaluation_problems(args: TrainOptions) -> list[str]:
+    """评估、遗忘与重放的参数里不起作用的、缺了一半的。"""
+    problems = []
+    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and args.eval_path is None]
+    if useless:
+        problems.append(f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或去掉")
+    if "eval_max_new_tokens" in args.given and args.eval_metric == "nll":
+        problems.append("--eval_max_new_tokens 在 --eval_metric nll 时不起作用，请去掉，或换一个生成的指标")
+    if args.forgetting_threshold is not None and args.general_path is None:
+        problems.append("--forgetting_threshold 需要 --general_path，请加上或去掉")
+    if (args.replay_path is None) != (args.replay_ratio is None):
+        problems.append("--replay_path 与 --replay_ratio 要一起给出（如 --replay_ratio 0.1），请补上或都去掉")
+    paths = [Path(path).resolve() for path in (args.general_path, args.replay_path) if path]
+    if len(paths) == 2 and paths[0] == paths[1]:
+        problems.append(f"--general_path 与 --replay_path 是同一个文件 {paths[0]}：训练过的文字不能衡量遗忘，请分开")
+    return problems
+
+
+def check_model(args: TrainOptions, config: BaichuanConfig):
+    """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配；模型在 meta 设备上，不占内存。
+
+    Raises:
+        ValueError: 见 checked_skeleton 与各方法的 apply。
+    """
+    TRAIN_METHODS[args.train_type].apply(checked_skeleton(args.model_name_or_path, config), args)

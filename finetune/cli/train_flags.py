@@ -1,0 +1,55 @@
+"""train.py 的全部参数：各间屋子的参数合成一份。"""
+
+from dataclasses import dataclass
+
+from finetune.checkpoint.options import ModelOptions, SaveOptions
+from finetune.cli.parser import Parser
+from finetune.data.options import DataOptions
+from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
+from finetune.options import flag
+from finetune.training.options import EvaluationOptions, ForgettingOptions, LogOptions, StepOptions
+
+
+@dataclass
+class RunOptions:
+    """怎样运行。"""
+
+    dry_run: bool = flag(
+        False,
+        "只推算 token、步数、显存、主机内存与时间，不读权重也不训练；退出码 0 放得下，1 放不下（缺省训练）",
+        changes_training=False,
+    )
+    local_rank: int = flag(-1, "由 deepspeed 启动器传入，不必自己写（缺省 -1）", changes_training=False)
+
+
+# 帮助里的标题 → 其下的各组
+GROUPS = {
+    "模型与数据": (ModelOptions, DataOptions),
+    "训练方法": (MethodChoice, *(method.options for method in TRAIN_METHODS.values())),
+    "训练过程": (StepOptions, SaveOptions, LogOptions, RunOptions),
+    "评估、遗忘与重放": (EvaluationOptions, ForgettingOptions),
+}
+
+
+@dataclass
+class TrainOptions(*reversed([options for group in GROUPS.values() for options in group])):
+    """train.py 的全部参数，次序同帮助（dataclass 从末尾的基类数起）；要其中一组的函数可以直接拿它。"""
+
+    given: tuple[str, ...] = ()  # 命令行明确写出的参数名
+
+
+def build_parser() -> Parser:
+    """train.py 的解析器；结果里只有命令行写出的参数。"""
+    return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS)
+
+
+def parse_args(argv: list[str] | None = None) -> TrainOptions:
+    """解析命令行，补上随方法而定的缺省。"""
+    found = vars(build_parser().parse_args(argv))
+    options = TrainOptions(**found, given=tuple(sorted(found)))
+    options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)
+    if options.learning_rate is None:
+        options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate
+    if options.train_type == "ptuning" and options.ptuning_version == 1 and "packing" not in options.given:
+        options.packing = False
+    return options
