@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import socket
 import sys
 import tempfile
@@ -108,6 +109,16 @@ def train(work: Path, base: Path, rows: Path, kind: str, args: Namespace) -> str
 
 
 @contextmanager
+def scratch(parent: Path | None = None):
+    """用完就删的目录。不用 TemporaryDirectory：train.py 结束时跑 atexit，fork 出来的会替我们删掉它。"""
+    directory = Path(tempfile.mkdtemp(prefix="same-bits-", dir=parent))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
 def neighbours(count: int):
     """count 个进程各占满一个核。"""
 
@@ -175,8 +186,7 @@ def main() -> int:
     if earlier.is_file():
         found = json.loads(earlier.read_text(encoding="utf-8"))
         report = found if found["settings"] == report["settings"] else report
-    with tempfile.TemporaryDirectory(prefix="same-bits-") as temporary, neighbours(args.neighbours):
-        directory = Path(temporary)
+    with scratch() as directory, neighbours(args.neighbours):
         rows, base = directory / "rows.json", directory / "base"
         lines = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
         rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -186,12 +196,10 @@ def main() -> int:
             for kind in args.kinds:
                 if sum(row["kind"] == kind for row in report["runs"]) > index:
                     continue
-                with tempfile.TemporaryDirectory(dir=directory) as work:
+                with scratch(directory) as work:
                     began = time.monotonic()
-                    if kind == "pretrain":
-                        digest = pretrain(Path(work), args.threads)
-                    else:
-                        digest = train(Path(work), base, rows, kind, args)
+                    is_pretrain = kind == "pretrain"
+                    digest = pretrain(work, args.threads) if is_pretrain else train(work, base, rows, kind, args)
                 row = {"kind": kind, "digest": digest, "seconds": round(time.monotonic() - began, 1)}
                 report["runs"].append({**row, "load": round(os.getloadavg()[0], 1)})
                 write_report(args, report)
