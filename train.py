@@ -28,6 +28,7 @@ from finetune.data.prompting import Prompting, resolve_prompt_format
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
+from finetune.process.arithmetic import settle_arithmetic
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.precision import choose_precision
@@ -82,6 +83,7 @@ def main() -> int:
     ds_config, config = validate_args(args)
     if args.dry_run:
         return dry_run(args, ds_config, config)
+    settle_arithmetic()
     clean_leftovers()
     skip_ops_without_compiler()
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
