@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import data_check
-from data_check import Sample, read_samples
+from finetune.data import rows as data_rows
+from finetune.data.samples import Sample, read_samples
 
 ROW = {"instruction": "抽取：", "input": "水温高", "output": "水温_故障_高"}
 FIXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -44,10 +44,11 @@ def test_json_lines_rows_become_user_and_assistant_messages(write):
     path = write(
         [ROW, {"instruction": "", "input": "只有输入", "output": ""}, {"instruction": "只有指令", "output": "x"}]
     )
+    kind = {"format": "instruction/input/output"}
     assert read_samples(path) == [
-        Sample((("user", "抽取：水温高"), ("assistant", "水温_故障_高")), 1, str(path)),
-        Sample((("user", "只有输入"), ("assistant", "")), 2, str(path)),
-        Sample((("user", "只有指令"), ("assistant", "x")), 3, str(path)),
+        Sample((("user", "抽取：水温高"), ("assistant", "水温_故障_高")), 1, str(path), document="水温高", **kind),
+        Sample((("user", "只有输入"), ("assistant", "")), 2, str(path), document="只有输入", **kind),
+        Sample((("user", "只有指令"), ("assistant", "x")), 3, str(path), document="只有指令", **kind),
     ]
     assert read_samples(path)[2].place == f"{path}:3"
 
@@ -154,8 +155,8 @@ def test_prediction_files_may_lack_answers_and_keep_their_fields(write, row, num
         (f'{{"instruction": "问", "output": "", "n": {"9" * 5000}}}', r":1: JSON: 整数有 5000 位: "),
         ('{"n": ' + "[" * 200_000, r":1: JSON: 括号嵌套太深: "),
         (
-            b'{"instruction": "\xb9\xca\xd5\xcf", "output": ""}',
-            r":1: 编码: 第 18 个字节（0xb9）起不是合法的 UTF-8: .*GBK",
+            '{"instruction": "故障", "output": ""}\n'.encode() + b'{"instruction": "\xb9\xca\xd5\xcf", "output": ""}',
+            r":2: 编码: 第 18 个字节（0xb9）起不是合法的 UTF-8: .*GBK",
         ),
         (b'{"instruction": "a\x00b", "output": ""}', r":1: 编码: 第 19 个字符是 NUL（\\x00）: "),
         ('{"conversations": []}', r":1: conversations: 应为非空的数组，实际是空数组: "),
@@ -168,7 +169,10 @@ def test_prediction_files_may_lack_answers_and_keep_their_fields(write, row, num
             '{"conversations": [{"from": "human", "value": 1}]}',
             r":1: conversations\[0\].value: 应为字符串，实际是数字: ",
         ),
-        (json.dumps({**talk(("human", "甲"), ("gpt", "乙")), "output": ""}), r"与 output 同时出现，不知道用哪个: "),
+        (
+            json.dumps({**talk(("human", "甲"), ("gpt", "乙")), "output": "丙"}),
+            r":1: output: .*不知道用哪个: .*--ignore_fields output",
+        ),
         (
             json.dumps(talk(("human", "甲"), ("gpt", "乙"), ("gpt", "丙"))),
             r"conversations\[2\]: 这里应是 user，实际是 assistant",
@@ -225,7 +229,7 @@ def test_at_most_twenty_problems_are_listed_with_the_total(write):
 
 
 def test_overlong_line_is_skipped_in_pieces_and_reported(write, monkeypatch):
-    monkeypatch.setattr(data_check, "MAX_ROW_BYTES", 1 << 20)
+    monkeypatch.setattr(data_rows, "MAX_ROW_BYTES", 1 << 20)
     long_row = json.dumps({**ROW, "input": "x" * (3 << 20)})
     with pytest.raises(
         ValueError, match=r"有 3 处错误[^\n]*\n.*:1: 行: 一行（或数组的一个元素）超过 1 MiB[^\n]*\n.*:3: "
@@ -252,7 +256,7 @@ def test_files_that_cannot_be_read_give_a_reason(tmp_path, write):
         read_samples(write(b"\xef\xbb\xbf \n\n"))
     with pytest.raises(ValueError, match=r"里没有任何样本"):
         read_samples(write(b"[ ]"))
-    with pytest.raises(ValueError, match="是 UTF-16 编码，请另存为 UTF-8"):
+    with pytest.raises(ValueError, match=r"是 UTF-16 编码，.*iconv -f UTF-16 -t UTF-8 .*rows.json > .*rows.utf8.json"):
         read_samples(write(json.dumps(ROW).encode("utf-16")))
     with pytest.raises(ValueError, match=r"split 应为 train \| eval \| predict，实际是 'test'"):
         read_samples(write([ROW]), "test")
@@ -274,7 +278,7 @@ def test_array_is_cut_the_same_whatever_the_block_size(write, rows, block, inden
     expected = [(("user", row["instruction"] + row["input"]), ("assistant", row["output"])) for row in rows]
     path = write(json.dumps(rows, ensure_ascii=ascii_only, indent=indent), "array.json")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data_check, "_READ_BYTES", block)
+        patch.setattr(data_rows, "_READ_BYTES", block)
         samples = read_samples(path)
     assert [sample.messages for sample in samples] == expected
     lines = path.read_text(encoding="utf-8").split("\n")
