@@ -285,7 +285,7 @@ def test_user_mistakes_are_named(tokenizer):
         encode(tokenizer, SINGLE, max_src_len=48)
     with pytest.raises(ValueError, match=r"--max_src_len\(1\) 太小，连角色标记都放不下"):
         encode(tokenizer, SINGLE, max_src_len=1)
-    with pytest.raises(ValueError, match=r"prompt_format 应为 plain \| chat，实际是 'alpaca'"):
+    with pytest.raises(ValueError, match=r"prompt_format 应为 plain \| chat \| template，实际是 'alpaca'"):
         encode_prompt(tokenizer, SYSTEM, "alpaca")
     with pytest.raises(ValueError, match=r"family 应为 baichuan \| baichuan2，实际是 'llama'"):
         encode_prompt(tokenizer, SYSTEM, "chat", family="llama")
