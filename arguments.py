@@ -12,9 +12,11 @@ from baichuan import BaichuanConfig
 from config_check import fixed_numbers
 from data_set import check_first_rows
 from evaluation_flags import add_evaluation_flags, evaluation_problems
+from finetune.data.mixture import parse_sources
+from finetune.data.samples import LOSS_TURNS, row_options, separator_choice
 from model_factory import MODEL_FAMILIES, TRAIN_METHODS, check_model, freeze_parts, load_config
 from numerics import spike_choice
-from prompting import PROMPT_FORMATS
+from prompting import prompt_format_choice, read_template
 from quantization import quantization_problems
 from utils import PRECISIONS, log_rank_0, read_ds_config
 
@@ -83,15 +85,54 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         choices=list(MODEL_FAMILIES),
         help="模型族；结构以检查点的 config.json 为准（缺省 %(default)s）",
     )
-    add(base, "train_path", required=True, help="训练数据，JSON Lines 或 JSON 数组（必填），格式见 data/README.md")
+    add(
+        base,
+        "train_path",
+        required=True,
+        nargs="+",
+        metavar="文件",
+        help="训练数据（必填），写法见 docs/data.md；可以有几个，'文件*0.5' 取其中一半的行，'文件*3' 重复三遍",
+    )
     add(base, "eval_path", help="评估数据，格式同训练数据；每轮结束时评估（缺省不评估）")
+    add(
+        base,
+        "val_ratio",
+        **typed(float),
+        help="不给 --eval_path 时，从训练数据里按文档留出这么大份额的行作评估，(0, 1)；"
+        "同一篇或相近的文档总在同一边，十万行以上只看相同的（缺省不留）",
+    )
     add(
         base,
         "prompt_format",
         "auto",
-        choices=["auto", *PROMPT_FORMATS],
-        help="提示格式：plain 为基座模型，chat 为对话模型的角色标记，auto 由检查点决定（缺省 %(default)s）",
+        type=prompt_format_choice,
+        metavar="auto|plain|chat|文件.json",
+        help="提示格式：plain 为基座模型，chat 为对话模型的角色标记，auto 由检查点决定；"
+        "或一个模板文件，见 docs/data.md（缺省 %(default)s）",
     )
+    add(
+        base,
+        "input_separator",
+        "",
+        type=separator_choice,
+        metavar="文字",
+        help=r"instruction 与 input 之间的文字，\n 是换行（缺省为空：直接相接）",
+    )
+    add(
+        base,
+        "ignore_fields",
+        "",
+        help="当作没有的字段，逗号分隔，如 tools,images；认识而用不上的字段要这样写明才略去（缺省没有）",
+    )
+    add(
+        base,
+        "loss_turns",
+        "all",
+        choices=LOSS_TURNS,
+        help="训练哪些回答：all 全部（连 history 里的），last 只有最后一个；"
+        "消息里写明的 loss、weight 优先（缺省 %(default)s）",
+    )
+    add(base, "train_on_prompt", False, action=BoolFlag, help="提示（system 与用户的话）也是目标；缺省只训练回答")
     add(base, "max_len", 1024, **typed(int), help="一个样本的最大长度，token（缺省 %(default)s）")
     add(base, "max_src_len", 768, **typed(int), help="提示部分的最大长度，token，须小于 max_len（缺省 %(default)s）")
     add(base, "is_skip", False, action=BoolFlag, help="超长的样本丢弃；缺省截断")
@@ -238,6 +279,8 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         args.learning_rate = TRAIN_METHODS[args.train_type].learning_rate
     if args.ptuning_version == 1 and args.train_type == "ptuning" and "packing" not in args.given:
         args.packing = False
+    if len(args.train_path) == 1:
+        [args.train_path] = args.train_path
     return args
 
 
@@ -353,9 +396,17 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
 
     problems += quantization_problems(args, ds_config)
     problems += evaluation_problems(args)
-    for path in (args.train_path, args.eval_path):
+    if args.prompt_format.endswith(".json"):
+        read(read_template, args.prompt_format)
+    expect(
+        args.val_ratio is None or args.eval_path is None,
+        "--val_ratio 与 --eval_path 只能有一个：前者从训练数据里留出评估集，请去掉一个",
+    )
+    expect(args.val_ratio is None or 0 < args.val_ratio < 1, f"--val_ratio({args.val_ratio}) 必须在 (0, 1) 内")
+    sources = read(parse_sources, args.train_path) or []
+    for path in (*(source.path for source in sources), args.eval_path):
         if path is not None:
-            read(check_first_rows, path)
+            read(check_first_rows, path, row_options(vars(args)))
     output_dir = Path(args.output_dir)
     expect(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} 是一个文件，请给出目录")
     read(spike_choice, args.loss_spike_factor)

@@ -3,11 +3,13 @@
 python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/      # 数据体检，见 data_doctor.py
 """
 
+import copy
 import hashlib
+import json
 import multiprocessing
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -17,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from data_check import Problem, ProblemList, RawRow, check_file, iter_rows, parse_row
+from finetune.data.rows import Problem, ProblemList, RawRow, check_file, iter_rows
+from finetune.data.samples import RowOptions, parse_row
 from prompting import IGNORE_INDEX, EncodedSample, encode_sample
 from token_cache import TokenCache
 
 # 编码规则改变时加一，旧缓存随之作废
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 # 一批至多这么多行、这么多字节；多进程编码时在途的至多这么多字节（一行再长也至少放一行）
 ROWS_PER_CHUNK, BYTES_PER_CHUNK, BYTES_IN_FLIGHT = 256, 4 * 2**20, 64 * 2**20
 # 读模型、编译算子之前先看的行数与字节数
@@ -30,10 +33,17 @@ FIRST_ROWS, FIRST_BYTES = 1000, 16 * 2**20
 # 小文件单进程只要一两秒，不值得起子进程
 PARALLEL_BYTES = 8 * 2**20
 PROGRESS_ROWS_BYTES = 2**20
-_SRC_CUT, _TGT_CUT, _CONTROL, _EMPTY_OUTPUT = 1, 2, 4, 8
+_SRC_CUT, _TGT_CUT, _CONTROL, _EMPTY_OUTPUT, _SEVERAL_TURNS = 1, 2, 4, 8, 16
 # labels 只有三种取值，每个 token 存一字节：不作目标、就是 input_ids 本身、eos（chat 的用户标记处）
 _NO_TARGET, _SAME_TARGET, _EOS_TARGET = 0, 1, 2
-_PER_SAMPLE = {"lengths": "<i4", "src_lengths": "<i4", "num_targets": "<i4", "flags": "|u1", "lines": "<i8"}
+_PER_SAMPLE = {
+    "lengths": "<i4",
+    "src_lengths": "<i4",
+    "num_targets": "<i4",
+    "flags": "|u1",
+    "lines": "<i8",
+    "rows": "<i8",
+}
 _ARRAYS = {"input_ids": "<i4", "target_kinds": "|u1", **_PER_SAMPLE}
 
 
@@ -45,21 +55,34 @@ class EncodedChunk(NamedTuple):
     problems: list[Problem]
     num_rows: int
     num_bytes: int
+    formats: Counter[str]  # 各种写法的行数
+    unused: Counter[str]  # 没有用上的字段各在几行里
 
 
 def encode_chunk(
-    rows: Sequence[RawRow | Problem], tokenizer, path: str, split: str, options: dict[str, Any]
+    rows: Sequence[RawRow | Problem],
+    tokenizer,
+    path: str,
+    split: str,
+    options: dict[str, Any],
+    row_options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
 ) -> EncodedChunk:
     """解析并编码一批行；纯函数，只用到 json、sentencepiece 与 numpy，可以在 fork 出的子进程里运行。"""
     problems: list[Problem] = []
     encoded: list[EncodedSample] = []
     digests: list[bytes] = []
     flags: list[int] = []
-    for row in rows:
-        sample, broken = parse_row(row, path, split)
+    places: list[int] = []
+    formats: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    for place, row in enumerate(rows):
+        sample, broken = parse_row(row, path, split, row_options)
         problems += broken
         if sample is None:
             continue
+        formats[sample.format] += 1
+        if sample.unused:
+            unused.update(sample.unused)
         try:
             item = encode_sample(sample, tokenizer, **options)
         except ValueError as error:
@@ -70,18 +93,22 @@ def encode_chunk(
             problems.append(Problem(path, sample.line, "output", what, "请检查这一行的内容是否全是空白"))
             continue
         encoded.append(item)
-        digests.append(hashlib.blake2b(repr(sample.messages).encode(), digest_size=16).digest())
+        places.append(place)
+        content = repr(sample.messages if sample.trained is None else (sample.messages, sample.trained))
+        digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
         flags.append(
             _SRC_CUT * item.src_truncated
             + _TGT_CUT * item.tgt_truncated
             + _CONTROL * item.has_control_pieces
             + _EMPTY_OUTPUT * (sample.messages[-1][1] == "")
+            + _SEVERAL_TURNS * (len(sample.messages) > 2)
         )
     num_bytes = sum(map(_num_bytes, rows))
-    return EncodedChunk(_to_arrays(encoded, flags), digests, problems, len(rows), num_bytes)
+    arrays = _to_arrays(encoded, flags, places)
+    return EncodedChunk(arrays, digests, problems, len(rows), num_bytes, formats, unused)
 
 
-def _to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[str, np.ndarray]:
+def _to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int], rows: Sequence[int]) -> dict[str, np.ndarray]:
     ids = np.array([token for item in encoded for token in item.input_ids], dtype="<i4")
     labels = np.array([label for item in encoded for label in item.labels], dtype="<i4")
     kinds = np.where(labels == IGNORE_INDEX, _NO_TARGET, np.where(labels == ids, _SAME_TARGET, _EOS_TARGET))
@@ -93,6 +120,7 @@ def _to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[s
         "num_targets": [item.num_targets for item in encoded],
         "flags": flags,
         "lines": [item.line for item in encoded],
+        "rows": rows,
     }
     return {name: np.asarray(columns[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
 
@@ -117,6 +145,8 @@ class BaichuanDataSet:
         family: str = "baichuan2",
         user_token_id: int = 195,
         assistant_token_id: int = 196,
+        template: dict[str, str] | None = None,
+        row_options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
         is_skip: bool = False,
         drop_duplicates: bool = False,
         cache_dir: str | os.PathLike | None = None,
@@ -133,19 +163,25 @@ class BaichuanDataSet:
             "family": family,
             "user_token_id": user_token_id,
             "assistant_token_id": assistant_token_id,
+            "template": template,
         }
         choices = {"is_skip": is_skip, "drop_duplicates": drop_duplicates}
         check_file(path)
         self.cache_note = "未使用"
         cached = None
         if cache_dir is not None:
-            cache = TokenCache(cache_dir, self.path, tokenizer, {"version": ENCODING_VERSION, **options, **choices})
+            settings = {"version": ENCODING_VERSION, **options, **choices, **row_options._asdict()}
+            cache = TokenCache(cache_dir, self.path, tokenizer, json.loads(json.dumps(settings)))
             cached, self.cache_note = cache.load()
         if cached is None:
-            cached = _encode_file(self.path, tokenizer, options, **choices, workers=num_workers, progress=show_progress)
+            cached = _encode_file(
+                *(self.path, tokenizer, options, row_options),
+                *(is_skip, drop_duplicates, num_workers, show_progress),
+            )
             if cache_dir is not None:
                 self.cache_note += cache.save(*cached)
         arrays, self.counts = cached
+        self.prompt_format = prompt_format
         self.paths: list[str] = []
         self._set_arrays(arrays)
 
@@ -160,8 +196,35 @@ class BaichuanDataSet:
 
     def append(self, samples: Sequence[EncodedSample], path: str):
         """在末尾接上 path 里的样本（重放的通用文字）；它们与原有的一起洗牌、装箱。"""
-        added = _to_arrays(samples, [0] * len(samples))
+        added = _to_arrays(samples, [0] * len(samples), range(len(samples)))
         self._set_arrays({name: np.concatenate([self._arrays[name], added[name]]) for name in _ARRAYS}, path)
+
+    def take(self, indices: np.ndarray) -> "BaichuanDataSet":
+        """其中的这些样本（可以重复），依 indices 的次序；自己不变。"""
+        taken = copy.copy(self)
+        begins, lengths = self.offsets[:-1][indices], self._arrays["lengths"][indices].astype(np.int64)
+        tokens = np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        taken.paths = [self.paths[index] for index in indices]
+        taken._set_arrays(
+            {name: array[indices if name in _PER_SAMPLE else tokens] for name, array in self._arrays.items()}
+        )
+        return taken
+
+    @staticmethod
+    def join(parts: Sequence["BaichuanDataSet"]) -> "BaichuanDataSet":
+        """几份首尾相接成一份；一份时就是它自己。"""
+        if len(parts) == 1:
+            return parts[0]
+        joined = copy.copy(parts[0])
+        joined.path = "、".join(part.path for part in parts)
+        joined.paths = [path for part in parts for path in part.paths]
+        joined._set_arrays({name: np.concatenate([part._arrays[name] for part in parts]) for name in _ARRAYS})
+        return joined
+
+    @property
+    def rows(self) -> np.ndarray:
+        """各样本在它的文件里是第几行（从 0 起，数组则是第几个元素）。"""
+        return self._arrays["rows"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -170,7 +233,9 @@ class BaichuanDataSet:
         """第 index 个样本；input_ids 与 labels 是 int32 数组。"""
         begin, end = self.offsets[index], self.offsets[index + 1]
         input_ids, kinds = self._arrays["input_ids"][begin:end], self._arrays["target_kinds"][begin:end]
-        labels = np.where(kinds == _SAME_TARGET, input_ids, np.where(kinds == _EOS_TARGET, self.eos_token_id, -100))
+        labels = np.where(
+            kinds == _SAME_TARGET, input_ids, np.where(kinds == _EOS_TARGET, self.eos_token_id, IGNORE_INDEX)
+        )
         flags = int(self._arrays["flags"][index])
         return EncodedSample(
             input_ids=input_ids,
@@ -195,6 +260,7 @@ class BaichuanDataSet:
             "num_src_truncated": int((flags & _SRC_CUT > 0).sum()),
             "num_tgt_truncated": int((flags & _TGT_CUT > 0).sum()),
             "num_control_rows": int((flags & _CONTROL > 0).sum()),
+            "num_conversations": int((flags & _SEVERAL_TURNS > 0).sum()),
             "num_tokens": num_tokens,
             "num_target_tokens": num_targets,
             "target_share": num_targets / num_tokens,
@@ -210,6 +276,7 @@ class BaichuanDataSet:
         lines = [
             f"数据报告：{self.path}",
             f"  文件 {found['num_rows']} 行，样本 {len(self)} 条{skipped}",
+            f"  写法：{_listing(found['formats'], '行')}",
             f"  空输出 {found['num_empty_outputs']}（目标只有 eos），{duplicates}",
             f"  截断：src {found['num_src_truncated']} 条，tgt {found['num_tgt_truncated']} 条（截短的 tgt 没有 eos）",
             f"  长度（token）：p50 {p50}，p90 {p90}，p95 {p95}，p99 {p99}，最长 {longest}（上限 {self.max_len}）",
@@ -217,22 +284,38 @@ class BaichuanDataSet:
         ]
         if found["num_control_rows"]:
             lines.append(f"  {found['num_control_rows']} 条的文本里有 <reserved_N> 之类的控制符号，已按普通文字编码")
+        if found["unused_fields"]:
+            lines.append(f"  没有用上的字段：{_listing(found['unused_fields'], '行')}")
+        if found["num_conversations"] and self.prompt_format == "plain":
+            lines.append(
+                f"  警告：{found['num_conversations']} 条是多轮或有 system 的对话，而提示格式是 plain：各轮之间只有"
+                "回答之后的 eos，system 与用户的话直接相接；模型若是对话模型，请加 --prompt_format chat"
+            )
         return "\n".join([*lines, f"  分词缓存：{self.cache_note}"])
+
+
+def _listing(counts: dict[str, int], unit: str) -> str:
+    """{名字: 数目} → 「a 3 行、b 2 行」，多的在前，至多十项。"""
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return "、".join(f"{name} {count} {unit}" for name, count in ranked[:10]) + ("……" if len(ranked) > 10 else "")
 
 
 def _encode_file(
     path: str,
     tokenizer,
     options: dict[str, Any],
+    row_options: RowOptions,
     is_skip: bool,
     drop_duplicates: bool,
     workers: int | None,
     progress: bool,
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """读取并编码整个文件，返回 (各数组, 行数统计)。"""
     problems = ProblemList(path)
     seen: set[bytes] = set()
     counts = {"num_rows": 0, "num_duplicates": 0, "num_skipped": 0, "duplicates_dropped": drop_duplicates}
+    formats: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     kept: list[dict[str, np.ndarray]] = []
     file_bytes = os.path.getsize(path)
     bar = tqdm(
@@ -243,9 +326,15 @@ def _encode_file(
         disable=True if not progress or file_bytes < PROGRESS_ROWS_BYTES else None,  # None：不是终端时不显示
     )
     with bar:
-        for chunk in _encode_chunks(_chunks(iter_rows(path)), path, tokenizer, options, workers):
+        encode = partial(
+            encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options, row_options=row_options
+        )
+        for chunk in _encode_chunks(_chunks(iter_rows(path)), path, encode, workers):
             bar.update(chunk.num_bytes)
+            chunk.arrays["rows"] += counts["num_rows"]
             counts["num_rows"] += chunk.num_rows
+            formats += chunk.formats
+            unused += chunk.unused
             problems.add(chunk.problems)
             keep = np.ones(len(chunk.digests), dtype=bool)
             for i, digest in enumerate(chunk.digests):
@@ -265,7 +354,7 @@ def _encode_file(
     arrays = {name: np.concatenate([part[name] for part in kept]) for name in _ARRAYS}
     if not len(arrays["lengths"]):
         raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")
-    return arrays, counts
+    return arrays, {**counts, "formats": dict(formats), "unused_fields": dict(unused)}
 
 
 def _select(arrays: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:
@@ -292,7 +381,7 @@ def _num_bytes(row: RawRow | Problem) -> int:
     return len(row.content) if isinstance(row, RawRow) else 0
 
 
-def check_first_rows(path: str | os.PathLike):
+def check_first_rows(path: str | os.PathLike, row_options: RowOptions = RowOptions()):  # noqa: B008 （不可变）
     """只检查文件开头的 FIRST_ROWS 行（不分词）：多数的错误在载入模型、编译算子之前就能说出来。
 
     Raises:
@@ -300,7 +389,7 @@ def check_first_rows(path: str | os.PathLike):
     """
     problems, num_bytes = ProblemList(path), 0
     for count, row in enumerate(iter_rows(path), 1):
-        problems.add(parse_row(row, str(path), "train")[1])
+        problems.add(parse_row(row, str(path), "train", row_options)[1])
         num_bytes += _num_bytes(row)
         if count == FIRST_ROWS or num_bytes >= FIRST_BYTES:
             break
@@ -320,10 +409,9 @@ def _work(rows: list[RawRow | Problem]) -> EncodedChunk:
 
 
 def _encode_chunks(
-    chunks: Iterable[list], path: str, tokenizer, options: dict[str, Any], workers: int | None
+    chunks: Iterable[list], path: str, encode: Callable[..., EncodedChunk], workers: int | None
 ) -> Iterator[EncodedChunk]:
     """依次编码各批；文件较大时用多个进程，次序不变，在途的批数有限。"""
-    encode = partial(encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options)
     if workers is None:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -7,6 +7,7 @@ WORLD_SIZE=8 python train.py --dry_run …                    # 没有卡的机�
 import os
 import random
 from argparse import Namespace
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +18,10 @@ import torch
 from activation_plan import QUANTIZED_BYTES, MicroBatch, PlannedModel, checkpointed_layers, plan_model
 from baichuan import BaichuanConfig
 from batching import deal_step, epoch_steps
-from data_check import ProblemList, iter_rows
 from data_set import encode_chunk
+from finetune.data.mixture import parse_sources
+from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
+from finetune.data.samples import row_options
 from flops import gemm_rate, nominal_rate, recompute_flops, step_flops
 from memory_plan import GIB, Plan, Setup, checkpoint_bytes, plan_memory, setup_of
 from model_factory import load_tokenizer
@@ -82,18 +85,25 @@ def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
         ValueError: 抽到的行有错，或全部超长而被 --is_skip 丢弃。
     """
     generator, rows, count = random.Random(args.seed), [], 0
-    for row in iter_rows(args.train_path):
+    for path, row in weighted_rows(args, generator):
         count += 1
         if len(rows) < ROWS_SAMPLED:
-            rows.append(row)
+            rows.append((path, row))
         elif (place := generator.randrange(count)) < ROWS_SAMPLED:
-            rows[place] = row
+            rows[place] = path, row
     options = {"max_len": args.max_len, "max_src_len": args.max_src_len, **prompting._asdict()}
-    chunk = encode_chunk(rows, tokenizer, str(args.train_path), "train", options)
-    problems = ProblemList(args.train_path)
-    problems.add(chunk.problems)
-    problems.raise_if_any()
-    flags, lengths = chunk.arrays["flags"], chunk.arrays["lengths"]
+    chunks = []
+    for path in dict.fromkeys(path for path, _ in rows):
+        own_rows = [row for other, row in rows if other == path]
+        chunks.append(encode_chunk(own_rows, tokenizer, path, "train", options, row_options(vars(args))))
+        problems = ProblemList(path)
+        problems.add(chunks[-1].problems)
+        problems.raise_if_any()
+    arrays = {
+        name: np.concatenate([chunk.arrays[name] for chunk in chunks]) if chunks else np.zeros(0, dtype=int)
+        for name in ("flags", "lengths", "num_targets")
+    }
+    flags, lengths = arrays["flags"], arrays["lengths"]
     keep = np.ones(len(lengths), dtype=bool) if not args.is_skip else (flags & 3) == 0
     if not keep.any():
         raise ValueError(f"数据文件 {args.train_path} 里没有可用的样本（空的，或全部超长被 --is_skip 丢弃）")
@@ -101,11 +111,20 @@ def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
         num_rows=count,
         num_read=len(rows),
         lengths=lengths[keep].tolist(),
-        num_targets=chunk.arrays["num_targets"][keep].tolist(),
+        num_targets=arrays["num_targets"][keep].tolist(),
         num_src_cut=int((flags[keep] & 1 > 0).sum()),
         num_tgt_cut=int((flags[keep] & 2 > 0).sum()),
         num_skipped=int((~keep).sum()),
     )
+
+
+def weighted_rows(args: Namespace, generator: random.Random) -> Iterator[tuple[str, RawRow | Problem]]:
+    """训练数据的 (文件, 行)，各行按它的文件的份量出现，--val_ratio 的份额略去。"""
+    for path, weight in parse_sources(args.train_path):
+        whole, part = divmod(weight * (1 - (getattr(args, "val_ratio", None) or 0)), 1)
+        for row in iter_rows(path):
+            for _ in range(int(whole) + (part > 0 and generator.random() < part)):
+                yield path, row
 
 
 def find_machine(model: PlannedModel, precision: str) -> Machine:

@@ -64,8 +64,9 @@ def evaluation_problems(args: Namespace) -> list[str]:
     for name in ("eval_step", "early_stopping_patience", "save_total_limit"):
         expect(getattr(args, name) >= 0, f"--{name}({getattr(args, name)}) 必须为 0（不用）或正数")
     expect(args.eval_max_new_tokens >= 1, f"--eval_max_new_tokens({args.eval_max_new_tokens}) 必须至少为 1")
-    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and args.eval_path is None]
-    expect(not useless, f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或去掉")
+    has_data = args.eval_path is not None or args.val_ratio is not None
+    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and not has_data]
+    expect(not useless, f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或 --val_ratio，或去掉")
     expect(
         "eval_max_new_tokens" not in args.given or args.eval_metric != "nll",
         "--eval_max_new_tokens 在 --eval_metric nll 时不起作用，请去掉，或换一个生成的指标",

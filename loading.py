@@ -17,7 +17,7 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from checkpoint import MANIFEST, RUN_CONFIG, TEMPORARY_PREFIX, file_sha256, iter_checkpoints
 from model_factory import load_base_model, load_config, load_tokenizer
-from prompting import Prompting, resolve_prompt_format
+from prompting import Prompting, requested_prompting, resolve_prompt_format
 from utils import read_json
 from weights import weight_files
 
@@ -142,7 +142,7 @@ def find_prompting(
     """检查点的提示方式：训练时记下的；没有记录时由 generation_config.json 决定。prompt_format 不是 auto 时以它为准。"""
     recorded = {name: run_config[name] for name in Prompting._fields if name in run_config}
     prompting = resolve_prompt_format("auto", base_path, config)._replace(**recorded)
-    return prompting if prompt_format == "auto" else prompting._replace(prompt_format=prompt_format)
+    return requested_prompting(prompting, prompt_format)
 
 
 def load_checkpoint_tokenizer(checkpoint: Checkpoint) -> BaichuanTokenizer:

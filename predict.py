@@ -20,12 +20,12 @@ from arguments import Parser
 from chat import chat, note
 from checkpoint import RUN_CONFIG
 from compare import compare
-from data_check import Sample, read_samples
 from file_prediction import partial_path, predict_file
+from finetune.data.samples import RowOptions, Sample, read_samples, row_options, separator_choice
 from loading import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from metrics import METRICS
 from predictor import SAMPLING_DEFAULTS, Predictor, short_names
-from prompting import PROMPT_FORMATS, max_prompt_tokens
+from prompting import max_prompt_tokens, prompt_format_choice
 from quantization import quantization_problems
 from tables import format_table
 from utils import PRECISIONS, quiet_libraries, read_json, seed_everything
@@ -66,14 +66,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--load_in_8bit", action="store_true", help="基座量化成 8 位（LLM.int8），要 bitsandbytes")
     model.add_argument("--precision", default="auto", choices=PRECISIONS, help="计算精度，auto 按设备决定（缺省 auto）")
     model.add_argument(
-        "--prompt_format", default="auto", choices=("auto", *PROMPT_FORMATS),
-        help="提示词格式，auto 取训练时的格式，基座看 generation_config.json（缺省 auto）",
+        "--prompt_format", default="auto", type=prompt_format_choice, metavar="auto|plain|chat|文件.json",
+        help="提示词格式，auto 取训练时的格式，基座看 generation_config.json；也可以是一个模板文件（缺省 auto）",
     )  # fmt: skip
 
     data = parser.add_argument_group("输入与输出（都不给则在终端对话）")
     data.add_argument("--instruction", help="一条样本的指令")
-    data.add_argument("--input", help="一条样本的输入，直接接在指令之后")
-    data.add_argument("--test_path", help="要预测的文件：JSON 行或 JSON 数组，字段同训练文件，output 可缺，也可是列表")
+    data.add_argument("--input", help="一条样本的输入，接在指令之后")
+    data.add_argument("--test_path", help="要预测的文件：写法同训练文件，回答可缺，也可是列表")
+    data.add_argument(
+        "--input_separator", type=separator_choice, metavar="文字",
+        help=r"instruction 与 input 之间的文字，\n 是换行（缺省取训练时的值，没有则直接相接）",
+    )  # fmt: skip
+    data.add_argument("--ignore_fields", help="当作没有的字段，逗号分隔（缺省取训练时的值）")
     data.add_argument(
         "--output_path",
         help="预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
@@ -191,9 +196,23 @@ def choose_device(requested: str, num_gpus: int) -> torch.device:
     return device
 
 
-def read_test_rows(args: argparse.Namespace) -> list[Sample]:
+def reading_options(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> RowOptions:
+    """怎样读输入：同训练时的，命令行写明的优先。几个检查点训练时不同而命令行没有写明时抛 ValueError。"""
+    recorded = {row_options(checkpoint.run_config.get("args", {})) for checkpoint in checkpoints}
+    names = ("input_separator", "ignore_fields")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in names:
+        values = sorted({getattr(options, name) for options in recorded})
+        if name not in given and len(values) > 1:
+            raise ValueError(f"各检查点训练时的 --{name} 不同（{values}），请用 --{name} 写明用哪个")
+    first = next(iter(recorded), RowOptions())
+    trained = {"input_separator": first.input_separator, "ignore_fields": ",".join(first.ignore_fields)}
+    return row_options({**trained, **given})
+
+
+def read_test_rows(args: argparse.Namespace, options: RowOptions) -> list[Sample]:
     """读测试文件并检查输出路径与参考答案；不合要求时抛 ValueError。"""
-    rows = read_samples(args.test_path, split="predict")
+    rows = read_samples(args.test_path, "predict", options=options)
     output_path = Path(args.output_path)
     if output_path.is_dir():
         raise ValueError(f"--output_path({output_path}) 是一个目录，请给出文件名，例如 {output_path / 'out.jsonl'}")
@@ -261,16 +280,6 @@ def prepare(args: argparse.Namespace) -> Plan:
     device = attempt(choose_device, args.device, args.num_gpus)
     args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
     args.batch_size = 8 if args.batch_size is None else args.batch_size
-    rows = []
-    if args.test_path is not None:
-        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
-        args.output_path = args.output_path or default
-        rows = attempt(read_test_rows, args) or []
-    elif args.instruction is not None or args.input is not None:
-        rows = [Sample((("user", f"{args.instruction or ''}{args.input or ''}"),), line=1, path="命令行")]
-        args.output_path = args.output_path or "compare.html"
-    if args.label_scores == [] and rows and not args.compare:
-        args.label_scores = attempt(label_set, args, rows)
     checkpoints = []
     for path in args.compare or ([args.model_path] if args.model_path else []):
         is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
@@ -283,6 +292,17 @@ def prepare(args: argparse.Namespace) -> Plan:
         )
     adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
     found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    rows, options = [], attempt(reading_options, args, [*adapters.values()] or found) or RowOptions()
+    if args.test_path is not None:
+        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
+        args.output_path = args.output_path or default
+        rows = attempt(read_test_rows, args, options) or []
+    elif args.instruction is not None or args.input is not None:
+        parts = [text for text in (args.instruction, args.input) if text]
+        rows = [Sample((("user", options.input_separator.join(parts)),), line=1, path="命令行")]
+        args.output_path = args.output_path or "compare.html"
+    if args.label_scores == [] and rows and not args.compare:
+        args.label_scores = attempt(label_set, args, rows)
     if found:
         shortest = min(checkpoint.context_length for checkpoint in found)
         if args.max_new_tokens is None:

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from checkpoint import CHECKPOINT_NAME, file_sha256, remove_leftovers, set_aside_previous_run
+from finetune.data.mixture import describe_sources, parse_sources
 from prompting import Prompting
 from resume import check_same_run, find_resume_point
 from utils import broadcast_from_rank_0, log_rank_0, raise_together, world_size
@@ -40,7 +41,11 @@ def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precisi
     hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
-    data = {name: getattr(args, f"{name}_path") for name in ("train", "eval", "general", "replay")}
+    data = {name: getattr(args, f"{name}_path") for name in ("eval", "general", "replay")}
+    data = {name: file_sha256(Path(path)) for name, path in data.items() if path is not None}
+    data["train"] = describe_sources(parse_sources(args.train_path), lambda path: file_sha256(Path(path)))
+    if args.val_ratio is not None:
+        data["eval"] = [data["train"], args.val_ratio, args.seed]  # 评估集由它们决定
     return {
         "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank", "dry_run")},
         "train_type": args.train_type,
@@ -50,7 +55,7 @@ def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precisi
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),
         "world_size": world_size(),
         "base_model": {"path": args.model_name_or_path, "absolute_path": str(base.resolve()), "hashes": hashes},
-        "data": {name: file_sha256(Path(path)) for name, path in data.items() if path is not None},
+        "data": data,
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

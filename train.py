@@ -23,6 +23,8 @@ from checkpoint import checkpoint_name, file_sha256, rotate_checkpoints, save_ch
 from data_set import BaichuanDataSet
 from dry_run import dry_run
 from evaluation import Evaluation, batch_to_device
+from finetune.data.mixture import hold_out_rows, mix, parse_sources
+from finetune.data.samples import row_options
 from forgetting import Forgetting
 from frozen_cache import FrozenCache, num_frozen_layers
 from general_text import general_pieces, replay_pieces
@@ -30,7 +32,7 @@ from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limi
 from leftovers import SHM_DIRECTORY, release_shared_memory, remove_dead_shared_memory, settle_locks, watch_locks
 from model_factory import base_model_of, build_model, load_tokenizer
 from numerics import NumberWatch
-from prompting import Prompting, resolve_prompt_format
+from prompting import Prompting, prompting_reason, resolve_prompt_format
 from resume import load_trainer_state, save_trainer_state
 from run_record import describe_run, open_run
 from train_log import TrainLog, open_log
@@ -92,6 +94,7 @@ def main() -> int:
     interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
+    log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
     train_set, eval_set = load_data(args, tokenizer, prompting)
     precision, reason = broadcast_from_rank_0(lambda: choose_precision(args.precision))
     log_rank_0(f"精度：{precision}（{reason}）")
@@ -274,6 +277,8 @@ def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[Baichua
         ValueError: 数据有错；列出 文件:行: 字段: 问题。
     """
 
+    options = row_options(vars(args))
+
     def load(path: str | None) -> BaichuanDataSet | None:
         if path is None:
             return None
@@ -286,12 +291,21 @@ def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[Baichua
             drop_duplicates=args.drop_duplicates,
             cache_dir=args.cache_dir,
             show_progress=global_rank() == 0,
+            row_options=options,
             **prompting._asdict(),
         )
         log_rank_0(data_set.report())
         return data_set
 
-    train_set, eval_set = load(args.train_path), load(args.eval_path)
+    sources, held = parse_sources(args.train_path), None
+    if args.val_ratio is not None:
+        held = broadcast_from_rank_0(lambda: hold_out_rows(sources, args.val_ratio, args.seed, options))
+    train_set, eval_set = mix([load(source.path) for source in sources], sources, args.seed, held)
+    if held is not None:
+        log_rank_0(f"评估集：按文档留出 {len(eval_set)} 条（--val_ratio {args.val_ratio}），训练 {len(train_set)} 条")
+    elif len(sources) > 1 or sources[0].weight != 1:
+        log_rank_0(f"{len(sources)} 个文件按份量合成 {len(train_set)} 条训练样本")
+    eval_set = load(args.eval_path) or eval_set
     if args.replay_path is not None:
         num_samples = round(args.replay_ratio * len(train_set))
         pieces = replay_pieces(args.replay_path, tokenizer, args.max_len, args.seed, num_samples)
@@ -348,7 +362,7 @@ def open_frozen_cache(args: Namespace, engine, train_set: BaichuanDataSet) -> Fr
         )
     directory = SHM_DIRECTORY if args.cache_frozen == "memory" else Path(args.output_dir)
     port = os.environ.get("MASTER_PORT", "0")
-    name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{socket.gethostname()}-{port}"
+    name = f".tmp-frozen-{file_sha256(Path(parse_sources(args.train_path)[0].path))[:8]}-{socket.gethostname()}-{port}"
     cache = FrozenCache(
         directory / name,
         num_layers=num_layers,

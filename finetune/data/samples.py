@@ -13,7 +13,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -70,6 +70,21 @@ class RowOptions(NamedTuple):
     loss_turns: str = "all"  # 训练哪些回答：all | last
     train_on_prompt: bool = False  # 提示也是目标
     task: str = SUPERVISED  # 训练的阶段；FORMATS 里写明每种写法属于哪个阶段
+
+
+def row_options(settings: Mapping[str, Any]) -> RowOptions:
+    """由 train.py 的参数（或 run_config.json 里记下的）得到；没有记下的取缺省。"""
+    return RowOptions(
+        input_separator=settings.get("input_separator", ""),
+        ignore_fields=tuple(name.strip() for name in settings.get("ignore_fields", "").split(",") if name.strip()),
+        loss_turns=settings.get("loss_turns", "all"),
+        train_on_prompt=settings.get("train_on_prompt", False),
+    )
+
+
+def separator_choice(value: str) -> str:
+    r"""--input_separator 的取值：命令行里的 \n、\t 是换行与制表符。"""
+    return value.replace("\\n", "\n").replace("\\t", "\t")
 
 
 class Sample(NamedTuple):
