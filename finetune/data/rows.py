@@ -29,13 +29,15 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Problem(NamedTuple):
-    """数据文件里的一处错误。"""
+    """数据文件里的一处错误（读取），或一处发现（数据体检：severity 可为 note、warning）；code 供程序使用。"""
 
     path: str
     line: int
     field: str
     what: str
     remedy: str
+    severity: str = "error"
+    code: str = "field"
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.field}: {self.what}: {self.remedy}"

@@ -22,6 +22,8 @@ from finetune.data.rows import MAX_PROBLEMS, Problem, ProblemList, RawRow, iter_
 SPLITS = ("train", "eval", "predict")
 LOSS_TURNS = ("all", "last")
 SUPERVISED = "supervised"
+# 读模型、编译算子之前先看的行数与字节数
+FIRST_ROWS, FIRST_BYTES = 1000, 16 * 2**20
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing"), "assistant"),
@@ -136,6 +138,26 @@ def read_samples(
     if not samples:
         raise ValueError(f"数据文件 {path} 里没有任何样本（只有空白），请检查文件内容")
     return samples
+
+
+def check_first_rows(
+    path: str | os.PathLike,
+    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    max_rows: int = FIRST_ROWS,
+    max_bytes: int = FIRST_BYTES,
+):
+    """只检查文件开头的 max_rows 行（不分词）：多数的错误在载入模型、编译算子之前就能说出来。
+
+    Raises:
+        ValueError: 文件不能读，或开头的行有错；列法同读完整个文件。
+    """
+    problems, num_bytes = ProblemList(path), 0
+    for count, row in enumerate(iter_rows(path), 1):
+        problems.add(parse_row(row, str(path), "train", options)[1])
+        num_bytes += len(row.content) if isinstance(row, RawRow) else 0
+        if count == max_rows or num_bytes >= max_bytes:
+            break
+    problems.raise_if_any()
 
 
 def parse_row(
