@@ -133,11 +133,14 @@ def check_same_run(directory: Path, args: Namespace, run_config: dict):
     """
     saved = read_json(directory / RUN_CONFIG)
     old, new = saved["args"], run_config["args"]
+    old = {**args.defaults, **old}  # 当时还没有的参数，当时就是缺省
     differences = [
         f"--{name}：检查点是 {old.get(name)!r}，现在是 {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())
         if name not in FREE_FLAGS and old.get(name) != new.get(name)
     ]
+    if saved.get("template") != run_config.get("template"):
+        differences.append(f"--prompt_format {args.prompt_format} 的模板变了")
     for name, what in (("train", "训练数据"), ("replay", "重放的文字")):
         if saved["data"].get(name) != run_config["data"].get(name):
             differences.append(f"{what} {getattr(args, f'{name}_path')} 的内容变了")

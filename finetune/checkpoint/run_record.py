@@ -14,6 +14,7 @@ from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
 from utils import file_sha256, world_size
 
+NOT_RECORDED = ("given", "defaults", "local_rank", "dry_run")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 
@@ -32,7 +33,7 @@ def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precisi
     if args.val_ratio is not None:
         data["eval"] = [data["train"], args.val_ratio, args.seed]  # 评估集由它们决定
     return {
-        "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank", "dry_run")},
+        "args": {name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,

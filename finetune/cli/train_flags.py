@@ -230,8 +230,10 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
 
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
-    """解析命令行；args.given 是命令行明确写出的参数名。"""
-    args = build_parser().parse_args(argv)
+    """解析命令行；args.given 是命令行明确写出的参数名，args.defaults 是各参数的缺省值。"""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.defaults = {name: parser.get_default(name) for name in vars(args)}
     args.given = sorted(vars(build_parser(only_given=True).parse_args(argv)))
     args.train_type = TRAIN_TYPE_ALIASES.get(args.train_type, args.train_type)
     if args.learning_rate is None:

@@ -37,10 +37,10 @@ def read_rows(path: Path, max_input_chars: int | None = None, max_output_chars: 
     if strange:
         raise ValueError(f"{path} 第 {strange[0]} 行没有字符串的 output；比较只用 instruction/input/output 的行")
     kept = [
-        {name: row.get(name, "") for name in ("instruction", "input", "output")}
+        {name: row.get(name) or "" for name in ("instruction", "input", "output")}
         for row in rows
         if row["output"]
-        and len(row.get("input", "")) <= (max_input_chars or sys.maxsize)
+        and len(row.get("input") or "") <= (max_input_chars or sys.maxsize)
         and len(row["output"]) <= (max_output_chars or sys.maxsize)
     ]
     if not kept:

@@ -171,9 +171,10 @@ def parse_row(
         raise ValueError(f"split 应为 {' | '.join(SPLITS)}，实际是 {split!r}")
     if isinstance(row, Problem):
         return None, [row]
-    draft = _Draft(split == "predict", options, b"\\u" in row.content)
+    draft = _Draft(split == "predict", options)
     try:
-        raw = fields = _decode_row(row.content)
+        fields, draft.has_escapes = _decode_row(row.content)
+        raw = fields
         if options.ignore_fields:
             fields = {name: value for name, value in fields.items() if name not in options.ignore_fields}
         kind, unknown = _recognise(fields, draft)
@@ -218,28 +219,18 @@ class Format(NamedTuple):
 class _Draft:
     """正在读的一行：消息、目标、参考答案，与途中遇到的错误。"""
 
-    __slots__ = (
-        "document",
-        "errors",
-        "field",
-        "flags",
-        "has_escapes",
-        "is_predict",
-        "messages",
-        "options",
-        "references",
-        "trained",
-        "unused",
-    )
+    references: tuple[str, ...] | None = None
+    trained: tuple[bool, ...] | None = None
+    document = ""
+    field = ""  # 回答在哪个字段里
+    unused: tuple[str, ...] = ()
 
-    def __init__(self, is_predict: bool, options: RowOptions, has_escapes: bool):
-        self.is_predict, self.options, self.has_escapes = is_predict, options, has_escapes
+    has_escapes = True  # 这一行有 \\u 的转义，文字里可能有不成对的代理字符
+
+    def __init__(self, is_predict: bool, options: RowOptions):
+        self.is_predict, self.options = is_predict, options
         self.messages: list[Message] = []
         self.flags: dict[int, bool] = {}  # 写明了 loss 或 weight 的消息
-        self.references: tuple[str, ...] | None = None
-        self.trained: tuple[bool, ...] | None = None
-        self.document, self.field = "", ""  # field：回答在哪个字段里
-        self.unused: tuple[str, ...] = ()
         self.errors: list[RowError] = []
 
     def fail(self, field: str, what: str, remedy: str) -> None:
@@ -296,6 +287,8 @@ def _recognise(fields: dict[str, Any], draft: _Draft) -> tuple[Format, tuple[str
     kind, foreign, unused, unknown = _sort_fields(present)
     if kind is None:
         kind = _sort_fields(tuple(fields))[0] or _INSTRUCTION
+    if kind is _PROMPT_RESPONSE and "response" not in fields and "completion" in fields:
+        kind = _PROMPT_COMPLETION  # 回答是空字符串，没有凭它认出来
     if kind.task != draft.options.task:
         draft.fail(kind.marks[0], f"这一行是{kind.refusal or kind.name}，现在的训练不读它", "请换成问答或对话的写法")
         return kind, unknown
@@ -437,25 +430,39 @@ def _read_turns(field: str) -> Callable[[dict[str, Any], _Draft], None]:
         _add_system(fields, draft)
         messages = draft.messages
         for index, turn in enumerate(turns):
+            shape = _PLAIN_TURNS.get(tuple(turn)) if type(turn) is dict and not draft.has_escapes else None
+            if shape is not None:  # 最常见的样子：只有角色与文字，都没有毛病
+                role, text = turn[shape[0]], turn[shape[1]]
+                role = _ROLES.get(role) if type(role) is str else None
+                if role is not None and type(text) is str and (role != "user" or text.strip()):
+                    messages.append((role, text))
+                    continue
             _add_turn(field, index, turn, draft)
         if draft.errors:
             return
         if len(messages) > 1 and messages[0][0] == messages[1][0] == "system":
             draft.fail("system", f"{field} 里也有 system，不知道用哪个", "请只保留一处")
             return
-        _check_order(field, [role for role, _ in messages], draft)
-        draft.document = next((text for role, text in messages if role == "user"), "")
+        problem = _order_problem(tuple([role for role, _ in messages]), draft.is_predict)
+        if problem is not None:
+            index, *said = problem
+            draft.fail(field if index is None else f"{field}[{index}]", *said)
+            return
+        draft.document = messages[0][1] if messages[0][0] == "user" else messages[1][1]
 
     return read
+
+
+_TURN_SHAPES = (("role", "content"), ("from", "value"), ("human", "assistant"))
+_PLAIN_TURNS = {keys: shape for shape in _TURN_SHAPES[:2] for keys in (shape, shape[::-1])}
 
 
 @lru_cache(maxsize=4096)
 def _sort_turn(present: tuple[str, ...]) -> tuple[tuple[str, str] | None, tuple[str, ...], tuple[str, ...]]:
     """一条消息里不是 null 的字段 → ((角色, 文字) 或 (human, assistant) 两个字段, 认识而多余的, 不认识的)。"""
     names = set(present)
-    shapes = (("role", "content"), ("from", "value"), ("human", "assistant"))
-    shape = next((shape for shape in shapes if not names.isdisjoint(shape)), None)
-    others = {name for other in shapes if other != shape for name in other}
+    shape = next((shape for shape in _TURN_SHAPES if not names.isdisjoint(shape)), None)
+    others = {name for other in _TURN_SHAPES if other != shape for name in other}
     known = tuple(name for name in present if name in _UNUSED_IN_TURN or name in others)
     used = {*(shape or ()), "loss", "weight", *known}
     return shape, known, tuple(name for name in present if name not in used)
@@ -577,20 +584,20 @@ def _turn_text(place: str, value: Any, draft: _Draft) -> str:
     return "".join(texts)
 
 
-def _check_order(field: str, roles: list[str], draft: _Draft) -> None:
-    """次序：system 只在最前，其后从用户开始一问一答；训练数据以回答结尾。"""
+@lru_cache(maxsize=4096)
+def _order_problem(roles: tuple[str, ...], is_predict: bool) -> tuple[int | None, str, str] | None:
+    """次序：system 只在最前，其后从用户开始一问一答；训练数据以回答结尾 → 第几条有错、问题、办法，没有则为 None。"""
     start = 1 if roles[0] == "system" else 0
     for index in range(start, len(roles)):
         expected = "assistant" if (index - start) % 2 else "user"
         if roles[index] != expected:
             what = f"这里应是 {expected}，实际是 {roles[index]}"
-            remedy = "system 只能在最前，其后用户与回答要交替，请合并或删去"
-            draft.fail(f"{field}[{index}]", what, remedy)
-            return
+            return index, what, "system 只能在最前，其后用户与回答要交替，请合并或删去"
     if roles[-1] == "system":
-        draft.fail(field, "只有 system，没有用户消息", "请补上用户消息")
-    elif roles[-1] == "user" and not draft.is_predict:
-        draft.fail(field, "最后一条是用户消息，没有可学的回答", "请补上回答，或删去最后一条")
+        return None, "只有 system，没有用户消息", "请补上用户消息"
+    if roles[-1] == "user" and not is_predict:
+        return None, "最后一条是用户消息，没有可学的回答", "请补上回答，或删去最后一条"
+    return None
 
 
 # ---- 还不读的写法 ----
@@ -615,6 +622,8 @@ _INSTRUCTION = Format(
     ("instruction", "output", "input", "system", "history"),
     _read_instruction,
 )
+_PROMPT_COMPLETION = _pair("prompt", "completion", mark="completion")
+_PROMPT_RESPONSE = _pair("prompt", "response", mark="prompt")
 _PREFERENCE = ("chosen", "rejected")
 FORMATS = (
     Format("chosen/rejected", _PREFERENCE, _PREFERENCE, _read_nothing, "preference", "偏好对（chosen、rejected）"),
@@ -622,8 +631,8 @@ FORMATS = (
     _talk("messages"),
     _talk("conversation"),
     _pair("query", "response", mark="query"),
-    _pair("prompt", "completion", mark="completion"),
-    _pair("prompt", "response", mark="prompt"),
+    _PROMPT_COMPLETION,
+    _PROMPT_RESPONSE,
     _INSTRUCTION,
     Format("text", ("text",), ("text",), _read_nothing, "pretrain", "继续预训练的纯文本（text）"),
 )
@@ -652,10 +661,38 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_int=_parse_int, parse_constant=_refuse_constant)
+_HOOKS = {"parse_int": _parse_int, "parse_constant": _refuse_constant}
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, **_HOOKS)
+_SCAN = json.JSONDecoder(**_HOOKS).scan_once
 
 
-def _decode_row(content: bytes) -> dict[str, Any]:
+def _decode_row(content: bytes) -> tuple[dict[str, Any], bool]:
+    r"""一行 → (字段, 有没有 \u 的转义)。
+
+    多数的行走快的一路：没有钩子，看不见重复的字段，但冒号与字段一样多时不会有重复的。
+    """
+    try:
+        text = content.rstrip().decode()
+        fields, end = _SCAN(text, 0)
+    except (ValueError, StopIteration, RecursionError):
+        return _decode_slowly(content), True
+    if end != len(text) or type(fields) is not dict or text.count(":") != _count_keys(fields):
+        return _decode_slowly(content), "\\u" in text
+    return fields, "\\" in text and "\\u" in text
+
+
+def _count_keys(fields: dict[str, Any]) -> int:
+    """一行与它的各条消息的字段数；更深处的不数。"""
+    count = len(fields)
+    for value in fields.values():
+        if type(value) is list:
+            for item in value:
+                if type(item) is dict:
+                    count += len(item)
+    return count
+
+
+def _decode_slowly(content: bytes) -> dict[str, Any]:
     try:
         text = content.rstrip().decode("utf-8")
     except UnicodeDecodeError as error:
