@@ -1,7 +1,6 @@
 """run_config.json：一次训练的参数、数据的哈希与软件版本。"""
 
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,13 +11,14 @@ import transformers
 
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
+from finetune.options import flags_of
 from utils import file_sha256, world_size
 
-NOT_RECORDED = ("given", "defaults", "local_rank", "dry_run")
+UNRECORDED = ("local_rank", "dry_run")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 
-def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precision: str) -> dict:
+def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) -> dict:
     """run_config.json 的内容：预测、合并、导出与续训由此知道一切，不必再输入一遍。
 
     基座的每个文件与数据文件都记下 SHA-256；几个文件并行计算。
@@ -33,7 +33,9 @@ def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precisi
     if args.val_ratio is not None:
         data["eval"] = [data["train"], args.val_ratio, args.seed]  # 评估集由它们决定
     return {
-        "args": {name: value for name, value in vars(args).items() if name not in NOT_RECORDED},
+        "args": {
+            field.name: getattr(args, field.name) for field in flags_of(type(args)) if field.name not in UNRECORDED
+        },
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,

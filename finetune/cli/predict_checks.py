@@ -1,6 +1,5 @@
 """predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
 
-import argparse
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +9,7 @@ import torch
 from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.checkpoint.quantized import quantization_problems
+from finetune.cli.predict_flags import PredictOptions
 from finetune.data.prompting import max_prompt_tokens
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
 from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
@@ -26,7 +26,7 @@ class Plan(NamedTuple):
     rows: list[Sample]  # 要预测的行；空的是对话
 
 
-def option_problems(args: argparse.Namespace) -> list[str]:
+def option_problems(args: PredictOptions) -> list[str]:
     """只看命令行就能发现的全部问题。"""
     problems = []
     single = args.instruction is not None or args.input is not None
@@ -74,7 +74,7 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
+def compare_problems(args: PredictOptions, single: bool) -> list[str]:
     """--compare 特有的问题。"""
     problems = []
     if len(args.compare) < 2:
@@ -106,7 +106,7 @@ def choose_device(requested: str, num_gpus: int) -> torch.device:
     return device
 
 
-def reading_options(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> RowOptions:
+def reading_options(args: PredictOptions, checkpoints: list[Checkpoint]) -> RowOptions:
     """怎样读输入：同训练时的，命令行写明的优先。几个检查点训练时不同而命令行没有写明时抛 ValueError。"""
     recorded = {row_options(checkpoint.run_config.get("args", {})) for checkpoint in checkpoints}
     names = ("input_separator", "ignore_fields")
@@ -120,7 +120,7 @@ def reading_options(args: argparse.Namespace, checkpoints: list[Checkpoint]) -> 
     return row_options({**trained, **given})
 
 
-def read_test_rows(args: argparse.Namespace, options: RowOptions) -> list[Sample]:
+def read_test_rows(args: PredictOptions, options: RowOptions) -> list[Sample]:
     """读测试文件并检查输出路径与参考答案；不合要求时抛 ValueError。"""
     rows = read_samples(args.test_path, "predict", options=options)
     output_path = Path(args.output_path)
@@ -143,7 +143,7 @@ def read_test_rows(args: argparse.Namespace, options: RowOptions) -> list[Sample
     return rows
 
 
-def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
+def inspect_adapters(args: PredictOptions) -> dict[str, Checkpoint]:
     """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
     adapters = {}
     for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
@@ -162,7 +162,7 @@ def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
     return adapters
 
 
-def label_set(args: argparse.Namespace, rows: list[Sample]) -> list[str]:
+def label_set(args: PredictOptions, rows: list[Sample]) -> list[str]:
     """没有写明标签的 --label_scores：文件里 output 出现过的全部；没有文件，或不足两个时抛 ValueError。"""
     if args.test_path is None:
         raise ValueError("--label_scores 没有写标签，也没有 --test_path 可以从中取，请在它后面写明两个以上的标签")
@@ -177,7 +177,7 @@ def recorded_in(adapter: Checkpoint) -> str:
     return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
 
 
-def prepare(args: argparse.Namespace) -> Plan:
+def prepare(args: PredictOptions) -> Plan:
     """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
     problems = option_problems(args)
 

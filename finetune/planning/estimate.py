@@ -2,12 +2,13 @@
 
 import os
 import random
-from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from finetune.cli.train_flags import TrainOptions
 from finetune.data.encoding import SRC_CUT, TGT_CUT, encode_chunk
 from finetune.data.mixture import parse_sources
 from finetune.data.packing import deal_step, epoch_steps
@@ -18,6 +19,7 @@ from finetune.planning.flops import recompute_flops, step_flops
 from finetune.planning.machine import Machine
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory, setup_of
 from finetune.process.precision import choose_precision
+from finetune.training.options import total_steps
 
 ROWS_SAMPLED = 4000
 STEPS_SAMPLED = 100
@@ -55,7 +57,7 @@ class Outcome(NamedTuple):
     hours: float
 
 
-def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
+def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
     """从数据里均匀抽取至多 ROWS_SAMPLED 行（蓄水池抽样，次序固定）并编码；内存里只有抽到的行。
 
     Raises:
@@ -94,7 +96,7 @@ def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
     )
 
 
-def weighted_rows(args: Namespace, generator: random.Random) -> Iterator[tuple[str, RawRow | Problem]]:
+def weighted_rows(args: TrainOptions, generator: random.Random) -> Iterator[tuple[str, RawRow | Problem]]:
     """训练数据的 (文件, 行)，各行按它的文件的份量出现，--val_ratio 的份额略去。"""
     for path, weight in parse_sources(args.train_path):
         whole, part = divmod(weight * (1 - (args.val_ratio or 0)), 1)
@@ -103,7 +105,7 @@ def weighted_rows(args: Namespace, generator: random.Random) -> Iterator[tuple[s
                 yield path, row
 
 
-def largest_micro_batch(args: Namespace, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:
+def largest_micro_batch(args: TrainOptions, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:
     """真的排出头 STEPS_SAMPLED 步（与训练同样的次序与装箱）→ (最坏的 micro batch，是否有一步含几个)。
 
     最坏的一个由 token 最多的与目标最多的合成。
@@ -126,7 +128,7 @@ def largest_micro_batch(args: Namespace, sample: DataSample, cards: int) -> tupl
 
 
 def evaluate(
-    args: Namespace,
+    args: TrainOptions,
     ds_config: dict,
     model: PlannedModel,
     sample: DataSample,
@@ -145,8 +147,7 @@ def evaluate(
         plan.host["冻结底层的缓存"] = num_tokens * model.shape.hidden * setup.element_bytes
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * cards
     steps_per_epoch = -(-round(len(sample.lengths) * sample.scale) // global_batch)
-    num_steps = steps_per_epoch * args.num_train_epochs
-    num_steps = num_steps if args.max_steps == -1 else min(num_steps, args.max_steps)
+    num_steps = total_steps(steps_per_epoch, args)
     trained_layers = len(model.layers) - model.first_trained_layer
     flops = step_flops(model.shape, sample.lengths, sum(sample.num_targets), args.train_type, trained_layers)
     flops += recompute_flops(
@@ -168,10 +169,10 @@ def utilisation(setup: Setup) -> float:
 
 
 def plan_on_cards(
-    args: Namespace, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
+    args: TrainOptions, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
 ) -> Outcome:
     """没有 GPU 的机器上，同样的参数换成每个进程一张卡；--precision auto 按直接计算 bf16 的卡。"""
-    variant = Namespace(**{**vars(args), "precision": "bf16" if args.precision == "auto" else args.precision})
+    variant = replace(args, precision="bf16" if args.precision == "auto" else args.precision)
     return evaluate(variant, ds_config, model, sample, machine._replace(device="cuda"), cards)
 
 
