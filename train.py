@@ -23,8 +23,10 @@ from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
 from finetune.cli.train_checks import validate_args
 from finetune.cli.train_flags import TrainOptions, parse_args
+from finetune.data.mixture import hold_out_rows, mix, parse_sources
 from finetune.data.plain_text import replay_pieces
-from finetune.data.prompting import Prompting, resolve_prompt_format
+from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_format
+from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
@@ -91,6 +93,7 @@ def main() -> int:
     interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
+    log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
     train_set, eval_set = load_data(args, tokenizer, prompting)
     precision, reason = broadcast_from_rank_0(lambda: choose_precision(args.precision))
     log_rank_0(f"精度：{precision}（{reason}）")
@@ -282,6 +285,8 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
         ValueError: 数据有错；列出 文件:行: 字段: 问题。
     """
 
+    options = row_options(vars(args))
+
     def load(path: str | None) -> BaichuanDataSet | None:
         if path is None:
             return None
@@ -294,12 +299,21 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
             drop_duplicates=args.drop_duplicates,
             cache_dir=args.cache_dir,
             show_progress=global_rank() == 0,
+            row_options=options,
             **prompting._asdict(),
         )
         log_rank_0(data_set.report())
         return data_set
 
-    train_set, eval_set = load(args.train_path), load(args.eval_path)
+    sources, held = parse_sources(args.train_path), None
+    if args.val_ratio is not None:
+        held = broadcast_from_rank_0(lambda: hold_out_rows(sources, args.val_ratio, args.seed, options))
+    train_set, eval_set = mix([load(source.path) for source in sources], sources, args.seed, held)
+    if held is not None:
+        log_rank_0(f"评估集：按文档留出 {len(eval_set)} 条（--val_ratio {args.val_ratio}），训练 {len(train_set)} 条")
+    elif len(sources) > 1 or sources[0].weight != 1:
+        log_rank_0(f"{len(sources)} 个文件按份量合成 {len(train_set)} 条训练样本")
+    eval_set = load(args.eval_path) or eval_set
     if args.replay_path is not None:
         num_samples = round(args.replay_ratio * len(train_set))
         pieces = replay_pieces(args.replay_path, tokenizer, args.max_len, args.seed, num_samples)

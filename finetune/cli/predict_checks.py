@@ -11,7 +11,7 @@ from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.checkpoint.quantized import quantization_problems
 from finetune.cli.predict_flags import PredictOptions
 from finetune.data.prompting import max_prompt_tokens
-from finetune.data.samples import Sample, read_samples
+from finetune.data.samples import RowOptions, Sample, read_samples, row_options
 from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
 from finetune.terminal import note
 from utils import read_json
@@ -106,9 +106,23 @@ def choose_device(requested: str, num_gpus: int) -> torch.device:
     return device
 
 
-def read_test_rows(args: PredictOptions) -> list[Sample]:
+def reading_options(args: PredictOptions, checkpoints: list[Checkpoint]) -> RowOptions:
+    """怎样读输入：同训练时的，命令行写明的优先。几个检查点训练时不同而命令行没有写明时抛 ValueError。"""
+    recorded = {row_options(checkpoint.run_config.get("args", {})) for checkpoint in checkpoints}
+    names = ("input_separator", "ignore_fields")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in names:
+        values = sorted({getattr(options, name) for options in recorded})
+        if name not in given and len(values) > 1:
+            raise ValueError(f"各检查点训练时的 --{name} 不同（{values}），请用 --{name} 写明用哪个")
+    first = next(iter(recorded), RowOptions())
+    trained = {"input_separator": first.input_separator, "ignore_fields": ",".join(first.ignore_fields)}
+    return row_options({**trained, **given})
+
+
+def read_test_rows(args: PredictOptions, options: RowOptions) -> list[Sample]:
     """读测试文件并检查输出路径与参考答案；不合要求时抛 ValueError。"""
-    rows = read_samples(args.test_path, split="predict")
+    rows = read_samples(args.test_path, "predict", options=options)
     output_path = Path(args.output_path)
     if output_path.is_dir():
         raise ValueError(f"--output_path({output_path}) 是一个目录，请给出文件名，例如 {output_path / 'out.jsonl'}")
@@ -176,16 +190,6 @@ def prepare(args: PredictOptions) -> Plan:
     device = attempt(choose_device, args.device, args.num_gpus)
     args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
     args.batch_size = 8 if args.batch_size is None else args.batch_size
-    rows = []
-    if args.test_path is not None:
-        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
-        args.output_path = args.output_path or default
-        rows = attempt(read_test_rows, args) or []
-    elif args.instruction is not None or args.input is not None:
-        rows = [Sample((("user", f"{args.instruction or ''}{args.input or ''}"),), line=1, path="命令行")]
-        args.output_path = args.output_path or "compare.html"
-    if args.label_scores == [] and rows and not args.compare:
-        args.label_scores = attempt(label_set, args, rows)
     checkpoints = []
     for path in args.compare or ([args.model_path] if args.model_path else []):
         is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
@@ -198,6 +202,17 @@ def prepare(args: PredictOptions) -> Plan:
         )
     adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
     found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    rows, options = [], attempt(reading_options, args, [*adapters.values()] or found) or RowOptions()
+    if args.test_path is not None:
+        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
+        args.output_path = args.output_path or default
+        rows = attempt(read_test_rows, args, options) or []
+    elif args.instruction is not None or args.input is not None:
+        parts = [text for text in (args.instruction, args.input) if text]
+        rows = [Sample((("user", options.input_separator.join(parts)),), line=1, path="命令行")]
+        args.output_path = args.output_path or "compare.html"
+    if args.label_scores == [] and rows and not args.compare:
+        args.label_scores = attempt(label_set, args, rows)
     if found:
         shortest = min(checkpoint.context_length for checkpoint in found)
         if args.max_new_tokens is None:

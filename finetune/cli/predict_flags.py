@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from finetune.cli.parser import Parser
-from finetune.data.prompting import PROMPT_FORMATS
+from finetune.data.prompting import prompt_format_choice
+from finetune.data.samples import separator_choice
 from finetune.inference.options import GenerationOptions
 from finetune.options import flag
 
@@ -34,8 +35,9 @@ class CheckpointOptions:
     load_in_8bit: bool = flag(False, "基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")
     prompt_format: str = flag(
         "auto",
-        "提示格式，auto 取训练时的格式，基座看 generation_config.json",
-        choices=("auto", *PROMPT_FORMATS),
+        "提示格式，auto 取训练时的格式，基座看 generation_config.json；也可以是一个模板文件，见 docs/data.md",
+        kind=prompt_format_choice,
+        metavar="auto|plain|chat|文件.json",
     )
 
 
@@ -44,10 +46,15 @@ class InputOptions:
     """预测什么，写到哪里。"""
 
     instruction: str | None = flag(None, "一条样本的指令（缺省没有）")
-    input: str | None = flag(None, "一条样本的输入，直接接在指令之后（缺省没有）")
-    test_path: str | None = flag(
-        None, "要预测的文件：JSON 行或 JSON 数组，字段同训练文件，output 可缺，也可是列表（缺省没有）"
+    input: str | None = flag(None, "一条样本的输入，接在指令之后（缺省没有）")
+    test_path: str | None = flag(None, "要预测的文件：写法同训练文件，回答可缺，也可是列表（缺省没有）")
+    input_separator: str | None = flag(
+        None,
+        r"instruction 与 input 之间的文字，\n 是换行（缺省取训练时的值，没有则直接相接）",
+        kind=separator_choice,
+        metavar="文字",
     )
+    ignore_fields: str | None = flag(None, "当作没有的字段，逗号分隔（缺省取训练时的值）")
     output_path: str | None = flag(
         None,
         "预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"

@@ -11,8 +11,10 @@ from baichuan import BaichuanConfig
 from finetune.checkpoint.base_model import checked_skeleton, load_config
 from finetune.checkpoint.quantized import quantization_problems
 from finetune.cli.train_flags import TrainOptions
+from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
-from finetune.data.samples import check_first_rows
+from finetune.data.prompting import read_template
+from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
 from finetune.training.anomaly import spike_choice
@@ -74,9 +76,11 @@ def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
         problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
     if args.precision == "fp16" and not torch.cuda.is_available():
         problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
-    for path in (args.train_path, args.eval_path):
+    if args.prompt_format.endswith(".json"):
+        read(read_template, args.prompt_format)
+    for path in (*(source.path for source in read(parse_sources, args.train_path) or ()), args.eval_path):
         if path is not None:
-            read(check_first_rows, path)
+            read(check_first_rows, path, row_options(vars(args)))
     for path in (args.general_path, args.replay_path):
         if path is not None:
             read(read_texts, path)
@@ -121,9 +125,12 @@ def file_problems(args: TrainOptions) -> list[str]:
 def evaluation_problems(args: TrainOptions) -> list[str]:
     """评估、遗忘与重放的参数里不起作用的、缺了一半的。"""
     problems = []
-    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and args.eval_path is None]
+    has_data = args.eval_path is not None or args.val_ratio is not None
+    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and not has_data]
     if useless:
-        problems.append(f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或去掉")
+        problems.append(f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或 --val_ratio，或去掉")
+    if args.eval_path is not None and args.val_ratio is not None:
+        problems.append("--val_ratio 与 --eval_path 只能有一个：前者从训练数据里留出评估集，请去掉一个")
     if "eval_max_new_tokens" in args.given and args.eval_metric == "nll":
         problems.append("--eval_max_new_tokens 在 --eval_metric nll 时不起作用，请去掉，或换一个生成的指标")
     if args.forgetting_threshold is not None and args.general_path is None:

@@ -47,6 +47,8 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     """解析命令行，补上随方法而定的缺省。"""
     found = vars(build_parser().parse_args(argv))
     options = TrainOptions(**found, given=tuple(sorted(found)))
+    if len(options.train_path) == 1:
+        [options.train_path] = options.train_path
     options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)
     if options.learning_rate is None:
         options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate

@@ -130,12 +130,13 @@ def set_aside(path: Path, output_path: Path) -> None:
 def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
     """决定预测结果的全部设置；提示词（数据、分词器、提示格式、截断）与权重各取摘要。"""
     args = predictor.args
-    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "stop", "label_scores"]
+    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "label_scores"]
     if args.do_sample:
         names += ["temperature", "top_p", "top_k", "seed", "batch_size"]
     checkpoints = [predictor.base, *predictor.adapters.values()]
     return {
         **{f"--{name}": getattr(args, name) for name in names},
+        "--stop": predictor.stops,
         "--do_sample": args.do_sample,
         "--precision": str(prediction_dtype(args.precision, device)).removeprefix("torch."),
         "--metric nll": args.metric == "nll",

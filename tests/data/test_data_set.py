@@ -94,6 +94,7 @@ def test_statistics_and_report(rows_file, tokenizer):
         "num_src_truncated": 1,
         "num_tgt_truncated": 1,
         "num_control_rows": 1,
+        "num_conversations": 0,
     }
     assert found["num_tokens"] == sum(data.lengths)
     assert found["num_target_tokens"] == sum(data.num_targets)
