@@ -25,8 +25,18 @@ def held_back(text: str, stops: Sequence[str]) -> int:
     return max(sizes, default=0)
 
 
+def settled_text(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """生成到一半的文字 → (不会再变的部分, 是否遇到了停止字符串)。
+
+    凑不成完整字符的字节片段、可能是停止字符串开头的字先留着，停止字符串不在其内。
+    """
+    text, is_stopped = cut_at_stop(text, stops)
+    text = text.rstrip("\ufffd")
+    return (text if is_stopped else text[: len(text) - held_back(text, stops)]), is_stopped
+
+
 class TerminalStreamer(BaseStreamer):
-    """边生成边打印；凑不成完整字符的字节片段、可能是停止字符串开头的字先留着，停止字符串不打印。"""
+    """边生成边打印不会再变的部分。"""
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
@@ -40,9 +50,7 @@ class TerminalStreamer(BaseStreamer):
             self.seen_prompt = True
             return
         self.ids += value.flatten().tolist()
-        text, is_stopped = cut_at_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stops)
-        text = text.rstrip("\ufffd")
-        self._print(text if is_stopped else text[: len(text) - held_back(text, self.stops)])
+        self._print(settled_text(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stops)[0])
 
     def end(self) -> None:
         """打印剩下的，换行。"""

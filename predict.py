@@ -1,4 +1,4 @@
-"""用训练好的检查点预测：一条样本、一个文件（可同时评测）、几个检查点的对照，或在终端里对话。
+"""用训练好的检查点预测：一条样本、一个文件（可同时评测）、几个检查点的对照、终端对话，或 HTTP 服务。
 
 启动：
     python predict.py --model_path output-baichuan/epoch-2-step-80 --instruction "……" --input "……"
@@ -6,10 +6,12 @@
     python predict.py --compare CKPT1 CKPT2 --test_path data/spo_1.json
     python predict.py --model_path CKPT                                   # 终端对话，/clear 清空，/exit 退出
     python predict.py --model_path BASE --adapter CKPT1 CKPT2             # 对话中用 /adapter 切换
+    python predict.py --model_path BASE --adapter CKPT1 CKPT2 --serve     # OpenAI 写法的 HTTP 服务，见 docs/serving.md
 """
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +24,7 @@ from checkpoint import RUN_CONFIG
 from compare import compare
 from data_check import Sample, read_samples
 from file_prediction import partial_path, predict_file
+from finetune.inference.serve import DEFAULT_ADDRESS, bind, check_installed, serve
 from loading import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from metrics import METRICS
 from predictor import SAMPLING_DEFAULTS, Predictor, short_names
@@ -37,7 +40,8 @@ class Plan(NamedTuple):
     checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
     adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
     device: torch.device
-    rows: list[Sample]  # 要预测的行；空的是对话
+    rows: list[Sample]  # 要预测的行；空的是对话或服务
+    listener: socket.socket | None  # --serve 占住的地址
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,6 +92,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     data.add_argument("--batch_size", type=int, help="文件预测每批的行数（缺省 8）")
 
+    service = parser.add_argument_group("服务（代替输入与输出）")
+    service.add_argument(
+        "--serve", nargs="?", const=DEFAULT_ADDRESS, metavar="主机:端口",
+        help="开 OpenAI 写法的 HTTP 服务，模型名是目录名，--adapter 的各是一个模型；要 uvicorn 与 starlette。"
+        f"只写 --serve 是 {DEFAULT_ADDRESS}；采样等设置写在请求里，--max_new_tokens 是请求没写 max_tokens 时的值，"
+        "--batch_size 是同时生成的请求数（缺省 8）",
+    )  # fmt: skip
+    service.add_argument("--api_key", help="要求请求带上 Authorization: Bearer 与这个值（缺省不要求）")
+
     generation = parser.add_argument_group("生成（缺省贪心）")
     generation.add_argument(
         "--max_new_tokens", type=int, help="最多生成的 token 数（缺省 512，上下文不足 1024 的模型取上下文的一半）"
@@ -123,7 +136,8 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("请给出 --model_path（一个检查点）或 --compare（两个以上），不能都不给，也不能同时给")
     for name in ("output_path", "metric", "batch_size"):
         is_html = name == "output_path" and args.compare
-        if getattr(args, name) is not None and args.test_path is None and not is_html:
+        is_served = name == "batch_size" and args.serve is not None
+        if getattr(args, name) is not None and args.test_path is None and not is_html and not is_served:
             problems.append(f"--{name} 只用于文件预测，请同时给出 --test_path")
     if args.num_gpus < 1 or (args.num_gpus > 1 and (args.test_path is None or args.compare)):
         problems.append(f"--num_gpus({args.num_gpus}) 必须是正整数，大于 1 时只用于 --test_path 的文件预测")
@@ -131,6 +145,7 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("几个 --adapter 只用于对话（/adapter 切换），预测请只给一个，对照请用 --compare")
     problems += quantization_problems(args)
     problems += compare_problems(args, single) if args.compare else []
+    problems += serve_problems(args)
     if any(not text for text in args.stop or ()):
         problems.append("--stop 里有空的文字，请去掉")
     labels = args.label_scores
@@ -168,6 +183,23 @@ def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
         problems.append("--compare 需要提示词，请同时给出 --test_path 或 --instruction/--input")
     unused = [name for name in ("adapter", "metric", "label_scores") if getattr(args, name) is not None]
     problems += [f"--{name} 不能与 --compare 同用，请去掉它" for name in unused]
+    return problems
+
+
+def serve_problems(args: argparse.Namespace) -> list[str]:
+    """--serve 特有的问题：输入、输出与采样的设置对服务不起作用。"""
+    if args.serve is None:
+        return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
+    problems = ["--api_key 是空的，请写明或去掉它"] if args.api_key == "" else []
+    inputs = ("instruction", "input", "test_path", "output_path", "compare", "metric", "label_scores", "max_src_len")
+    problems += [f"--{name} 不能与 --serve 同用，请去掉它" for name in inputs if getattr(args, name) is not None]
+    sampling = [name for name in (*SAMPLING_DEFAULTS, "stop") if getattr(args, name) is not None]
+    sampling += ["do_sample"] * args.do_sample + ["repetition_penalty"] * (args.repetition_penalty != 1)
+    problems += [f"--{name} 对 --serve 不起作用，请写在请求里" for name in sampling]
+    try:
+        check_installed()
+    except ValueError as error:
+        problems.append(str(error))
     return problems
 
 
@@ -288,13 +320,20 @@ def prepare(args: argparse.Namespace) -> Plan:
         if args.max_new_tokens is None:
             args.max_new_tokens = min(512, shortest // 2)
         attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
+    listener = attempt(bind, args.serve) if args.serve is not None and not problems else None
     if problems:
         raise ValueError("\n".join(problems))
-    return Plan(checkpoints, adapters, device, rows)
+    return Plan(checkpoints, adapters, device, rows, listener)
+
+
+def model_names(args: argparse.Namespace, adapters: dict[str, Checkpoint]) -> dict[str, str | None]:
+    """--serve 的模型名（目录名）→ 适配器的名字，None 是 --model_path 本身。"""
+    paths = [Path(args.model_path), *(adapter.path for adapter in adapters.values())]
+    return dict(zip(short_names(paths), (None, *adapters), strict=True))
 
 
 def run(args: argparse.Namespace, plan: Plan) -> None:
-    """按命令行做事：对照、文件、一条样本，或对话。"""
+    """按命令行做事：对照、文件、一条样本、服务，或对话。"""
     if args.compare:
         predictors = [Predictor(args, checkpoint) for checkpoint in plan.checkpoints]
         compare(predictors, plan.rows, plan.device, Path(args.output_path))
@@ -305,6 +344,9 @@ def run(args: argparse.Namespace, plan: Plan) -> None:
         predict_file(predictor, plan.rows, prompts, plan.device, args.num_gpus)
         return
     predictor.load_model(plan.device)
+    if plan.listener is not None:
+        serve(predictor, model_names(args, plan.adapters), plan.listener, args.api_key)
+        return
     if not plan.rows:
         chat(predictor)
         return
