@@ -1,100 +1,29 @@
-"""训练数据：读取、编码、缓存与报告；样本怎样装成 micro batch 见 batching.py，提示词格式见 prompting.py。
+"""训练数据：读取、编码、缓存与报告。怎样装成 micro batch 见 finetune/data/packing.py。
 
-python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/      # 数据体检，见 data_doctor.py
+python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/      # 数据体检，见 finetune/data_doctor/
 """
 
-import hashlib
-import multiprocessing
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from data_check import Problem, ProblemList, RawRow, check_file, iter_rows, parse_row
-from prompting import IGNORE_INDEX, EncodedSample, encode_sample
-from token_cache import TokenCache
-
-# 编码规则改变时加一，旧缓存随之作废
-ENCODING_VERSION = 1
-# 一批至多这么多行、这么多字节；多进程编码时在途的至多这么多字节（一行再长也至少放一行）
-ROWS_PER_CHUNK, BYTES_PER_CHUNK, BYTES_IN_FLIGHT = 256, 4 * 2**20, 64 * 2**20
-# 读模型、编译算子之前先看的行数与字节数
-FIRST_ROWS, FIRST_BYTES = 1000, 16 * 2**20
-# 小文件单进程只要一两秒，不值得起子进程
-PARALLEL_BYTES = 8 * 2**20
-PROGRESS_ROWS_BYTES = 2**20
-_SRC_CUT, _TGT_CUT, _CONTROL, _EMPTY_OUTPUT = 1, 2, 4, 8
-# labels 只有三种取值，每个 token 存一字节：不作目标、就是 input_ids 本身、eos（chat 的用户标记处）
-_NO_TARGET, _SAME_TARGET, _EOS_TARGET = 0, 1, 2
-_PER_SAMPLE = {"lengths": "<i4", "src_lengths": "<i4", "num_targets": "<i4", "flags": "|u1", "lines": "<i8"}
-_ARRAYS = {"input_ids": "<i4", "target_kinds": "|u1", **_PER_SAMPLE}
-
-
-class EncodedChunk(NamedTuple):
-    """一批行的编码结果，在子进程里产生。"""
-
-    arrays: dict[str, np.ndarray]
-    digests: list[bytes]  # 与样本一一对应，用来找重复
-    problems: list[Problem]
-    num_rows: int
-    num_bytes: int
-
-
-def encode_chunk(
-    rows: Sequence[RawRow | Problem], tokenizer, path: str, split: str, options: dict[str, Any]
-) -> EncodedChunk:
-    """解析并编码一批行；纯函数，只用到 json、sentencepiece 与 numpy，可以在 fork 出的子进程里运行。"""
-    problems: list[Problem] = []
-    encoded: list[EncodedSample] = []
-    digests: list[bytes] = []
-    flags: list[int] = []
-    for row in rows:
-        sample, broken = parse_row(row, path, split)
-        problems += broken
-        if sample is None:
-            continue
-        try:
-            item = encode_sample(sample, tokenizer, **options)
-        except ValueError as error:
-            problems.append(Problem(path, sample.line, "提示词", str(error), "请改这一行，或换 --prompt_format"))
-            continue
-        if item.num_targets == 0:
-            what = f"截断之后没有任何目标 token（src {item.num_src_tokens} 个 token）"
-            problems.append(Problem(path, sample.line, "output", what, "请检查这一行的内容是否全是空白"))
-            continue
-        encoded.append(item)
-        digests.append(hashlib.blake2b(repr(sample.messages).encode(), digest_size=16).digest())
-        flags.append(
-            _SRC_CUT * item.src_truncated
-            + _TGT_CUT * item.tgt_truncated
-            + _CONTROL * item.has_control_pieces
-            + _EMPTY_OUTPUT * (sample.messages[-1][1] == "")
-        )
-    num_bytes = sum(map(_num_bytes, rows))
-    return EncodedChunk(_to_arrays(encoded, flags), digests, problems, len(rows), num_bytes)
-
-
-def _to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[str, np.ndarray]:
-    ids = np.array([token for item in encoded for token in item.input_ids], dtype="<i4")
-    labels = np.array([label for item in encoded for label in item.labels], dtype="<i4")
-    kinds = np.where(labels == IGNORE_INDEX, _NO_TARGET, np.where(labels == ids, _SAME_TARGET, _EOS_TARGET))
-    columns = {
-        "input_ids": ids,
-        "target_kinds": kinds,
-        "lengths": [len(item.input_ids) for item in encoded],
-        "src_lengths": [item.num_src_tokens for item in encoded],
-        "num_targets": [item.num_targets for item in encoded],
-        "flags": flags,
-        "lines": [item.line for item in encoded],
-    }
-    return {name: np.asarray(columns[name], dtype=dtype) for name, dtype in _ARRAYS.items()}
+from finetune.data.encoding import (
+    ARRAYS,
+    CONTROL,
+    EMPTY_OUTPUT,
+    ENCODING_VERSION,
+    EOS_TARGET,
+    SAME_TARGET,
+    SRC_CUT,
+    TGT_CUT,
+    encode_file,
+    to_arrays,
+)
+from finetune.data.prompting import IGNORE_INDEX, EncodedSample
+from finetune.data.rows import check_file
+from finetune.data.token_cache import TokenCache
 
 
 class BaichuanDataSet:
@@ -142,7 +71,7 @@ class BaichuanDataSet:
             cache = TokenCache(cache_dir, self.path, tokenizer, {"version": ENCODING_VERSION, **options, **choices})
             cached, self.cache_note = cache.load()
         if cached is None:
-            cached = _encode_file(self.path, tokenizer, options, **choices, workers=num_workers, progress=show_progress)
+            cached = encode_file(self.path, tokenizer, options, **choices, workers=num_workers, progress=show_progress)
             if cache_dir is not None:
                 self.cache_note += cache.save(*cached)
         arrays, self.counts = cached
@@ -160,8 +89,8 @@ class BaichuanDataSet:
 
     def append(self, samples: Sequence[EncodedSample], path: str):
         """在末尾接上 path 里的样本（重放的通用文字）；它们与原有的一起洗牌、装箱。"""
-        added = _to_arrays(samples, [0] * len(samples))
-        self._set_arrays({name: np.concatenate([self._arrays[name], added[name]]) for name in _ARRAYS}, path)
+        added = to_arrays(samples, [0] * len(samples))
+        self._set_arrays({name: np.concatenate([self._arrays[name], added[name]]) for name in ARRAYS}, path)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -170,16 +99,18 @@ class BaichuanDataSet:
         """第 index 个样本；input_ids 与 labels 是 int32 数组。"""
         begin, end = self.offsets[index], self.offsets[index + 1]
         input_ids, kinds = self._arrays["input_ids"][begin:end], self._arrays["target_kinds"][begin:end]
-        labels = np.where(kinds == _SAME_TARGET, input_ids, np.where(kinds == _EOS_TARGET, self.eos_token_id, -100))
+        labels = np.where(
+            kinds == SAME_TARGET, input_ids, np.where(kinds == EOS_TARGET, self.eos_token_id, IGNORE_INDEX)
+        )
         flags = int(self._arrays["flags"][index])
         return EncodedSample(
             input_ids=input_ids,
             labels=labels.astype(np.int32),
             num_targets=self.num_targets[index],
             num_src_tokens=int(self._arrays["src_lengths"][index]),
-            src_truncated=bool(flags & _SRC_CUT),
-            tgt_truncated=bool(flags & _TGT_CUT),
-            has_control_pieces=bool(flags & _CONTROL),
+            src_truncated=bool(flags & SRC_CUT),
+            tgt_truncated=bool(flags & TGT_CUT),
+            has_control_pieces=bool(flags & CONTROL),
             line=self.lines[index],
         )
 
@@ -191,10 +122,10 @@ class BaichuanDataSet:
         return {
             **self.counts,
             "num_samples": len(self),
-            "num_empty_outputs": int((flags & _EMPTY_OUTPUT > 0).sum()),
-            "num_src_truncated": int((flags & _SRC_CUT > 0).sum()),
-            "num_tgt_truncated": int((flags & _TGT_CUT > 0).sum()),
-            "num_control_rows": int((flags & _CONTROL > 0).sum()),
+            "num_empty_outputs": int((flags & EMPTY_OUTPUT > 0).sum()),
+            "num_src_truncated": int((flags & SRC_CUT > 0).sum()),
+            "num_tgt_truncated": int((flags & TGT_CUT > 0).sum()),
+            "num_control_rows": int((flags & CONTROL > 0).sum()),
             "num_tokens": num_tokens,
             "num_target_tokens": num_targets,
             "target_share": num_targets / num_tokens,
@@ -220,142 +151,9 @@ class BaichuanDataSet:
         return "\n".join([*lines, f"  分词缓存：{self.cache_note}"])
 
 
-def _encode_file(
-    path: str,
-    tokenizer,
-    options: dict[str, Any],
-    is_skip: bool,
-    drop_duplicates: bool,
-    workers: int | None,
-    progress: bool,
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """读取并编码整个文件，返回 (各数组, 行数统计)。"""
-    problems = ProblemList(path)
-    seen: set[bytes] = set()
-    counts = {"num_rows": 0, "num_duplicates": 0, "num_skipped": 0, "duplicates_dropped": drop_duplicates}
-    kept: list[dict[str, np.ndarray]] = []
-    file_bytes = os.path.getsize(path)
-    bar = tqdm(
-        total=file_bytes,
-        unit="B",
-        unit_scale=True,
-        desc=f"分词 {Path(path).name}",
-        disable=True if not progress or file_bytes < PROGRESS_ROWS_BYTES else None,  # None：不是终端时不显示
-    )
-    with bar:
-        for chunk in _encode_chunks(_chunks(iter_rows(path)), path, tokenizer, options, workers):
-            bar.update(chunk.num_bytes)
-            counts["num_rows"] += chunk.num_rows
-            problems.add(chunk.problems)
-            keep = np.ones(len(chunk.digests), dtype=bool)
-            for i, digest in enumerate(chunk.digests):
-                duplicate = digest in seen
-                counts["num_duplicates"] += duplicate
-                keep[i] = not (duplicate and drop_duplicates)
-                seen.add(digest)
-            if is_skip:
-                overlong = keep & (chunk.arrays["flags"] & (_SRC_CUT | _TGT_CUT) > 0)
-                counts["num_skipped"] += int(overlong.sum())
-                keep &= ~overlong
-            if not problems.total:
-                kept.append(_select(chunk.arrays, keep))
-    problems.raise_if_any()
-    if not counts["num_rows"]:
-        raise ValueError(f"数据文件 {path} 里没有任何样本（只有空白），请检查文件内容")
-    arrays = {name: np.concatenate([part[name] for part in kept]) for name in _ARRAYS}
-    if not len(arrays["lengths"]):
-        raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")
-    return arrays, counts
-
-
-def _select(arrays: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:
-    if keep.all():
-        return arrays
-    by_token = np.repeat(keep, arrays["lengths"])
-    return {name: array[keep if name in _PER_SAMPLE else by_token] for name, array in arrays.items()}
-
-
-def _chunks(rows: Iterator[RawRow | Problem]) -> Iterator[list[RawRow | Problem]]:
-    """把行分批：行数与字节数都有上限。"""
-    chunk, num_bytes = [], 0
-    for row in rows:
-        chunk.append(row)
-        num_bytes += _num_bytes(row)
-        if len(chunk) == ROWS_PER_CHUNK or num_bytes >= BYTES_PER_CHUNK:
-            yield chunk
-            chunk, num_bytes = [], 0
-    if chunk:
-        yield chunk
-
-
-def _num_bytes(row: RawRow | Problem) -> int:
-    return len(row.content) if isinstance(row, RawRow) else 0
-
-
-def check_first_rows(path: str | os.PathLike):
-    """只检查文件开头的 FIRST_ROWS 行（不分词）：多数的错误在载入模型、编译算子之前就能说出来。
-
-    Raises:
-        ValueError: 文件不能读，或开头的行有错；列法同读完整个文件。
-    """
-    problems, num_bytes = ProblemList(path), 0
-    for count, row in enumerate(iter_rows(path), 1):
-        problems.add(parse_row(row, str(path), "train")[1])
-        num_bytes += _num_bytes(row)
-        if count == FIRST_ROWS or num_bytes >= FIRST_BYTES:
-            break
-    problems.raise_if_any()
-
-
-_worker_encode = None  # 只在子进程里有值
-
-
-def _start_worker(encode) -> None:
-    global _worker_encode
-    _worker_encode = encode
-
-
-def _work(rows: list[RawRow | Problem]) -> EncodedChunk:
-    return _worker_encode(rows)
-
-
-def _encode_chunks(
-    chunks: Iterable[list], path: str, tokenizer, options: dict[str, Any], workers: int | None
-) -> Iterator[EncodedChunk]:
-    """依次编码各批；文件较大时用多个进程，次序不变，在途的批数有限。"""
-    encode = partial(encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options)
-    if workers is None:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(16, cores // local_ranks) if os.path.getsize(path) >= PARALLEL_BYTES else 1
-    if workers <= 1 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from map(encode, chunks)
-        return
-    # spawn 会在每个子进程里重新导入 torch 与 deepspeed，比分词还慢；子进程不碰 torch 与 CUDA，fork 是安全的
-    pending: deque = deque()  # (结果, 那一批的字节数)
-    in_flight = 0
-    # encode 经 initargs 随 fork 继承：若随任务传递，每批都要序列化一次分词器
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encode,))
-    try:
-        for chunk in chunks:
-            pending.append((pool.submit(_work, chunk), sum(map(_num_bytes, chunk))))
-            in_flight += pending[-1][1]
-            while len(pending) > 4 * workers or (in_flight > BYTES_IN_FLIGHT and len(pending) > 1):
-                coming, num_bytes = pending.popleft()
-                in_flight -= num_bytes
-                yield coming.result()
-        while pending:
-            yield pending.popleft()[0].result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(f"编码 {path} 的子进程意外退出（多半是内存不足），请减少 rank 数或增加内存后重试") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 if __name__ == "__main__":
     import sys
 
-    from data_doctor import main
+    from finetune.data_doctor.check import main
 
     sys.exit(main())

@@ -6,8 +6,6 @@
     没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。被打断后加 --resume auto 接着训练。
 """
 
-import os
-import socket
 import sys
 import traceback
 from argparse import Namespace
@@ -15,43 +13,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
-import torch
 
-from arguments import parse_args, validate_args
-from batching import StepBatch, StepLoader
-from checkpoint import checkpoint_name, file_sha256, rotate_checkpoints, save_checkpoint
+from baichuan import BaichuanConfig
 from data_set import BaichuanDataSet
-from dry_run import dry_run
-from evaluation import Evaluation, batch_to_device
-from forgetting import Forgetting
-from frozen_cache import FrozenCache, num_frozen_layers
-from general_text import general_pieces, replay_pieces
-from interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting, lost_connection
-from leftovers import SHM_DIRECTORY, release_shared_memory, remove_dead_shared_memory, settle_locks, watch_locks
-from model_factory import base_model_of, build_model, load_tokenizer
-from numerics import NumberWatch
-from prompting import Prompting, resolve_prompt_format
-from resume import load_trainer_state, save_trainer_state
-from run_record import describe_run, open_run
-from train_log import TrainLog, open_log
+from finetune.checkpoint.base_model import load_tokenizer
+from finetune.checkpoint.output_dir import checkpoint_name, rotate_checkpoints
+from finetune.checkpoint.resume import open_run
+from finetune.checkpoint.run_record import describe_run
+from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
+from finetune.cli.train_checks import validate_args
+from finetune.cli.train_flags import parse_args
+from finetune.data.plain_text import replay_pieces
+from finetune.data.prompting import Prompting, resolve_prompt_format
+from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
+from finetune.methods.frozen_cache import open_frozen_cache
+from finetune.planning.dry_run import dry_run
+from finetune.process.errors import explain
+from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
+from finetune.process.precision import choose_precision
+from finetune.process.stale_files import clean_leftovers, release_shared_memory
+from finetune.training.anomaly import NumberWatch
+from finetune.training.ds_config import resolve_ds_config, skip_ops_without_compiler
+from finetune.training.engine import open_engine
+from finetune.training.evaluation import Evaluation
+from finetune.training.forgetting import Forgetting, open_forgetting
+from finetune.training.log import TrainLog, open_log
+from model_factory import build_model
 from utils import (
-    TORCH_DTYPES,
     broadcast_from_rank_0,
-    choose_precision,
     global_rank,
     log_rank_0,
     quiet_libraries,
     raise_together,
-    resolve_ds_config,
     seed_everything,
-    skip_ops_without_compiler,
     world_size,
     write_failed,
-)
-
-OUT_OF_MEMORY = (
-    "显存不够。依次试：加 --gradient_checkpointing；--per_device_train_batch_size 1 并用 --gradient_accumulation_steps "
-    "补足；调小 --max_len；--ds_file ds_zero3_offload.json；换 lora 或 freeze"
 )
 
 
@@ -90,7 +87,7 @@ def main() -> int:
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
     release_shared_memory()
     interruption = Interruption()
-    tokenizer = load_tokenizer(args.model_name_or_path, args.mode, config.vocab_size)
+    tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     train_set, eval_set = load_data(args, tokenizer, prompting)
     precision, reason = broadcast_from_rank_0(lambda: choose_precision(args.precision))
@@ -227,10 +224,6 @@ def settle_checkpoints(run: Run):
     rotate_checkpoints(run.output_dir, run.args.save_total_limit, (run.evaluation.best or {}).get("checkpoint"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 一个优化器步
-
-
 def train_step(engine, step: StepBatch, numbers: NumberWatch | None = None) -> tuple[float, float, float]:
     """一个优化器步：逐个 micro batch 前向、反向、累积，最后更新一次 → (损失, 学习率, 裁剪前的梯度范数)。
 
@@ -252,19 +245,24 @@ def train_step(engine, step: StepBatch, numbers: NumberWatch | None = None) -> t
     return mean_loss, learning_rate, numbers.check_grad_norm(engine, step, losses)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 准备与收尾
-
-
-def clean_leftovers():
-    """清理本机被杀的进程留下的编译锁与共享内存，否则后来的运行会一直等，或耗尽内存。"""
-    settle_locks()
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
-    dead = remove_dead_shared_memory()
-    if dead:
-        log_rank_0(f"删除了已死的运行留在 /dev/shm 的 {len(dead)} 个文件")
-    watch_locks()  # 本次运行等着的编译也可能中途死去
+def build_engine(args: Namespace, config: BaichuanConfig, ds_config: dict, precision: str, num_steps: int):
+    """读基座、套上方法、交给 DeepSpeed → (引擎, 填好的配置)。集合操作。"""
+    ds_config = resolve_ds_config(
+        ds_config,
+        precision,
+        batch_size=args.per_device_train_batch_size,
+        accumulation_steps=args.gradient_accumulation_steps,
+        num_ranks=world_size(),
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        num_steps=num_steps,
+        warmup_ratio=args.warmup_ratio,
+    )
+    seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
+    model = build_model(args, config, precision, ds_config)
+    engine = open_engine(model, args, ds_config)
+    seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
+    return engine, ds_config
 
 
 def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
@@ -301,76 +299,6 @@ def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[Baichua
     return train_set, eval_set
 
 
-def build_engine(args: Namespace, config, ds_config: dict, precision: str, num_steps: int):
-    """模型 → DeepSpeed 引擎；返回 (引擎, 填好的配置)。"""
-    ds_config = resolve_ds_config(
-        ds_config,
-        precision,
-        batch_size=args.per_device_train_batch_size,
-        accumulation_steps=args.gradient_accumulation_steps,
-        num_ranks=world_size(),
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        num_steps=num_steps,
-        warmup_ratio=args.warmup_ratio,
-    )
-    seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
-    device = torch.device(deepspeed.get_accelerator().current_device_name())
-    is_zero3 = ds_config.get("zero_optimization", {}).get("stage") == 3
-    model = build_model(args, config, TORCH_DTYPES[precision], device, ds_config if is_zero3 else None)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, args), config=ds_config)
-    if engine.lr_scheduler is not None:
-        engine.lr_scheduler.step()  # DeepSpeed 的调度从「第 -1 步」开始，走一下才是第一步的学习率
-    seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
-    engine.train()
-    return engine, ds_config
-
-
-def open_forgetting(args: Namespace, engine, tokenizer) -> Forgetting | None:
-    """--general_path：记下基座在通用文字上的分布；没有要求时为 None。集合操作。"""
-    if args.general_path is None:
-        return None
-    pieces = general_pieces(args.general_path, tokenizer, args.max_len, args.replay_path)
-    return Forgetting(engine, pieces, tokenizer.pad_token_id, args.forgetting_threshold)
-
-
-def open_frozen_cache(args: Namespace, engine, train_set: BaichuanDataSet) -> FrozenCache | None:
-    """--cache_frozen：给模型接上冻结底层的缓存；没有要求时为 None。集合操作。"""
-    if args.cache_frozen == "none":
-        return None
-    model = base_model_of(engine.module)
-    num_layers = num_frozen_layers(engine.module)
-    if not 0 < num_layers < len(model.model.layers):
-        where = "词嵌入或第 0 层" if num_layers == 0 else "最后一层之后"
-        raise ValueError(
-            f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层（共 {len(model.model.layers)} 层）。"
-            "请去掉 --cache_frozen，或让 --freeze_module_name 只含上面的几层"
-        )
-    directory = SHM_DIRECTORY if args.cache_frozen == "memory" else Path(args.output_dir)
-    port = os.environ.get("MASTER_PORT", "0")
-    name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{socket.gethostname()}-{port}"
-    cache = FrozenCache(
-        directory / name,
-        num_layers=num_layers,
-        num_tokens=sum(train_set.lengths),
-        hidden_size=model.config.hidden_size,
-        dtype=model.dtype,
-        needs_agreement=engine.zero_optimization_stage() == 3,
-    )
-    log_rank_0(f"冻结的底层 {cache.num_layers} 层：输出缓存在 {directory}，共 {cache.num_bytes / 2**30:.2f} GiB")
-    model.model.frozen_cache = cache
-    return cache
-
-
-def parameter_groups(model, args: Namespace) -> list[dict]:
-    """权重衰减只作用于矩阵（RMSNorm 的向量不衰减）；只含可训练的参数。"""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) > 1]
-    vectors = [p for p in trainable if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
 def run_main() -> int:
     """main() 的外壳：说得清的错误只打印说明，不打印回溯；返回退出码。"""
     try:
@@ -380,11 +308,7 @@ def run_main() -> int:
         if isinstance(error, ValueError) or getattr(error, "is_agreed", False):
             log_rank_0(f"错误：\n{error}")
             return 2 if isinstance(error, ValueError) else 1
-        reason = OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else lost_connection(error)
-        if isinstance(error, OSError) and error.strerror:  # 磁盘满、变成只读、挂载点消失
-            reason = str(write_failed(error))
-        if "loss scale already at minimum" in str(error):
-            reason = "fp16 的损失缩放已到最小，梯度仍然溢出。请换 --precision bf16 或 fp32，或调小 --learning_rate"
+        reason = explain(error)
         if reason is None:
             raise
         print(f"错误：rank {global_rank()} {reason}", file=sys.stderr, flush=True)

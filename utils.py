@@ -1,30 +1,21 @@
 """与模型和样本都无关的小工具：按 rank 输出、随机种子、JSON 文件、精度选择与 DeepSpeed 配置的填写。"""
 
-import ctypes
-import functools
+import fcntl
+import hashlib
+import itertools
 import json
 import os
 import random
-import shutil
-import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
-
-from config_check import ds_config_problems
-
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 进程
 
 
 def world_size() -> int:
@@ -94,10 +85,6 @@ def seed_everything(seed: int):
     torch.manual_seed(seed)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 文件
-
-
 def read_json(path: str | Path) -> Any:
     """读一个 JSON 文件。
 
@@ -116,10 +103,42 @@ def read_json(path: str | Path) -> Any:
 
 def write_json(path: str | Path, value: Any):
     """写一个 JSON 文件：先写临时文件再改名，读者看不到写了一半的内容。"""
+    with replacing(path) as stream:
+        stream.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def replacing(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """打开 path 的临时文件来写，刷到磁盘后才改名：读者看不到写了一半的内容；出错时删去临时文件，path 不变。"""
     path = Path(path)
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+        with open(temporary, mode, **text) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # 父路径不是目录时 unlink 自己也会出错，盖住真正的原因
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def try_lock(stream: int | IO) -> bool:
+    """不等待地占住一个打开的文件或目录，随它关闭自动放开；别人占着时为 False，不能加锁的文件系统（NFS）上为 True。"""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def first_free(exists: Callable[[int], bool]) -> int:
+    """从 1 起第一个还没有用过的编号（previous-N）。"""
+    return next(number for number in itertools.count(1) if not exists(number))
 
 
 def write_failed(error: OSError) -> OSError:
@@ -128,170 +147,18 @@ def write_failed(error: OSError) -> OSError:
     return OSError(f"读写 {error.filename or '文件'} 失败：{reason}。请检查磁盘空间与权限；已有的检查点没有受影响")
 
 
-@contextmanager
-def freed_blocks_returned() -> Iterator[None]:
-    """1 MB 以上的内存块一释放就还给系统，不在堆里留下空洞；只对 glibc 有作用，退出时换成它自己会调到的上限。
-
-    ZeRO-3 逐层造出完整的张量再切分，CPU 上的空洞曾使 4 个进程中的一个多占 240 MB（模型 595 MB）。
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
-    mmap_threshold, trim_threshold = -3, -1  # malloc.h 的 M_MMAP_THRESHOLD、M_TRIM_THRESHOLD
-    mallopt(mmap_threshold, 2**20)
-    try:
-        yield
-    finally:
-        mallopt(mmap_threshold, 2**25)
-        mallopt(trim_threshold, 2**26)
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 精度与 DeepSpeed 配置
+def shown(value: Any) -> str:
+    return repr(value)[:40]
 
 
-@functools.cache
-def cpu_bf16_speedup() -> float:
-    """CPU 上 bf16 矩阵乘法的速率是 fp32 的几倍：各算五次 512 × 512，取最快的（约 20 毫秒）。
-
-    指令集说明不了快慢：avx512_bf16 在 Zen 4 上快 2 倍多，在没有 AMX 的 Emerald Rapids 上慢一半；只有 AVX2 时慢约 7 倍。
-    单线程，量这个线程占用的 CPU 时间：机器忙的时候也准。
-    """
-
-    def fastest(dtype: torch.dtype) -> float:
-        matrix, seconds = torch.ones(512, 512, dtype=dtype), []
-        for _ in range(5):
-            began = time.thread_time()
-            matrix @ matrix
-            seconds.append(time.thread_time() - began)
-        return min(seconds)
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return fastest(torch.float32) / fastest(torch.bfloat16)
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-def choose_precision(requested: str) -> tuple[str, str]:
-    """把 --precision 定为 bf16、fp16 或 fp32 之一，并说明理由 → (精度, 理由)。"""
-    if requested != "auto":
-        return requested, "由 --precision 指定"
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", f"{torch.cuda.get_device_name()} 直接计算 bf16"
-        return "fp16", f"{torch.cuda.get_device_name()} 不直接计算 bf16，用 fp16 加损失缩放"
-    speedup = cpu_bf16_speedup()
-    if speedup >= 1:
-        return "bf16", f"这个 CPU 的 bf16 矩阵乘法是 fp32 的 {speedup:.1f} 倍快"
-    return "fp32", f"这个 CPU 的 bf16 矩阵乘法只有 fp32 的 {speedup:.2f} 倍快"
-
-
-TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def read_ds_config(path: str | Path) -> dict:
-    """读 DeepSpeed 的 JSON 并检查 DeepSpeed 自己不检查、会悄悄忽略的地方。
-
-    Raises:
-        ValueError: 不是合法的 JSON 对象，或有不认识的键、不对的类型、不支持的学习率调度；全部列出。
-    """
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} 应是一个 JSON 对象，得到 {type(config).__name__}")
-    problems = ds_config_problems(config)
-    if problems:
-        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return config
-
-
-def has_cpp_compiler() -> bool:
-    """有没有编译器：DeepSpeed 自带的 Adam 要在首次使用时编译，在 GPU 上还要 CUDA 工具包（nvcc）。"""
-    compiler = os.environ.get("CXX") or "g++"
-    has_host_compiler = any(shutil.which(name) for name in (compiler, "c++", "clang++"))
-    if not torch.cuda.is_available():
-        return has_host_compiler
-    from torch.utils.cpp_extension import CUDA_HOME
-
-    return has_host_compiler and CUDA_HOME is not None
-
-
-def skip_ops_without_compiler():
-    """没有编译器时，让 DeepSpeed 的 CPU 通信退回 gloo，不去编译它的共享内存算子；须在 init_distributed 之前调用。"""
-    if not has_cpp_compiler():
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def resolve_ds_config(
-    config: dict,
-    precision: str,
-    batch_size: int,
-    accumulation_steps: int,
-    num_ranks: int,
-    learning_rate: float,
-    weight_decay: float,
-    num_steps: int,
-    warmup_ratio: float,
-) -> dict:
-    """填好配置里的 "auto"，返回新的字典；原来写了具体值的地方不动。
-
-    学习率：第 s 步（从 1 起）预热时为 s/(W+1)，W 是预热步数（1 按 2 算）；之后按调度衰减，最后一步为调度的下限。
-    DeepSpeed 的预热从 0 起且至少 2 步，所以这里把起点设为 1/(W+1)；W = 0 时起点为 1，即没有预热。
-
-    Args:
-        config: read_ds_config 的结果。
-        batch_size、accumulation_steps、num_ranks: 一个优化器步有三者之积个样本。
-        num_steps: 优化器步的总数；warmup_ratio: 预热步数占它的比例。
-    """
-    warmup_steps = round(num_steps * warmup_ratio)
-    warmup_start = 1.0 / (max(2, warmup_steps) + 1) if warmup_steps else 1.0
-    # WarmupDecayLR 衰减到预热的起点，起点就是峰值的话一点也不衰减
-    decays_to_start = config.get("scheduler", {}).get("type") == "WarmupDecayLR"
-    warmup_start_lr = learning_rate * (0.1 if decays_to_start and not warmup_steps else warmup_start)
-    auto_values = {
-        "train_micro_batch_size_per_gpu": batch_size,
-        "gradient_accumulation_steps": accumulation_steps,
-        "train_batch_size": batch_size * accumulation_steps * num_ranks,
-        "lr": learning_rate,
-        "weight_decay": weight_decay,
-        "total_num_steps": num_steps,
-        "warmup_num_steps": max(1, warmup_steps),
-        "warmup_min_ratio": warmup_start,
-        "warmup_min_lr": warmup_start_lr,
-        "warmup_max_lr": learning_rate,
-    }
-
-    def fill(node: Any, key: str) -> Any:
-        if isinstance(node, dict):
-            return {name: fill(value, name) for name, value in node.items()}
-        if node == "auto":
-            if key not in auto_values:
-                raise ValueError(f'DeepSpeed 配置里的 "{key}": "auto" 不知道该填什么，请写具体的值')
-            return auto_values[key]
-        return node
-
-    resolved = {name: fill(value, name) for name, value in config.items() if name not in ("bf16", "fp16")}
-    total = batch_size * accumulation_steps * num_ranks
-    if resolved.get("train_batch_size", total) != total:
-        raise ValueError(
-            f"DeepSpeed 配置的 train_batch_size 是 {resolved['train_batch_size']}，但 per_device_train_batch_size × "
-            f'gradient_accumulation_steps × 进程数 = {batch_size} × {accumulation_steps} × {num_ranks}；请改成 "auto"'
-        )
-    for name in ("bf16", "fp16"):
-        switch = config.get(name, {}).get("enabled", "auto")
-        if switch != "auto" and switch != (precision == name):
-            log_rank_0(f"注意：精度由 --precision 决定（{precision}），配置里的 {name}.enabled={switch} 不起作用")
-    resolved.setdefault("train_micro_batch_size_per_gpu", batch_size)
-    resolved.setdefault("gradient_accumulation_steps", accumulation_steps)
-    resolved["bf16"] = {"enabled": precision == "bf16", **_without_enabled(config.get("bf16", {}))}
-    resolved["fp16"] = {"enabled": precision == "fp16", **_without_enabled(config.get("fp16", {}))}
-    if resolved.get("optimizer", {}).get("type") in ("Adam", "AdamW") and not has_cpp_compiler():
-        log_rank_0("没有找到 C++ 编译器，DeepSpeed 自带的 Adam 编译不了：改用 torch 的 AdamW（同样的更新，稍慢）")
-        resolved["optimizer"]["params"]["torch_adam"] = True
-        resolved["zero_force_ds_cpu_optimizer"] = False
-    return resolved
-
-
-def _without_enabled(section: dict) -> dict:
-    return {name: value for name, value in section.items() if name != "enabled"}
+def file_sha256(path: Path) -> str:
+    """文件内容的 SHA-256，十六进制；分块读取。"""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**22):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -157,7 +157,7 @@ def packed_attention(
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
 ) -> Tensor:
-    """对并排的各段分别做因果注意力（GPU；CPU 用 packed_matmul.py）。
+    """对并排的各段分别做因果注意力（GPU；CPU 用 packed_attention_cpu.py）。
 
     Args:
         query, key, value: [T, heads, head_dim]，T 为各段长度之和（旋转位置编码已加）。

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# 一块 logits（fp32）的元素数上限：512 MiB。块太小时矩阵乘法吃不饱，由 scripts/bench.py 量得
+# 一块 logits（fp32）的元素数上限：512 MiB。块太小时矩阵乘法吃不饱，由 benchmarks/speed/bench.py 量得
 MAX_LOGITS_ELEMENTS = 2**27
 
 

@@ -26,9 +26,9 @@ from baichuan.attention import (
     rotary_tables,
 )
 from baichuan.configuration_baichuan import BaichuanConfig
-from baichuan.fused_ops import RMSNormFunction, SwiGLUFunction
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
-from baichuan.packed_matmul import PackedMatmulAttention
+from baichuan.norm_and_swiglu import RMSNormFunction, SwiGLUFunction
+from baichuan.packed_attention_cpu import PackedMatmulAttention
 
 logger = logging.get_logger(__name__)
 

@@ -2,7 +2,7 @@
 
 python scripts/build_tiny_model.py --arch baichuan2-7b --output_dir baichuan2-6B/ --layers 32
 
-权重缺省是随机的；--pretrain 在给出的文本上从头训练一遍，见 pretrain_tiny.py。
+权重缺省是随机的；--pretrain 在给出的文本上从头训练一遍，见 benchmarks/comparison/pretrain.py。
 """
 
 import argparse
@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,11 @@ import torch
 from safetensors.torch import save_file
 
 # 测试按文件路径载入本脚本时，同目录的模块不在搜索路径里
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+from benchmarks.comparison.pretrain import pretrain as pretrain_weights
+from benchmarks.comparison.pretrain import weights_hash
+from finetune.process.precision import NAMED_DTYPES
+from scripts.tiny_model_tokenizer import ASSISTANT_TOKEN_ID, build_tokenizer, tokenizer_files
 
-from pretrain_tiny import pretrain as pretrain_weights
-from pretrain_tiny import weights_hash
-from tiny_tokenizer import ASSISTANT_TOKEN_ID, build_tokenizer, tokenizer_files
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 INITIALIZER_RANGE = 0.02
 
@@ -206,7 +203,7 @@ def write_weights(
     suffix = {"safetensors": ".safetensors", "bin": ".bin"}[format]
     stem = "model" if format == "safetensors" else "pytorch_model"
     # inv_freq 是缓冲区，半精度检查点里也按 fp32 存
-    dtypes = {name: torch.float32 if name.endswith("inv_freq") else DTYPES[dtype] for name in shapes}
+    dtypes = {name: torch.float32 if name.endswith("inv_freq") else NAMED_DTYPES[dtype] for name in shapes}
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, parse_size(max_shard_size))
     weight_map: dict[str, str] = {}
@@ -244,8 +241,8 @@ def check_options(arch: str, sizes: dict[str, int | None], dtype: str, format: s
         problems.append(
             f"旋转位置要求每个头的宽度是偶数，现在是 {hidden_size // heads}，请调整 --hidden_size 或 --heads"
         )
-    if dtype not in DTYPES:
-        problems.append(f"--dtype({dtype}) 不认识，可选：{'、'.join(DTYPES)}")
+    if dtype not in NAMED_DTYPES:
+        problems.append(f"--dtype({dtype}) 不认识，可选：{'、'.join(NAMED_DTYPES)}")
     if format not in ("safetensors", "bin"):
         problems.append(f"--format({format}) 不认识，可选：safetensors、bin")
     if chat and not ARCHITECTURES[arch].has_chat:
@@ -362,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab_size", type=int, help="模型词表大小，默认 2000；给了 --tokenizer_model 时默认其片段数")
     add("--model_max_length", type=int, default=4096, help="config 里写的训练长度（token 数），默认 4096")
     add("--seed", type=int, default=1234, help="权重的随机种子，默认 1234")
-    add("--dtype", choices=list(DTYPES), default="float32", help="权重精度，默认 float32")
+    add("--dtype", choices=list(NAMED_DTYPES), default="float32", help="权重精度，默认 float32")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--chat", action="store_true", help="写出聊天模型的 generation_config（角色编号 195/196 与采样默认值）"

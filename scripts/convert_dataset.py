@@ -12,18 +12,14 @@ import csv
 import json
 import os
 import random
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from data_check import Problem, ProblemList, RawRow, check_file, iter_rows  # noqa: E402
+from finetune.data.rows import Problem, ProblemList, RawRow, check_file, iter_rows
+from utils import replacing
 
 # 官方的 15 个类（CLUE 的 labels.json 没有 105 与 111）
 TNEWS_LABELS = {
@@ -305,22 +301,16 @@ def convert_file(
     else:
         records = sample_records(convert_records(input_path, dataset, counts), limit, seed)
         counts["written"] = len(records)
-    partial = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8", newline="\n") as stream:
+        with replacing(target) as stream:
             for record in records:
                 row = {"instruction": instruction, "input": record.input, "output": record.output}
                 stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if not counts["written"]:
-            raise ValueError(f"数据文件 {input_path} 里没有可以转换的行，没有写出 {target}")
-        os.replace(partial, target)
+            if not counts["written"]:
+                raise ValueError(f"数据文件 {input_path} 里没有可以转换的行，没有写出 {target}")
     except OSError as error:
         raise ValueError(f"写 {target} 失败（{error.strerror}），请检查磁盘空间与目录权限") from error
-    finally:
-        # 父路径不是目录时 unlink 自己也会出错，盖住上面的消息
-        if partial.exists():
-            partial.unlink()
     return counts
 
 

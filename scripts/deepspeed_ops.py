@@ -11,11 +11,8 @@ import shutil
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from leftovers import remove_dead_shared_memory, remove_stale_locks
+from finetune.process.stale_files import remove_dead_shared_memory, remove_stale_locks
 
 CPU_OPS = ("CPUAdamBuilder", "FusedAdamBuilder", "ShareMemCommBuilder")
 

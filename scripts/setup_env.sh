@@ -48,12 +48,13 @@ setup_env() {
         "$python" -m venv "$VENV" || return 1
     fi
     stamp="$VENV/.installed-$1.sha256"
-    # requirements-dev.txt 引用 requirements.txt，所以两份都算进去
-    want="$(cat "$REPO_ROOT/requirements.txt" "$requirements" | sha256sum | cut -d' ' -f1)"
+    # requirements-dev.txt 引用 requirements.txt；换了目录，-e . 指向别处
+    want="$( (echo "$REPO_ROOT"; cat "$REPO_ROOT/requirements.txt" "$requirements" "$REPO_ROOT/pyproject.toml") | sha256sum | cut -d' ' -f1)"
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
         echo "== 安装 $1（CUDA 版 torch 约 3 GB，取决于网速）"
         [ -t 1 ] && quiet="" || quiet="-qq" # 终端里显示下载进度，日志里只留错误
-        "$VENV/bin/python" -m pip install --disable-pip-version-check $quiet -r "$requirements" || return 1
+        # requirements.txt 的末行是 -e .，相对当前目录
+        (cd "$REPO_ROOT" && "$VENV/bin/python" -m pip install --disable-pip-version-check $quiet -r "$requirements") || return 1
         echo "$want" > "$stamp"
     fi
     export PATH="$VENV/bin:$PATH"

@@ -1,23 +1,17 @@
 """全部测试共用的夹具：共享资料目录、黄金值目录、现场生成的微型检查点。"""
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
-
-import pytest
-import torch
 
 # 测试不联网；必须在第一次 import transformers 之前设好
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
-LOCAL_GOLDENS = Path(__file__).resolve().parent / "goldens"
+import pytest
+import torch
+from paths import LOCAL_GOLDENS, SHARED
 
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from scripts.build_tiny_model import build_tiny_model
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -59,12 +53,7 @@ def tiny_checkpoint(tmp_path_factory):
     def build(arch: str = "baichuan2-7b", **options) -> Path:
         key = (arch, *sorted((name, repr(value)) for name, value in options.items()))
         if key not in made:
-            path = ROOT / "scripts" / "build_tiny_model.py"
-            spec = importlib.util.spec_from_file_location("build_tiny_model", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            target = tmp_path_factory.mktemp("tiny") / arch
-            made[key] = Path(module.build_tiny_model(arch, target, **options))
+            made[key] = Path(build_tiny_model(arch, tmp_path_factory.mktemp("tiny") / arch, **options))
         return made[key]
 
     return build

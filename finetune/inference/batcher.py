@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from chat import settled_text
-from generation import cut_at_stop, make_generation_config
+from finetune.inference.generation import cut_at_stop, make_generation_config, settled_text
+from finetune.inference.predictor import Predictor
 
 MIN_TEMPERATURE = 1e-5  # 更小的与贪心没有分别，而 logits 除以它会溢出
 
@@ -176,7 +176,7 @@ class RowsDone(StoppingCriteria):
 class Batcher:
     """请求的队列与生成的线程；predictor 已载入模型，此后只有这个线程用它的模型。"""
 
-    def __init__(self, predictor, batch_size: int, max_waiting: int) -> None:
+    def __init__(self, predictor: Predictor, batch_size: int, max_waiting: int) -> None:
         self.predictor, self.batch_size, self.max_waiting = predictor, batch_size, max_waiting
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []

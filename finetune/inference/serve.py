@@ -15,9 +15,10 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
-from chat import note
+from finetune.data.prompting import encode_prompt
 from finetune.inference.batcher import Batcher, Chunk, Job, QueueFull, TokenChoice
-from prompting import encode_prompt
+from finetune.inference.predictor import Predictor, short_names
+from finetune.terminal import note
 
 DEFAULT_HOST, DEFAULT_ADDRESS = "127.0.0.1", "127.0.0.1:8000"
 MAX_BODY_BYTES = 2**20
@@ -206,11 +207,16 @@ def read_message(message: Any, place: str) -> tuple[str, str]:
 
 
 class Service:
-    """一个已载入的 Predictor 与它的各个模型名：核对请求、编码、排队，把各段回答写成 OpenAI 的样子。"""
+    """一个已载入的 Predictor：核对请求、编码、排队，把各段回答写成 OpenAI 的样子。
 
-    def __init__(self, predictor, names: dict[str, str | None], batch_size: int) -> None:
-        self.predictor, self.names, self.created = predictor, names, int(time.time())
-        self.batcher = Batcher(predictor, batch_size, MAX_WAITING)
+    names：模型名（目录名）→ 适配器的名字，None 是检查点本身。
+    """
+
+    def __init__(self, predictor: Predictor) -> None:
+        paths = [predictor.base.path, *(adapter.path for adapter in predictor.adapters.values())]
+        self.names: dict[str, str | None] = dict(zip(short_names(paths), (None, *predictor.adapters), strict=True))
+        self.predictor, self.created = predictor, int(time.time())
+        self.batcher = Batcher(predictor, predictor.args.batch_size, MAX_WAITING)
 
     def models(self) -> list[dict[str, Any]]:
         """/v1/models 的各项。"""
@@ -429,14 +435,11 @@ def make_app(service: Service, api_key: str | None):
     )
 
 
-def serve(predictor, names: dict[str, str | None], listener: socket.socket, api_key: str | None) -> None:
-    """服务到收到 SIGTERM 或 Ctrl-C：不再收新的连接，做完已收下的请求后返回。
-
-    names：对外的模型名 → predictor 的适配器名（None 是 --model_path 本身）。
-    """
+def serve(predictor: Predictor, listener: socket.socket, api_key: str | None) -> None:
+    """服务到收到 SIGTERM 或 Ctrl-C：不再收新的连接，做完已收下的请求后返回。"""
     import uvicorn
 
-    service = Service(predictor, names, predictor.args.batch_size)
+    service = Service(predictor)
     host, port = listener.getsockname()[:2]
     if api_key is None and host not in (DEFAULT_HOST, "::1"):
         note(f"注意：--serve 开在 {host}，没有 --api_key，能连到这里的人都能使用")
@@ -450,7 +453,9 @@ def serve(predictor, names: dict[str, str | None], listener: socket.socket, api_
         timeout_keep_alive=75,
         limit_concurrency=2 * MAX_WAITING,
     )
-    note(f"服务在 http://{f'[{host}]' if ':' in host else host}:{port}/v1，模型 {'、'.join(names)}；Ctrl-C 停下")
+    note(
+        f"服务在 http://{f'[{host}]' if ':' in host else host}:{port}/v1，模型 {'、'.join(service.names)}；Ctrl-C 停下"
+    )
     # uvicorn 收尾之后把信号再发一次，这里接住，进程正常退出
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

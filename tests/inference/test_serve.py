@@ -17,11 +17,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from generating import make_adapter, make_predictor
+from paths import ROOT
 
-import predict
+from finetune.cli.predict_checks import prepare
+from finetune.cli.predict_flags import parse_args
 from finetune.inference import serve as module
-from tests.conftest import ROOT
-from tests.test_predictor import make_adapter, make_predictor
+from finetune.inference.generation import make_generation_config
+from finetune.inference.predictor import Predictor
 
 httpx = pytest.importorskip("httpx", reason="没有安装 httpx，跳过 --serve 的测试")
 pytest.importorskip("uvicorn", reason="没有安装 uvicorn，跳过 --serve 的测试")
@@ -35,15 +38,9 @@ def by_predict(predictor, messages, max_new_tokens, adapter=None, stop=()):
     """predict.py 对一段对话的贪心回答：(提示词 id, 生成的 id)。"""
     predictor.use_adapter(adapter)
     predictor.args.stop = list(stop)
-    config = module_config(predictor, max_new_tokens)
+    config = make_generation_config(predictor.model, max_new_tokens)
     prompt = predictor.encode(tuple(messages), max_input_tokens=predictor.max_input_tokens)
     return prompt, predictor.generate_batch([prompt], config)[0]
-
-
-def module_config(predictor, max_new_tokens):
-    from generation import make_generation_config
-
-    return make_generation_config(predictor.model, max_new_tokens)
 
 
 def as_messages(pairs):
@@ -52,19 +49,14 @@ def as_messages(pairs):
 
 @contextmanager
 def in_process(*flags):
-    """(进程内的客户端, 另一个同样的 Predictor)。"""
-    args = predict.parse_args(
-        [
-            str(flag)
-            for flag in (*flags, "--serve", "0", "--device", "cpu", "--precision", "fp32", "--max_new_tokens", 6)
-        ]
-    )
-    plan = predict.prepare(args)
+    """(进程内的客户端, 它的 Service)。"""
+    flags = (*flags, "--serve", "0", "--device", "cpu", "--precision", "fp32", "--max_new_tokens", 6)
+    args = parse_args([str(flag) for flag in flags])
+    plan = prepare(args)
     plan.listener.close()
-    predictor = predict.Predictor(args, plan.checkpoints[0], plan.adapters)
+    predictor = Predictor(args, plan.checkpoints[0], plan.adapters)
     predictor.load_model(plan.device)
-    names = predict.model_names(args, plan.adapters)
-    service = module.Service(predictor, names, args.batch_size)
+    service = module.Service(predictor)
     try:
         yield TestClient(module.make_app(service, args.api_key)), service
     finally:
@@ -497,20 +489,20 @@ def test_a_failing_generation_is_told_and_the_next_is_served(client, base, monke
 )
 def test_flags_that_do_not_go_together(base, flags, flag):
     with pytest.raises(ValueError, match=flag):
-        predict.prepare(predict.parse_args(["--model_path", str(base), *flags]))
+        prepare(parse_args(["--model_path", str(base), *flags]))
 
 
 def test_a_taken_port_is_an_error_before_loading(base):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"--serve\(127\.0\.0\.1:{port}\)"):
-            predict.prepare(predict.parse_args(["--model_path", str(base), "--serve", f"127.0.0.1:{port}"]))
+            prepare(parse_args(["--model_path", str(base), "--serve", f"127.0.0.1:{port}"]))
 
 
 def test_missing_libraries_name_the_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ValueError, match="pip install uvicorn starlette"):
-        predict.prepare(predict.parse_args(["--model_path", str(base), "--serve"]))
+        prepare(parse_args(["--model_path", str(base), "--serve"]))
 
 
 # ---- 信号与并发 ----

@@ -1,0 +1,231 @@
+"""predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
+
+import argparse
+import os
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
+from finetune.checkpoint.output_dir import RUN_CONFIG
+from finetune.checkpoint.quantized import quantization_problems
+from finetune.data.prompting import max_prompt_tokens
+from finetune.data.samples import Sample, read_samples
+from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
+from finetune.inference.serve import bind, check_installed
+from finetune.terminal import note
+from utils import read_json
+
+
+class Plan(NamedTuple):
+    """载入权重之前已经核对过的一切。"""
+
+    checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
+    adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
+    device: torch.device
+    rows: list[Sample]  # 要预测的行；空的是对话或服务
+    listener: socket.socket | None = None  # --serve 占住的地址
+
+
+def option_problems(args: argparse.Namespace) -> list[str]:
+    """只看命令行就能发现的全部问题。"""
+    problems = []
+    single = args.instruction is not None or args.input is not None
+    if single and args.test_path is not None:
+        problems.append("--instruction/--input 与 --test_path 不能同时给，请只留一种输入")
+    if single and not f"{args.instruction or ''}{args.input or ''}".strip():
+        problems.append("--instruction 与 --input 都是空的，请至少填写一个")
+    if (args.model_path is None) == (args.compare is None):
+        problems.append("请给出 --model_path（一个检查点）或 --compare（两个以上），不能都不给，也不能同时给")
+    for name in ("output_path", "metric", "batch_size"):
+        is_html = name == "output_path" and args.compare
+        is_served = name == "batch_size" and args.serve is not None
+        if getattr(args, name) is not None and args.test_path is None and not is_html and not is_served:
+            problems.append(f"--{name} 只用于文件预测，请同时给出 --test_path")
+    if args.num_gpus < 1 or (args.num_gpus > 1 and (args.test_path is None or args.compare)):
+        problems.append(f"--num_gpus({args.num_gpus}) 必须是正整数，大于 1 时只用于 --test_path 的文件预测")
+    if args.adapter and len(args.adapter) > 1 and (single or args.test_path is not None):
+        problems.append("几个 --adapter 只用于对话（/adapter 切换），预测请只给一个，对照请用 --compare")
+    problems += quantization_problems(args)
+    problems += compare_problems(args, single) if args.compare else []
+    problems += serve_problems(args)
+    if any(not text for text in args.stop or ()):
+        problems.append("--stop 里有空的文字，请去掉")
+    labels = args.label_scores
+    if labels is not None and not (single or args.test_path is not None):
+        problems.append("--label_scores 不用于对话，请同时给出 --test_path 或 --instruction/--input")
+    if labels and (len(set(labels)) < max(2, len(labels))):
+        problems.append(f"--label_scores 要两个以上不同的标签，现在是 {labels}")
+    if args.max_src_len is not None and not single and args.test_path is None:
+        problems.append("--max_src_len 在对话中不起作用（对话按上下文长度整轮截断），请去掉它")
+    for name in SAMPLING_DEFAULTS:
+        if getattr(args, name) is not None and not args.do_sample:
+            problems.append(f"--{name} 在贪心生成时不起作用，请加上 --do_sample 或去掉它")
+    limits = {
+        "batch_size": (lambda value: value >= 1, "必须是正整数"),
+        "max_new_tokens": (lambda value: value >= 1, "必须是正整数"),
+        "max_src_len": (lambda value: value >= 1, "必须是正整数"),
+        "temperature": (lambda value: value > 0, "必须大于 0；想要确定的结果请去掉 --do_sample"),
+        "top_p": (lambda value: 0 < value <= 1, "必须在 (0, 1] 之内"),
+        "top_k": (lambda value: value >= 0, "不能是负数；0 为不限"),
+        "repetition_penalty": (lambda value: value > 0, "必须大于 0；1.0 为没有惩罚"),
+    }
+    for name, (is_valid, requirement) in limits.items():
+        value = getattr(args, name)
+        if value is not None and not is_valid(value):
+            problems.append(f"--{name}({value}) {requirement}")
+    return problems
+
+
+def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
+    """--compare 特有的问题。"""
+    problems = []
+    if len(args.compare) < 2:
+        problems.append(f"--compare 要两个以上的检查点目录，现在只有 {args.compare[0]}，请再给一个")
+    if not single and args.test_path is None:
+        problems.append("--compare 需要提示词，请同时给出 --test_path 或 --instruction/--input")
+    unused = [name for name in ("adapter", "metric", "label_scores") if getattr(args, name) is not None]
+    problems += [f"--{name} 不能与 --compare 同用，请去掉它" for name in unused]
+    return problems
+
+
+def serve_problems(args: argparse.Namespace) -> list[str]:
+    """--serve 特有的问题：输入、输出与采样的设置对服务不起作用。"""
+    if args.serve is None:
+        return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
+    problems = ["--api_key 是空的，请写明或去掉它"] if args.api_key == "" else []
+    inputs = ("instruction", "input", "test_path", "output_path", "compare", "metric", "label_scores", "max_src_len")
+    problems += [f"--{name} 不能与 --serve 同用，请去掉它" for name in inputs if getattr(args, name) is not None]
+    sampling = [name for name in (*SAMPLING_DEFAULTS, "stop") if getattr(args, name) is not None]
+    sampling += ["do_sample"] * args.do_sample + ["repetition_penalty"] * (args.repetition_penalty != 1)
+    problems += [f"--{name} 对 --serve 不起作用，请写在请求里" for name in sampling]
+    try:
+        check_installed()
+    except ValueError as error:
+        problems.append(str(error))
+    return problems
+
+
+def choose_device(requested: str, num_gpus: int) -> torch.device:
+    """--device 的设备；写法不对、没有这块 GPU 或 GPU 不够 num_gpus 块时抛 ValueError。"""
+    if num_gpus > 1 and requested != "cpu" and (requested not in ("auto", "cuda") or torch.cuda.is_available()):
+        if requested not in ("auto", "cuda"):
+            raise ValueError(f"--num_gpus {num_gpus} 时 --device({requested}) 只能是 auto、cuda 或 cpu")
+        if num_gpus > torch.cuda.device_count():
+            raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {torch.cuda.device_count()} 块 GPU，请调小")
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError as error:
+        raise ValueError(f"--device({requested}) 写法不对，可用 auto、cpu、cuda、cuda:0 等") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device({requested}) 不支持，可用 auto、cpu、cuda、cuda:0 等")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device({requested}) 不可用：本机有 {torch.cuda.device_count()} 块 GPU，请改用 auto 或 cpu")
+    return device
+
+
+def read_test_rows(args: argparse.Namespace) -> list[Sample]:
+    """读测试文件并检查输出路径与参考答案；不合要求时抛 ValueError。"""
+    rows = read_samples(args.test_path, split="predict")
+    output_path = Path(args.output_path)
+    if output_path.is_dir():
+        raise ValueError(f"--output_path({output_path}) 是一个目录，请给出文件名，例如 {output_path / 'out.jsonl'}")
+    if output_path.resolve() == Path(args.test_path).resolve():
+        raise ValueError(f"--output_path 与 --test_path 是同一个文件 {output_path}，请换一个输出文件")
+    try:
+        output_path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_path 的目录 {output_path.parent} 建不了：{error.strerror}，请换一个位置") from error
+    if not os.access(output_path.parent, os.W_OK):
+        raise ValueError(f"--output_path 的目录 {output_path.parent} 没有写权限，请换一个位置")
+    missing = [row.line for row in rows if not row.references] if args.metric else []
+    if missing:
+        raise ValueError(
+            f"--metric {args.metric} 要求每行都有 output，{args.test_path} 有 {len(missing)} 行没有（第 "
+            f"{'、'.join(map(str, missing[:10]))} 行），请补上或去掉 --metric"
+        )
+    return rows
+
+
+def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
+    """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
+    adapters = {}
+    for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
+        if not (Path(path) / ADAPTER_CONFIG).is_file():
+            raise ValueError(f"--adapter {path} 里没有 {ADAPTER_CONFIG}，请给出 lora 或 ptuning 的检查点目录")
+        checkpoint = inspect_checkpoint(path, args.model_path, args.prompt_format, any_base=True)
+        differing = base_differences(checkpoint.base_path, checkpoint.run_config)
+        if differing:
+            note(f"注意：适配器 {path} 是在别的基座上训练的（{'、'.join(differing[:3])}），结果可能变差")
+        adapters[name] = checkpoint
+    if len(adapters) < len(args.adapter):
+        raise ValueError("--adapter 里有重复的目录，请去掉")
+    kinds = {name: read_json(adapter.path / ADAPTER_CONFIG).get("peft_type") for name, adapter in adapters.items()}
+    if len({*kinds.values()}) > 1:
+        raise ValueError(f"--adapter 的几个适配器必须是同一种，现在是 {kinds}，请分开使用")
+    return adapters
+
+
+def label_set(args: argparse.Namespace, rows: list[Sample]) -> list[str]:
+    """没有写明标签的 --label_scores：文件里 output 出现过的全部；没有文件，或不足两个时抛 ValueError。"""
+    if args.test_path is None:
+        raise ValueError("--label_scores 没有写标签，也没有 --test_path 可以从中取，请在它后面写明两个以上的标签")
+    labels = sorted({text for row in rows for text in row.references or ()})
+    if len(labels) < 2:
+        raise ValueError(f"--label_scores 要两个以上的标签，{args.test_path} 的 output 里只有 {labels}，请在它后面写明")
+    return labels
+
+
+def recorded_in(adapter: Checkpoint) -> str:
+    """适配器的基座记在它的哪个文件里，括号里的一句；没有记录时为空。"""
+    return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
+
+
+def prepare(args: argparse.Namespace) -> Plan:
+    """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
+    problems = option_problems(args)
+
+    def attempt(step, *arguments):
+        try:
+            return step(*arguments)
+        except ValueError as error:
+            problems.append(str(error))
+
+    device = attempt(choose_device, args.device, args.num_gpus)
+    args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
+    args.batch_size = 8 if args.batch_size is None else args.batch_size
+    rows = []
+    if args.test_path is not None:
+        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
+        args.output_path = args.output_path or default
+        rows = attempt(read_test_rows, args) or []
+    elif args.instruction is not None or args.input is not None:
+        rows = [Sample((("user", f"{args.instruction or ''}{args.input or ''}"),), line=1, path="命令行")]
+        args.output_path = args.output_path or "compare.html"
+    if args.label_scores == [] and rows and not args.compare:
+        args.label_scores = attempt(label_set, args, rows)
+    checkpoints = []
+    for path in args.compare or ([args.model_path] if args.model_path else []):
+        is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
+        base = args.base_model_path if is_adapter or not args.compare else None
+        checkpoints.append(attempt(inspect_checkpoint, path, base, args.prompt_format))
+    if args.adapter and checkpoints and checkpoints[0] is not None and checkpoints[0].is_adapter:
+        problems.append(
+            f"--adapter 要挂在完整的模型上，而 --model_path {args.model_path} 是适配器；"
+            f"请改成它的基座：--model_path {checkpoints[0].base_path}{recorded_in(checkpoints[0])}"
+        )
+    adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
+    found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    if found:
+        shortest = min(checkpoint.context_length for checkpoint in found)
+        if args.max_new_tokens is None:
+            args.max_new_tokens = min(512, shortest // 2)
+        attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
+    listener = attempt(bind, args.serve) if args.serve is not None and not problems else None
+    if problems:
+        raise ValueError("\n".join(problems))
+    return Plan(checkpoints, adapters, device, rows, listener)

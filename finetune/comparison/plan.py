@@ -1,0 +1,182 @@
+"""比较的计划：读取与检查 JSON、列出全部格子、由学习率的试跑选出最好的一个；纯函数，不启动任何东西。
+
+计划的写法见 benchmarks/comparison/plan.json 与 benchmarks/comparison/README.md。
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from finetune.metrics.registry import LOWER_IS_BETTER, METRICS
+from utils import read_json
+
+TASKS = ("extraction", "generation", "classification")
+METHODS = ("freeze", "lora", "ptuning", "full")
+CHECKS = ("repeat", "shuffled", "untrained")
+REQUIRED = ("base", "tasks", "methods", "seeds", "train_tokens", "general_path", "held_out_chars")
+OPTIONAL = {"split_seed": 1, "sweep_share": 0.25, "epochs": 1, "train_flags": [], "checks": [], "replay": None}
+TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
+TASK_OPTIONAL = {
+    **{"pretrain": 0, "pretrain_max_input_chars": None, "other": 50},
+    **{"max_input_chars": None, "max_output_chars": None},
+}
+TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
+# 一个格子里与训练 token 数无关的时间（启动、评测），折成一次完整训练的份额，只用来估计剩余时间
+FIXED_WEIGHT = 0.4
+
+Result = dict[str, Any]
+
+
+class Cell(NamedTuple):
+    """一个格子：一次训练与评测，或只有评测（base、untrained）。"""
+
+    stage: str  # base | sweep | final | replay | check
+    task: str
+    method: str
+    seed: int
+    learning_rate: float | None = None  # None：用试跑选出的
+    check: str | None = None
+
+    @property
+    def name(self) -> str:
+        """文件名与 details.jsonl 里的名字。"""
+        if self.stage == "base" or self.check == "untrained":
+            return self.check or "base"
+        parts = [self.check or self.stage, self.task, self.method, str(self.seed)]
+        return "-".join(parts + ([f"{self.learning_rate:g}"] if self.stage == "sweep" else []))
+
+    @property
+    def needs_sweep(self) -> bool:
+        return self.stage in ("final", "replay") or self.check in ("repeat", "shuffled")
+
+
+def read_plan(path: str | Path) -> dict[str, Any]:
+    """读计划并补上缺省值；问题一次列全，抛 ValueError。"""
+    plan = read_json(path)
+    if not isinstance(plan, dict):
+        raise ValueError(f"{path} 应是一个 JSON 对象")
+    problems = [f"缺少 {name}" for name in REQUIRED if name not in plan]
+    problems += [f"不认识 {name}" for name in plan if name not in (*REQUIRED, *OPTIONAL)]
+    plan = {**OPTIONAL, **plan}
+    tasks, known = plan.get("tasks") or [], (*TASK_REQUIRED, *TASK_OPTIONAL, *TASK_OWN)
+    for task in tasks:
+        place = f"任务 {task.get('name')}"
+        problems += [f"{place}缺少 {name}" for name in TASK_REQUIRED if name not in task]
+        problems += [f"{place}不认识 {name}" for name in task if name not in known]
+        if task.get("name") not in TASKS:
+            problems.append(f"{place}：名字应为 {'、'.join(TASKS)} 之一")
+        if task.get("metric") not in METRICS or task.get("metric") == "nll":
+            problems.append(f"{place}：metric {task.get('metric')} 应为 triple_f1、label_f1、rouge 之一")
+    names = [task.get("name") for task in tasks]
+    problems += [f"任务 {name} 写了 {names.count(name)} 次" for name in dict.fromkeys(names) if names.count(name) > 1]
+    ratio = 1 if plan["replay"] is None else plan["replay"].get("ratio")
+    if not isinstance(ratio, (int, float)) or ratio <= 0:
+        problems.append(f'replay 的 ratio({ratio}) 应是正数，例如 {{"ratio": 0.25}}')
+    shared = {name: plan.get(name) for name in TASK_OWN}
+    plan["tasks"] = [{**TASK_OPTIONAL, **shared, **task} for task in tasks]
+    for method, entry in (plan.get("methods") or {}).items():
+        if method not in METHODS:
+            problems.append(f"方法 {method} 应为 {'、'.join(METHODS)} 之一")
+        rates = entry.get("learning_rates") or []
+        if not rates or len(set(rates)) < len(rates) or not all(isinstance(r, (int, float)) and r > 0 for r in rates):
+            problems.append(f"方法 {method} 的 learning_rates({rates}) 应是一个或几个不同的正数")
+    seeds = plan.get("seeds") or []
+    if not seeds or len(set(seeds)) < len(seeds):
+        problems.append(f"seeds({seeds}) 应是一个或几个不同的整数")
+    problems += [f"checks 里的 {name} 应为 {'、'.join(CHECKS)} 之一" for name in plan["checks"] if name not in CHECKS]
+    if "untrained" in plan["checks"] and isinstance(plan.get("base"), str):
+        problems.append("checks 的 untrained 要求 base 由本工具预训练（一个对象，而不是目录），请去掉它")
+    for share in dict.fromkeys(task["sweep_share"] for task in plan["tasks"]):
+        if not 0 < share <= 1:
+            problems.append(f"sweep_share({share}) 应在 (0, 1] 内")
+    if problems:
+        raise ValueError(f"计划 {path} 有 {len(problems)} 处问题：\n" + "\n".join(f"  {text}" for text in problems))
+    return plan
+
+
+def task_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(task for task in plan["tasks"] if task["name"] == name)
+
+
+def list_cells(plan: dict[str, Any]) -> list[Cell]:
+    """不依赖结果的全部格子，按应做的次序：基座，逐个任务的试跑与正式，核对。replay 的方法要看结果，见 replay_cell。"""
+    tasks, methods, seeds = [task["name"] for task in plan["tasks"]], list(plan["methods"]), plan["seeds"]
+    cells = [Cell("base", "", "base", 0)]
+    if "untrained" in plan["checks"]:
+        cells.append(Cell("check", "", "untrained", 0, check="untrained"))
+    for task in tasks:
+        for method in methods:
+            rates = plan["methods"][method]["learning_rates"]
+            cells += [Cell("sweep", task, method, seeds[0], rate) for rate in rates]
+        cells += [Cell("final", task, method, seed) for method in methods for seed in seeds]
+    if "repeat" in plan["checks"]:
+        cells.append(Cell("check", tasks[-1], methods[-1], seeds[0], check="repeat"))
+    if "shuffled" in plan["checks"]:
+        # 打乱标签只对分类有清楚的「碰运气」的分数
+        task = "classification" if "classification" in tasks else tasks[-1]
+        cells.append(Cell("check", task, methods[-1], seeds[0], check="shuffled"))
+    return cells
+
+
+def replay_cell(plan: dict[str, Any], results: Iterable[Result]) -> Cell | None:
+    """重放的格子：通用文字的 NLL 上升最多的（任务, 方法），第一个种子；没有要求或正式的格子没有做完时为 None。"""
+    finals = [row for row in results if row["stage"] == "final"]
+    if plan["replay"] is None or len(finals) < len(plan["tasks"]) * len(plan["methods"]) * len(plan["seeds"]):
+        return None
+    rises: dict[tuple[str, str], float] = {}
+    for row in finals:
+        rise = row["forgetting"]["general_nll_after"] - row["forgetting"]["general_nll_before"]
+        key = (row["task"], row["method"])
+        rises[key] = rises.get(key, 0.0) + rise
+    task, method = max(rises, key=rises.__getitem__)
+    return Cell("replay", task, method, plan["seeds"][0])
+
+
+def cell_of(row: Result) -> Cell:
+    """results.jsonl 或 extras.jsonl 的一行 → 它的格子。"""
+    rate = row["learning_rate"] if row["stage"] == "sweep" else None
+    return Cell(row["stage"], row["task"], row["method"], row["seed"], rate, row.get("check"))
+
+
+def best_rate(plan: dict[str, Any], results: Iterable[Result], task: str, method: str) -> float | None:
+    """试跑里最好的学习率（验证部分的分数；相同取较小者）；还没有全部做完时为 None。"""
+    rows = [row for row in results if (row["stage"], row["task"], row["method"]) == ("sweep", task, method)]
+    rates = plan["methods"][method]["learning_rates"]
+    scores = {row["learning_rate"]: row["score"] for row in rows}
+    if not all(rate in scores for rate in rates):
+        return None
+    sign = 1 if rows[0]["metric"] in LOWER_IS_BETTER else -1
+    return min(sorted(rates), key=lambda rate: sign * scores[rate])
+
+
+def next_cell(plan: dict[str, Any], results: list[Result], running: set[Cell]) -> tuple[Cell, float | None] | None:
+    """下一个可以开始的格子与它的学习率；没有可以开始的（全部做完，或要等正在做的）时为 None。"""
+    done = {cell_of(row) for row in results} | running
+    replay = replay_cell(plan, results)
+    for cell in [*list_cells(plan), *([replay] if replay else [])]:
+        if cell in done:
+            continue
+        if not cell.needs_sweep:
+            return cell, cell.learning_rate
+        rate = best_rate(plan, results, cell.task, cell.method)
+        if rate is not None:
+            return cell, rate
+    return None
+
+
+def cell_weight(plan: dict[str, Any], cell: Cell) -> float:
+    """一个格子大约是几次完整训练的时间，估计剩余时间用。"""
+    if not cell.task:
+        return FIXED_WEIGHT
+    task = task_of(plan, cell.task)
+    share = task["sweep_share"] if cell.stage == "sweep" else 1.0
+    return share * task["train_tokens"] / plan["train_tokens"] + FIXED_WEIGHT
+
+
+def total_weight(plan: dict[str, Any], results: list[Result]) -> float:
+    """全部格子的份量；重放的任务还不知道时按第一个任务算。"""
+    cells = list_cells(plan)
+    if plan["replay"] is not None:
+        first = Cell("replay", plan["tasks"][0]["name"], next(iter(plan["methods"])), plan["seeds"][0])
+        cells.append(replay_cell(plan, results) or first)
+    return sum(cell_weight(plan, cell) for cell in cells)

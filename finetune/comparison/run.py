@@ -1,0 +1,149 @@
+"""逐格去做一个比较的计划：备好数据，几个格子并行，随时可以打断再接着。"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from finetune.comparison.cells import choose_rows, read_rows_any, run_cell, start_worker
+from finetune.comparison.data import prepare_task, split_text, without_near
+from finetune.comparison.plan import Cell, cell_of, cell_weight, list_cells, next_cell, replay_cell, total_weight
+from finetune.comparison.results import load_results, record, repair
+from utils import read_json, try_lock, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@contextmanager
+def held(output_dir: Path) -> Iterator[None]:
+    """占住 output_dir：两个比较写同一个目录会互相打乱；随进程结束自动放开。"""
+    descriptor = os.open(output_dir, os.O_RDONLY | os.O_DIRECTORY)
+    if not try_lock(descriptor):
+        os.close(descriptor)
+        raise ValueError(f"--output_dir {output_dir} 正被另一个比较使用，请等它结束或换一个目录")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def stop_orphans(work: Path):
+    """杀掉上一次被杀的比较留下的训练：命令行里有这个 work 目录的 python 进程。"""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            is_ours = b"python" in os.path.basename(words[0]) and int(process.name) != os.getpid()
+            if is_ours and any(word.startswith(os.fsencode(f"{work}/")) for word in words):
+                os.kill(int(process.name), signal.SIGKILL)
+
+
+def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, Path], None]) -> dict[str, Any]:
+    """拆数据、核对泄漏、预训练基座、取训练行；已经备好的不再做 → 数据的说明（data.json）。
+
+    Raises:
+        ValueError: 目录里是另一个计划的结果，或数据不够分，或有泄漏。
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    kept = output_dir / "plan.json"
+    if kept.is_file() and read_json(kept) != plan:
+        raise ValueError(f"{kept} 是另一个计划，它的结果不能接着用；请换一个 --output_dir，或先移走这个目录")
+    write_json(kept, plan)
+    work = output_dir / "work"
+    stop_orphans(work)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    described = output_dir / "data.json"
+    if described.is_file():
+        return read_json(described)
+    data = output_dir / "data"
+    facts: dict[str, Any] = {"precision": chosen_precision(plan)}
+    facts |= {task["name"]: prepare_task(task, plan["split_seed"], data / task["name"]) for task in plan["tasks"]}
+    training, held_out = split_text(ROOT / plan["general_path"], plan["held_out_chars"])
+    tests = [row["input"] for task in plan["tasks"] for row in read_rows_any(data / task["name"] / "test.json")]
+    training = without_near([line for line in training if line], tests)
+    for name, lines in (("general_train", training), ("general_test", held_out)):
+        (data / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    build_base(plan, output_dir)
+    for task, chosen in choose_rows(plan, output_dir).items():
+        facts[task] |= chosen
+    write_json(described, facts)
+    return facts
+
+
+def chosen_precision(plan: dict[str, Any]) -> str:
+    """全部格子共用的计算精度，只定一次：train_flags 里写的，没有写时由设备决定。"""
+    from finetune.process.precision import choose_precision
+
+    words = [str(word) for word in plan["train_flags"]]
+    requested = words[words.index("--precision") + 1] if "--precision" in words else "auto"
+    return choose_precision(requested)[0]
+
+
+def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable[[list[str]], int]):
+    """做完全部格子，jobs 个并行；一个格子失败就停下，已做完的都在。predict 是 predict.py 的 main。"""
+    repair(output_dir)
+    results = load_results(output_dir)
+    finished = {cell_of(row) for row in results}
+    bar = tqdm(
+        total=round(total_weight(plan, results), 2),
+        initial=round(sum(cell_weight(plan, cell) for cell in finished), 2),
+        desc=f"比较（做完 {len(finished)} 格）",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
+        dynamic_ncols=True,
+    )
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (output_dir / "work",))
+    running: dict[Future, Cell] = {}
+    try:
+        with bar:
+            while True:
+                while len(running) < jobs and (found := next_cell(plan, results, set(running.values()))):
+                    cell, rate = found
+                    running[pool.submit(run_cell, plan, cell, rate, output_dir, predict)] = cell
+                if not running:
+                    break
+                bar.set_postfix_str("，".join(cell.name for cell in running.values()))
+                done, _ = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
+                bar.refresh()
+                for future in done:
+                    cell = running.pop(future)
+                    row, detail = future.result()
+                    record(output_dir, row, {**detail, "jobs": jobs})
+                    results.append(row)
+                    bar.total = round(total_weight(plan, results), 2)
+                    bar.update(cell_weight(plan, cell))
+                    bar.set_description_str(f"比较（做完 {len(results)} 格）")
+                    tqdm.write(describe(cell, row))
+    except BrokenProcessPool as error:
+        raise RuntimeError(f"工作进程意外退出（多半是内存不足），请减少 --jobs（现在 {jobs}）后再次运行") from error
+    finally:
+        workers = list((pool._processes or {}).values())
+        if running:
+            for worker in workers:
+                worker.kill()
+            stop_orphans(output_dir / "work")
+        pool.shutdown(wait=True, cancel_futures=True)
+    expected = {*list_cells(plan), *filter(None, [replay_cell(plan, results)])}
+    assert {cell_of(row) for row in results} >= expected, "还有没做的格子，却没有可以开始的"
+
+
+def describe(cell: Cell, row: dict[str, Any]) -> str:
+    """一个做完的格子的一行说明。"""
+    if row["score"] is None:
+        scores = "，".join(
+            f"{task} {entry['test_score']:.3f}" for task, entry in row["forgetting"]["other_tasks"].items()
+        )
+        return f"{cell.name}：{scores}"
+    forgetting = row["forgetting"]
+    return (
+        f"{cell.name}：{row['metric']} {row['score']:.4f}［{row['ci_low']:.4f}，{row['ci_high']:.4f}］，"
+        f"学习率 {row['learning_rate']:g}，{row['seconds']:.0f} 秒，{row['tokens_per_second']:.0f} token/s，"
+        f"通用 NLL {forgetting['general_nll_before']:.3f} → {forgetting['general_nll_after']:.3f}"
+    )

@@ -1,0 +1,140 @@
+"""样本 → input_ids 与 labels 的数组：一批行的编码，整个文件的编码。"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from finetune.data.parallel import choose_workers, map_chunks, num_bytes_of, split_chunks
+from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_sample
+from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
+from finetune.data.samples import parse_row
+
+# 编码规则改变时加一，旧缓存随之作废
+ENCODING_VERSION = 1
+PROGRESS_ROWS_BYTES = 2**20
+SRC_CUT, TGT_CUT, CONTROL, EMPTY_OUTPUT = 1, 2, 4, 8
+# labels 只有三种取值，每个 token 存一字节：不作目标、就是 input_ids 本身、eos（chat 的用户标记处）
+NO_TARGET, SAME_TARGET, EOS_TARGET = 0, 1, 2
+PER_SAMPLE = {"lengths": "<i4", "src_lengths": "<i4", "num_targets": "<i4", "flags": "|u1", "lines": "<i8"}
+ARRAYS = {"input_ids": "<i4", "target_kinds": "|u1", **PER_SAMPLE}
+
+
+class EncodedChunk(NamedTuple):
+    """一批行的编码结果，在子进程里产生。"""
+
+    arrays: dict[str, np.ndarray]
+    digests: list[bytes]  # 与样本一一对应，用来找重复
+    problems: list[Problem]
+    num_rows: int
+    num_bytes: int
+
+
+def encode_chunk(
+    rows: Sequence[RawRow | Problem], tokenizer, path: str, split: str, options: dict[str, Any]
+) -> EncodedChunk:
+    """解析并编码一批行；纯函数，只用到 json、sentencepiece 与 numpy，可以在 fork 出的子进程里运行。"""
+    problems: list[Problem] = []
+    encoded: list[EncodedSample] = []
+    digests: list[bytes] = []
+    flags: list[int] = []
+    for row in rows:
+        sample, broken = parse_row(row, path, split)
+        problems += broken
+        if sample is None:
+            continue
+        try:
+            item = encode_sample(sample, tokenizer, **options)
+        except ValueError as error:
+            problems.append(Problem(path, sample.line, "提示词", str(error), "请改这一行，或换 --prompt_format"))
+            continue
+        if item.num_targets == 0:
+            what = f"截断之后没有任何目标 token（src {item.num_src_tokens} 个 token）"
+            problems.append(Problem(path, sample.line, "output", what, "请检查这一行的内容是否全是空白"))
+            continue
+        encoded.append(item)
+        digests.append(hashlib.blake2b(repr(sample.messages).encode(), digest_size=16).digest())
+        flags.append(
+            SRC_CUT * item.src_truncated
+            + TGT_CUT * item.tgt_truncated
+            + CONTROL * item.has_control_pieces
+            + EMPTY_OUTPUT * (sample.messages[-1][1] == "")
+        )
+    return EncodedChunk(to_arrays(encoded, flags), digests, problems, len(rows), num_bytes_of(rows))
+
+
+def to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[str, np.ndarray]:
+    ids = np.array([token for item in encoded for token in item.input_ids], dtype="<i4")
+    labels = np.array([label for item in encoded for label in item.labels], dtype="<i4")
+    kinds = np.where(labels == IGNORE_INDEX, NO_TARGET, np.where(labels == ids, SAME_TARGET, EOS_TARGET))
+    columns = {
+        "input_ids": ids,
+        "target_kinds": kinds,
+        "lengths": [len(item.input_ids) for item in encoded],
+        "src_lengths": [item.num_src_tokens for item in encoded],
+        "num_targets": [item.num_targets for item in encoded],
+        "flags": flags,
+        "lines": [item.line for item in encoded],
+    }
+    return {name: np.asarray(columns[name], dtype=dtype) for name, dtype in ARRAYS.items()}
+
+
+def encode_file(
+    path: str,
+    tokenizer,
+    options: dict[str, Any],
+    is_skip: bool = False,
+    drop_duplicates: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """读取并编码整个文件，返回 (各数组, 行数统计)。"""
+    problems = ProblemList(path)
+    seen: set[bytes] = set()
+    counts = {"num_rows": 0, "num_duplicates": 0, "num_skipped": 0, "duplicates_dropped": drop_duplicates}
+    kept: list[dict[str, np.ndarray]] = []
+    file_bytes = os.path.getsize(path)
+    bar = tqdm(
+        total=file_bytes,
+        unit="B",
+        unit_scale=True,
+        desc=f"分词 {Path(path).name}",
+        disable=True if not progress or file_bytes < PROGRESS_ROWS_BYTES else None,  # None：不是终端时不显示
+    )
+    with bar:
+        encode = partial(encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options)
+        for chunk in map_chunks(encode, split_chunks(iter_rows(path)), path, choose_workers(path, workers)):
+            bar.update(chunk.num_bytes)
+            counts["num_rows"] += chunk.num_rows
+            problems.add(chunk.problems)
+            keep = np.ones(len(chunk.digests), dtype=bool)
+            for i, digest in enumerate(chunk.digests):
+                duplicate = digest in seen
+                counts["num_duplicates"] += duplicate
+                keep[i] = not (duplicate and drop_duplicates)
+                seen.add(digest)
+            if is_skip:
+                overlong = keep & (chunk.arrays["flags"] & (SRC_CUT | TGT_CUT) > 0)
+                counts["num_skipped"] += int(overlong.sum())
+                keep &= ~overlong
+            if not problems.total:
+                kept.append(_select(chunk.arrays, keep))
+    problems.raise_if_any()
+    if not counts["num_rows"]:
+        raise ValueError(f"数据文件 {path} 里没有任何样本（只有空白），请检查文件内容")
+    arrays = {name: np.concatenate([part[name] for part in kept]) for name in ARRAYS}
+    if not len(arrays["lengths"]):
+        raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")
+    return arrays, counts
+
+
+def _select(arrays: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:
+    if keep.all():
+        return arrays
+    by_token = np.repeat(keep, arrays["lengths"])
+    return {name: array[keep if name in PER_SAMPLE else by_token] for name, array in arrays.items()}

@@ -1,0 +1,287 @@
+"""提示词格式：把一条样本（或一段对话）按 token id 拼成 src 与 tgt；训练与 predict.py 共用这里的函数。
+
+plain（基座模型）：src = instruction + input，tgt = output + eos。
+  多轮对话的各轮依次相接，每个回答都是目标并以 eos 收尾；system 文本放在最前，不作目标。
+chat（对话模型）：用户消息前是 user_token_id，回答前是 assistant_token_id，system 只有文本、没有角色 id。
+  标签与官方 fine-tune.py 一致：上一轮回答的 eos 是「下一个用户标记」处的标签，input_ids 中只有最末尾才有 eos。
+
+角色 id 只由 id 拼入，绝不编码角色字符串；用户文本一律经 tokenizer.encode_plain 编码，
+文本里的 <reserved_106>、</s> 之类因此只是普通文字。
+
+src 的截断（max_src_len，训练与预测相同，且与回答无关）：先从最早的一轮起整轮丢弃，最后一轮总是保留；
+仍然超长则截去最后一条用户消息的尾部（指令与输入的开头保留），再不够才截 system 的尾部；角色 id 从不截去。
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils import shown
+
+IGNORE_INDEX = -100
+PROMPT_FORMATS = ("plain", "chat")
+PROMPT_FAMILIES = ("baichuan", "baichuan2")
+Message = tuple[str, str]  # (role, text)，role ∈ system | user | assistant
+Turn = tuple[str, list[int]]  # (role, 正文的 token id)
+
+
+class EncodedSample(NamedTuple):
+    """一条编码后的样本；labels 与 input_ids 等长且未移位，非目标处为 IGNORE_INDEX。"""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    num_targets: int  # 移位后真正参与损失的目标数：labels[1:] 中不为 IGNORE_INDEX 的个数
+    num_src_tokens: int  # 最后一个回答之前的 token 数（含角色 id）
+    src_truncated: bool  # 丢弃了较早的轮次，或截短了用户/system 文本
+    tgt_truncated: bool  # 回答被截短（此时没有 eos）
+    has_control_pieces: bool  # 文本里有控制符号，已按普通文字编码
+    line: int = 0
+
+
+def max_prompt_tokens(model_max_length: int, max_new_tokens: int, family: str = "baichuan2") -> int:
+    """官方对话代码给提示词留的长度；v1（baichuan）至少留上下文的一半。"""
+    limit = model_max_length - max_new_tokens
+    if family == "baichuan":
+        limit = max(model_max_length // 2, limit)
+    if limit < 1:
+        raise ValueError(
+            f"max_new_tokens({max_new_tokens}) 必须小于模型的上下文长度({model_max_length})，请调小 --max_new_tokens"
+        )
+    return limit
+
+
+def encode_prompt(
+    tokenizer,
+    messages: Sequence[Message],
+    prompt_format: str,
+    *,
+    family: str = "baichuan2",
+    max_src_len: int | None = None,
+    max_input_tokens: int | None = None,
+    user_token_id: int = 195,
+    assistant_token_id: int = 196,
+) -> list[int]:
+    """把对话编成等待回答的提示词 id。
+
+    max_src_len：训练时的截断规则（见模块说明），用训练时的值，预测的提示词就与训练的 src 逐个 id 相同。
+    max_input_tokens：官方 chat() 的规则，先整轮丢弃，再从左边硬截（可能截去 system 与角色 id）；
+    plain 没有官方规则，按 max_src_len 的规则办。两者都给时先用 max_src_len。
+    family="baichuan"（Baichuan-13B-Chat）没有 system 角色，出现即 ValueError；第一条用户消息之前的回答不用。
+    来源：v2 为 generation_utils.build_chat_input，v1 为 2023-08 之后的 _build_chat_input。
+    """
+    _check_choice("prompt_format", prompt_format, PROMPT_FORMATS)
+    _check_choice("family", family, PROMPT_FAMILIES)
+    if not messages:
+        raise ValueError("对话为空，至少要有一条用户消息")
+    turns = [(role, tokenizer.encode_plain(text)) for role, text in messages]
+    markers = {"user": user_token_id, "assistant": assistant_token_id} if prompt_format == "chat" else {}
+    if prompt_format == "plain":
+        limits = [limit for limit in (max_src_len, max_input_tokens) if limit is not None]
+        turns, _ = _fit_turns(turns, min(limits, default=None), markers)
+        return _lay_out(turns, markers, tokenizer.eos_token_id)[0]
+    if max_src_len is not None:
+        _reject_system(turns, family)
+        turns, _ = _fit_turns(turns, max_src_len, markers)
+    return _chat_prompt(turns, markers, family, max_input_tokens)
+
+
+def encode_sample(
+    sample,
+    tokenizer,
+    prompt_format: str,
+    max_len: int,
+    max_src_len: int,
+    *,
+    family: str = "baichuan2",
+    user_token_id: int = 195,
+    assistant_token_id: int = 196,
+) -> EncodedSample:
+    """把一条训练样本编成 input_ids 与 labels；纯函数，不读文件，不改 sample。
+
+    sample.messages 的最后一条必须是回答。src 截到 max_src_len，tgt（回答 + eos）截到 max_len - len(src)，
+    截短的 tgt 没有 eos。labels 未移位，移位只发生在模型里。
+    """
+    _check_choice("prompt_format", prompt_format, PROMPT_FORMATS)
+    _check_choice("family", family, PROMPT_FAMILIES)
+    if max_src_len >= max_len:
+        raise ValueError(f"--max_src_len({max_src_len}) 必须小于 --max_len({max_len})，请调小前者")
+    *context, (last_role, answer) = sample.messages
+    assert last_role == "assistant", "训练样本的最后一条必须是回答，由 data_check 保证"
+
+    markers = {"user": user_token_id, "assistant": assistant_token_id} if prompt_format == "chat" else {}
+    turns = [(role, tokenizer.encode_plain(text)) for role, text in context]
+    if prompt_format == "chat":
+        _reject_system(turns, family)
+    turns, src_truncated = _fit_turns(turns, max_src_len, markers)
+    eos = tokenizer.eos_token_id
+    input_ids, labels = _lay_out(turns, markers, eos)
+    if markers:
+        input_ids.append(assistant_token_id)
+        labels.append(IGNORE_INDEX)
+    num_src_tokens = len(input_ids)
+
+    target = [*tokenizer.encode_plain(answer), eos]
+    budget = max_len - num_src_tokens
+    input_ids += target[:budget]
+    labels += target[:budget]
+    return EncodedSample(
+        input_ids=input_ids,
+        labels=labels,
+        num_targets=sum(label != IGNORE_INDEX for label in labels[1:]),
+        num_src_tokens=num_src_tokens,
+        src_truncated=src_truncated,
+        tgt_truncated=len(target) > budget,
+        has_control_pieces=any(tokenizer.find_control_pieces(text) for _, text in sample.messages),
+        line=sample.line,
+    )
+
+
+def _lay_out(turns: Sequence[Turn], markers: dict[str, int], eos: int) -> tuple[list[int], list[int]]:
+    """把各轮依次拼成 (input_ids, labels)；markers 为空是 plain，否则是 chat。末尾的回答留待续写，不加 eos。"""
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for position, (role, ids) in enumerate(turns):
+        supervised = role == "assistant"
+        if role in markers:
+            input_ids.append(markers[role])
+            # 用户标记处的标签是上一轮回答的 eos；样本首位同官方代码（移位后不起作用）；紧跟 system 的不作目标
+            after_system = position > 0 and turns[position - 1][0] == "system"
+            labels.append(eos if role == "user" and not after_system else IGNORE_INDEX)
+        input_ids += ids
+        labels += ids if supervised else [IGNORE_INDEX] * len(ids)
+        if supervised and not markers and position < len(turns) - 1:
+            input_ids.append(eos)
+            labels.append(eos)
+    return input_ids, labels
+
+
+def _split_rounds(turns: Sequence[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
+    """拆成开头的 system 与各轮；每条用户消息开始新的一轮，第一轮可能没有用户消息。"""
+    system = list(turns[:1]) if turns and turns[0][0] == "system" else []
+    rounds: list[list[Turn]] = []
+    for role, ids in turns[len(system) :]:
+        if role == "system":
+            raise ValueError("system 只能是第一条消息，请把它移到对话开头")
+        if role not in ("user", "assistant"):
+            raise ValueError(f"不认识的角色 {role!r}，可用 system、user、assistant")
+        if role == "user" or not rounds:
+            rounds.append([])
+        rounds[-1].append((role, ids))
+    return system, rounds
+
+
+def _fit_turns(turns: list[Turn], limit: int | None, markers: dict[str, int]) -> tuple[list[Turn], bool]:
+    """按训练规则截到 limit 个 token（含角色 id、历史回答的 eos、末尾的回答标记），返回 (各轮, 是否截过)。"""
+    system, rounds = _split_rounds(turns)
+    if limit is None:
+        return turns, False
+
+    def size() -> int:
+        kept = [*system, *(turn for round_ in rounds for turn in round_)]
+        # chat 的末尾标记与 plain 的 eos 各占一位
+        closing = 1 if markers else sum(role == "assistant" for role, _ in kept[:-1])
+        return closing + sum(len(ids) + (role in markers) for role, ids in kept)
+
+    excess = size() - limit
+    if excess <= 0:
+        return turns, False
+    while excess > 0 and len(rounds) > 1:
+        rounds.pop(0)
+        excess = size() - limit
+    if excess > 0 and rounds and rounds[0][0][0] == "user":
+        user_ids = rounds[0][0][1]
+        rounds[0][0] = ("user", user_ids[: max(0, len(user_ids) - excess)])
+        excess = size() - limit
+    if excess > 0 and system:
+        system_ids = system[0][1]
+        system[0] = ("system", system_ids[: max(0, len(system_ids) - excess)])
+        excess = size() - limit
+    if excess > 0:
+        raise ValueError(f"--max_src_len({limit}) 太小，连角色标记都放不下，请至少调大 {excess}")
+    return [*system, *(turn for round_ in rounds for turn in round_)], True
+
+
+def _chat_prompt(turns: list[Turn], markers: dict[str, int], family: str, limit: int | None) -> list[int]:
+    """官方对话代码的拼法与截断：从最新一轮往前整轮保留，再从左边截到 limit。"""
+    system, rounds = _split_rounds(turns)
+    old_style = family == "baichuan"
+    system_ids = system[0][1] if system and not old_style else []
+    kept: list[int] = []
+    for round_ in reversed(rounds):
+        if old_style and round_[0][0] != "user":
+            continue  # v1 不用第一条用户消息之前的回答
+        round_ids = [token for role, ids in round_ for token in (markers[role], *ids)]
+        if limit is not None and kept and len(system_ids) + len(kept) + len(round_ids) > limit:
+            break
+        kept = round_ids + kept
+    else:
+        # v1 只有把历史读到头时才遇到 system；较新的轮次已经放满时官方代码不报错
+        if limit is None or len(kept) < limit:
+            _reject_system(turns, family)
+
+    prompt = system_ids + kept
+    ending = [markers["assistant"]] if old_style or turns[-1][0] != "assistant" else []
+    if old_style:
+        return (prompt if limit is None else prompt[-limit:]) + ending  # v1 的标记不占 limit
+    prompt += ending
+    return prompt if limit is None else prompt[-limit:]
+
+
+def _reject_system(turns: Sequence[Turn], family: str) -> None:
+    if family == "baichuan" and any(role == "system" for role, _ in turns):
+        raise ValueError("Baichuan-13B-Chat（v1）的对话格式没有 system 角色，请把它的内容并入第一条用户消息")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} 应为 {' | '.join(choices)}，实际是 {value!r}")
+
+
+class Prompting(NamedTuple):
+    """一个检查点的提示方式；四项就是 encode_prompt 与 encode_sample 的同名参数，存在 run_config.json 里。"""
+
+    prompt_format: str
+    family: str
+    user_token_id: int
+    assistant_token_id: int
+
+
+def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prompting:
+    """由检查点定下提示方式：generation_config.json 里有 user_token_id 的是对话模型（chat），没有的是基座（plain）。
+
+    requested：auto 或指定的格式；config：BaichuanConfig（norm_head 区分 Baichuan 与 Baichuan2）。
+    """
+    _check_choice("prompt_format", requested, ("auto", *PROMPT_FORMATS))
+    path = Path(directory) / "generation_config.json"
+    try:
+        generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} 不是合法的 JSON，请重新下载：{error}") from error
+    problems = generation_config_problems(generation, config.vocab_size)
+    if problems:
+        raise ValueError(f"{path} 损坏，请重新下载：{'；'.join(problems)}")
+    is_chat = "user_token_id" in generation
+    return Prompting(
+        prompt_format=("chat" if is_chat else "plain") if requested == "auto" else requested,
+        family="baichuan2" if config.norm_head else "baichuan",
+        user_token_id=generation.get("user_token_id", 195),
+        assistant_token_id=generation.get("assistant_token_id", 196),
+    )
+
+
+ROLE_TOKENS = ("user_token_id", "assistant_token_id")
+
+
+def generation_config_problems(content: Any, vocab_size: int) -> list[str]:
+    """generation_config.json 里角色编号的问题：两个要么都有、要么都没有，且在词表之内。"""
+    if not isinstance(content, dict):
+        return [f"应为 JSON 对象 {{…}}，实际是 {shown(content)}"]
+    present = [name for name in ROLE_TOKENS if name in content]
+    if len(present) == 1:
+        return [f"{' 与 '.join(ROLE_TOKENS)} 只有一个"]
+    return [
+        f"{name} 应为 [0, {vocab_size}) 内的整数，实际是 {shown(content[name])}"
+        for name in present
+        if not (type(content[name]) is int and 0 <= content[name] < vocab_size)
+    ]

@@ -1,0 +1,1 @@
+"""数据体检：python data_set.py check。"""

@@ -1,0 +1,255 @@
+"""数据体检：训练之前把数据文件查一遍，逐条列出「文件:行: 字段: 问题: 办法」，并给出重复、泄漏、标签与长度的统计。
+
+    python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/ --test_path data/spo_1.json
+
+退出码：0 没有问题，1 只有警告（能训练，但多半不是本意），2 有错误（训练会拒绝这份数据，或命令行、路径写错）。
+逐行流式检查，内存与文件大小无关：在途的行至多 64 MiB，最长的一行至多 64 MiB，另有摘要的缓冲（见 duplicates.py）。
+不给 --model_name_or_path 时长度按字符数统计，不检查截断。一行的检查见 rows.py，报告的样子见 report.py。
+"""
+
+import argparse
+import functools
+import os
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from finetune.data.parallel import choose_workers, map_chunks, split_chunks
+from finetune.data.prompting import PROMPT_FORMATS, resolve_prompt_format
+from finetune.data.rows import MAX_PROBLEMS, Problem, iter_rows
+from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, DigestStore, compare
+from finetune.data_doctor.report import draw_picture, label_findings, render, to_json
+from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
+from utils import write_json
+
+SEVERITIES = ("note", "warning", "error")
+EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
+MAX_LABELS, MIN_LABEL_ROWS = 50, 20
+
+
+# ---- 一个文件 ----
+
+
+class FileReport:
+    """一个文件的统计；findings 每种至多留 max_findings 条，counts 是全部的数目。"""
+
+    def __init__(self, path: str, split: str, max_findings: int):
+        self.path, self.split, self.max_findings = path, split, max_findings
+        self.num_rows = self.num_samples = 0
+        self.counts: Counter[tuple[str, str]] = Counter()  # (severity, code) → 数目
+        self.findings: dict[str, list[Problem]] = defaultdict(list)
+        self.lengths = {"src": Counter(), "tgt": Counter(), "total": Counter()}
+        self.labels: Counter[str] | None = Counter()  # None：取值太多或太长，不像分类
+
+    def add(self, findings: Iterable[Problem]) -> None:
+        for finding in findings:
+            self.counts[finding.severity, finding.code] += 1
+            if len(self.findings[finding.code]) < self.max_findings:
+                self.findings[finding.code].append(finding)
+
+    def add_chunk(self, chunk: ChunkReport) -> None:
+        self.add(chunk.findings)
+        self.num_rows += chunk.num_rows
+        self.num_samples += len(chunk.lines)
+        columns = {"src": chunk.lengths[:, 0], "tgt": chunk.lengths[:, 1], "total": chunk.lengths.sum(axis=1)}
+        for name, values in columns.items():
+            self.lengths[name].update(_quantize(values).tolist())
+        if self.labels is not None:
+            self.labels.update(answer for answer in chunk.answers if answer is not None)
+            has_long_answer = any(a is None for a in chunk.answers) and self.split != "predict"
+            if has_long_answer or len(self.labels) > 20 * MAX_LABELS:
+                self.labels = None
+
+    @property
+    def is_labelled(self) -> bool:
+        """回答像分类的标签：至少 20 行，取值不超过 50 种，平均每种至少 10 行。"""
+        if not self.labels:
+            return False
+        total, distinct = self.labels.total(), len(self.labels)
+        return total >= MIN_LABEL_ROWS and distinct <= min(MAX_LABELS, total // 10)
+
+
+def _quantize(lengths: np.ndarray) -> np.ndarray:
+    """长度取整到 12 位有效二进制位：不同取值至多几万种，相对误差小于 1/2000。"""
+    shift = np.maximum(0, np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) - 11)
+    return lengths >> shift << shift
+
+
+def examine_file(
+    report: FileReport,
+    index: int,
+    encoding: Encoding | None,
+    prompts: DigestStore,
+    documents: DigestStore,
+    workers: int | None,
+) -> None:
+    """流式检查一个文件，填进 report；摘要送进 prompts 与 documents，最后一起比较。"""
+    path = report.path
+    base = np.uint64((TEST_BIT if report.split == "predict" else 0) | index << FILE_SHIFT)
+    try:
+        rows = iter_rows(path)
+        first = next(rows, None)  # 打不开的文件在这里抛出
+        report.add(_file_findings(path))
+        chunks = split_chunks(chain([first] if first is not None else [], rows))
+        examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding)
+        with tqdm(
+            total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"检查 {Path(path).name}", disable=None
+        ) as bar:
+            for chunk in map_chunks(examine, chunks, path, choose_workers(path, workers)):
+                report.add_chunk(chunk)
+                positions = chunk.lines | base
+                prompts.add(chunk.digests[:, 0], chunk.digests[:, 1], positions)
+                documents.add(chunk.digests[:, 2], np.zeros_like(positions), positions)
+                bar.update(chunk.num_bytes)
+    except (ValueError, OSError) as error:
+        what, _, remedy = str(error).partition("，请")
+        report.add([Problem(path, 1, "文件", what, f"请{remedy}" if remedy else "请检查文件内容与路径", code="file")])
+        return
+    if not report.num_rows:
+        report.add([Problem(path, 1, "文件", "没有任何样本（只有空白）", "请检查文件内容", code="file")])
+
+
+def _file_findings(path: str) -> Iterator[Problem]:
+    """整个文件的写法，只看开头 1 MiB。"""
+    with open(path, "rb") as stream:
+        head = stream.read(2**20)
+    if head.startswith(b"\xef\xbb\xbf"):
+        yield Problem(path, 1, "文件", "开头有 UTF-8 的字节序标记（BOM），读取时跳过", "不必改", "note", "bom")
+    if b"\r\n" in head:
+        yield Problem(path, 1, "文件", "用 CRLF 换行（Windows），读取时不受影响", "不必改", "note", "crlf")
+    elif b"\r" in head and b"\n" not in head:
+        yield Problem(path, 1, "文件", "只用 CR 换行（旧式 Mac），会被当成一行", "请把换行改成 LF", "warning", "cr")
+
+
+# ---- 跨行 ----
+
+_CROSS_ROW = {
+    "duplicate": ("warning", "与 {} 完全相同（共 {} 行相同）", "加 --drop_duplicates 只留一行，或从文件中删去"),
+    "conflict": (
+        "note",
+        "与 {} 的输入相同，回答不同（共 {} 种回答）",
+        "答案应当唯一时请统一；本来就有多个答案的不必改",
+    ),
+    "shared_input": ("warning", "输入与训练集的 {} 相同（测试集里共 {} 行）", "测出的分数会偏高，请从其中一份删去"),
+    "shared_document": (
+        "warning",
+        "文档与训练集的 {} 相同（测试集里共 {} 行）",
+        "测出的分数会偏高，请按文档而不是按行划分训练集与测试集",
+    ),
+}
+
+
+def compare_rows(reports: list[FileReport], prompts: DigestStore, documents: DigestStore, limit: int) -> dict[str, int]:
+    """重复、同一输入不同回答、训练与测试共有的行：例子记入所在文件的 findings，返回各种的总数。"""
+    totals, found = compare(prompts, documents, limit)
+
+    def locate(position: int) -> tuple[FileReport, int]:
+        return reports[(position & ~TEST_BIT) >> FILE_SHIFT], position & ((1 << FILE_SHIFT) - 1)
+
+    for code, matches in found.items():
+        severity, what, remedy = _CROSS_ROW[code]
+        for match in matches:
+            report, line = locate(match.position)
+            other_report, other_line = locate(match.other)
+            text = what.format(f"{other_report.path}:{other_line}", match.count)
+            report.add([Problem(report.path, line, "行", text, remedy, severity, code)])
+    return totals
+
+
+# ---- 命令 ----
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="data_set.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    check = parser.add_subparsers(dest="command", required=True).add_parser(
+        "check", help="检查数据文件", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    check.add_argument("paths", nargs="+", metavar="FILE", help="训练数据，可以有几个；重复也跨文件查找")
+    check.add_argument("--test_path", help="测试数据：查它与训练数据共有的行（缺省不查）；回答可缺")
+    check.add_argument("--model_name_or_path", help="检查点目录：长度按它的分词器计（缺省按字符数，不检查截断）")
+    check.add_argument("--max_len", type=int, default=1024, help="同 train.py，token（缺省 %(default)s）")
+    check.add_argument("--max_src_len", type=int, default=768, help="同 train.py，token（缺省 %(default)s）")
+    check.add_argument(
+        "--prompt_format",
+        default="auto",
+        choices=["auto", *PROMPT_FORMATS],
+        help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
+    )
+    check.add_argument(
+        "--max_findings", type=int, default=MAX_PROBLEMS, help="每个文件每种问题至多列几条（缺省 %(default)s）"
+    )
+    check.add_argument("--workers", type=int, help="进程数（缺省：大文件用全部 CPU，小文件 1）")
+    check.add_argument("--json", metavar="OUT", help="把全部结果写成 JSON（缺省不写）")
+    check.add_argument("--picture", metavar="PNG", help="把长度与标签的分布画成图（缺省不画）")
+    return parser
+
+
+def load_encoding(args: argparse.Namespace) -> Encoding | None:
+    """由 --model_name_or_path 得到分词器与提示方式；没有给则为 None。
+
+    Raises:
+        ValueError: 目录不是可用的检查点，或长度互相矛盾。
+    """
+    if args.model_name_or_path is None:
+        if args.prompt_format != "auto":
+            raise ValueError("--prompt_format 只在给出 --model_name_or_path 时起作用，请去掉或补上后者")
+        return None
+    if not 0 < args.max_src_len < args.max_len:
+        raise ValueError(f"--max_src_len({args.max_src_len}) 必须大于 0、小于 --max_len({args.max_len})，请改正")
+    # 在这里导入：模型的模块要几秒才能载入，只查格式时用不着
+    from finetune.checkpoint.base_model import load_config, load_tokenizer
+
+    config = load_config(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
+    prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
+    return Encoding(tokenizer, args.max_len, args.max_src_len, prompting._asdict())
+
+
+def check_files(
+    paths: list[str], test_path: str | None, encoding: Encoding | None, max_findings: int, workers: int | None = None
+) -> tuple[list[FileReport], dict[str, int]]:
+    """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)。"""
+    reports = [FileReport(str(path), "train", max_findings) for path in paths]
+    if test_path is not None:
+        reports.append(FileReport(str(test_path), "predict", max_findings))
+    prompts, documents = DigestStore(), DigestStore()
+    for index, report in enumerate(reports):
+        examine_file(report, index, encoding, prompts, documents, workers)
+    totals = compare_rows(reports, prompts, documents, max_findings)
+    for report in reports:
+        report.add(label_findings(report, reports))
+    return reports, totals
+
+
+def main(argv: list[str] | None = None) -> int:
+    """命令行入口，返回退出码。"""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.max_findings < 1 or (args.workers is not None and args.workers < 1):
+            raise ValueError("--max_findings 与 --workers 必须至少为 1，请改正")
+        encoding = load_encoding(args)
+        reports, totals = check_files(args.paths, args.test_path, encoding, args.max_findings, args.workers)
+        worst = max(
+            (severity for report in reports for severity, _ in report.counts), key=SEVERITIES.index, default="note"
+        )
+        exit_code = EXIT_CODES[worst]
+        print(render(reports, totals, encoding, exit_code), flush=True)
+        if args.json:
+            write_json(args.json, to_json(reports, totals, encoding, exit_code))
+        if args.picture:
+            draw_picture(args.picture, reports, encoding)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"错误：{error}", file=sys.stderr, flush=True)
+        return EXIT_CODES["error"]
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

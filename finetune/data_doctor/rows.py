@@ -1,0 +1,173 @@
+"""数据体检的一行：内容上的警告（空回答、写错的字段名、控制符号、损坏的字符）、截断、长度与摘要；都是纯函数。"""
+
+import difflib
+import functools
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finetune.data.prompting import encode_sample
+from finetune.data.rows import Problem, RawRow
+from finetune.data.samples import Sample, parse_row
+from finetune.data_doctor.duplicates import digest
+
+MAX_LABEL_CHARS = 64
+_UNLIMITED = 2**40
+_KNOWN_FIELDS = ("instruction", "input", "output", "conversations")
+_CONTROL_TEXT = re.compile(r"<reserved_\d+>|</?s>|<unk>|<pad>")
+# C0 控制字符、零宽与双向控制字符、字节序标记、替换字符；零宽连接符是表情的一部分，不算
+_ODD_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200e\u200f\u202a-\u202e\ufeff\ufffd]")
+_READER_CODES = {"JSON": "json", "编码": "encoding", "行": "row", "数组": "array"}
+
+
+class Encoding(NamedTuple):
+    """分词器与训练的编码设置；options 是 encode_sample 的其余参数。"""
+
+    tokenizer: Any
+    max_len: int
+    max_src_len: int
+    options: dict[str, Any]
+
+
+class ChunkReport(NamedTuple):
+    """一批行的检查结果，在子进程里产生；各数组与样本一一对应。"""
+
+    findings: list[Problem]
+    lengths: np.ndarray  # [n, 2]：src 与 tgt 截断之前的长度
+    digests: np.ndarray  # [n, 3]：提示、回答、文档的摘要
+    lines: np.ndarray  # [n]
+    answers: list[str | None]  # 没有回答，或太长而不像标签的，是 None
+    num_rows: int
+    num_bytes: int
+
+
+def examine_rows(rows: list[RawRow | Problem], path: str, split: str, encoding: Encoding | None) -> ChunkReport:
+    """检查一批行；纯函数，可以在子进程里运行。split="predict"（测试集）的回答可缺。"""
+    findings: list[Problem] = []
+    lengths, digests, lines, answers = [], [], [], []
+    for row in rows:
+        sample, broken = parse_row(row, path, split)
+        findings += [problem._replace(code=_READER_CODES.get(problem.field, "field")) for problem in broken]
+        if sample is None:
+            continue
+        fields = json.loads(row.content.decode())
+        prompt = sample.messages if split == "predict" else sample.messages[:-1]
+        answer = sample.messages[-1][1] if split != "predict" else (sample.references or (None,))[0]
+        findings += _field_findings(fields, sample, answer)
+        whole = Sample((*prompt, ("assistant", answer or "")), sample.line, path)
+        lengths.append(_measure(whole, answer is not None, split, encoding, findings))
+        digests.append((digest(repr(prompt)), digest(answer or ""), digest(_document(fields, prompt))))
+        lines.append(sample.line)
+        answers.append(answer if answer is not None and len(answer) <= MAX_LABEL_CHARS else None)
+    return ChunkReport(
+        findings,
+        np.array(lengths, dtype=np.int64).reshape(-1, 2),
+        np.array(digests, dtype=np.uint64).reshape(-1, 3),
+        np.array(lines, dtype=np.uint64),
+        answers,
+        len(rows),
+        sum(len(row.content) for row in rows if isinstance(row, RawRow)),
+    )
+
+
+def _texts(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """(字段, 文字) 的列表；多轮对话的字段写成 conversations[i]。"""
+    if "conversations" in fields:
+        turns = enumerate(fields["conversations"])
+        return [(f"conversations[{i}]", turn.get("content", turn.get("value", ""))) for i, turn in turns]
+    output = fields.get("output") or ""
+    outputs = output if isinstance(output, list) else [output]
+    return [*((name, fields.get(name, "")) for name in ("instruction", "input")), *(("output", t) for t in outputs)]
+
+
+def _document(fields: dict[str, Any], prompt: tuple) -> str:
+    """这一行讲的文档：input（空则 instruction），对话取第一条用户消息；忽略空白、全半角与大小写。"""
+    if "conversations" in fields:
+        text = next(text for role, text in prompt if role == "user")
+    else:
+        text = fields.get("input", "")
+        text = text if text.strip() else fields.get("instruction", "")
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+@functools.lru_cache(maxsize=1024)
+def _meant_field(name: str) -> str | None:
+    """字段名像是哪个认识的字段写错了；不像则为 None。"""
+    close = difflib.get_close_matches(name.strip().lower()[:40], _KNOWN_FIELDS, n=1, cutoff=0.75)
+    return close[0] if close else None
+
+
+def _field_findings(fields: dict[str, Any], sample: Sample, answer: str | None) -> Iterator[Problem]:
+    """内容上的警告：空回答、写错的字段名、控制符号、不可见或损坏的字符。"""
+
+    def warn(code: str, field: str, what: str, remedy: str) -> Problem:
+        return Problem(sample.path, sample.line, field, what, remedy, "warning", code)
+
+    if answer is not None and not answer.strip():
+        what = "回答是空的" if answer == "" else "回答只有空白"
+        yield warn("empty_output", "output", what, "确实没有答案可以不改（目标只有结束符），否则请补上或删去这一行")
+    for name in fields:
+        meant = None if name in _KNOWN_FIELDS else _meant_field(name)
+        if meant and meant not in fields:
+            yield warn(
+                "field_name", name[:40], f"不认识的字段，没有用上；像是 {meant} 写错了", f"请改名为 {meant}，或删去"
+            )
+    for field, text in _texts(fields):
+        if pieces := _CONTROL_TEXT.findall(text):
+            what = f"文字里有控制符号 {'、'.join(sorted(set(pieces))[:5])}（共 {len(pieces)} 处）"
+            yield warn("control_token", field, what, "训练时只当普通文字；若是导出时混入的，请删去")
+        if match := _ODD_CHARACTER.search(text):
+            what = f"第 {match.start() + 1} 个字符是 U+{ord(match[0]):04X}（{_odd_name(match[0])}）"
+            yield warn("odd_character", field, what, "请删去，或从原始数据重新导出")
+
+
+def _odd_name(char: str) -> str:
+    if char == "\ufffd":
+        return "替换字符，原来的字在某次转码时已经丢失"
+    return "看不见的格式字符" if char >= "\u200b" else "控制字符"
+
+
+def _measure(
+    whole: Sample, has_answer: bool, split: str, encoding: Encoding | None, findings: list[Problem]
+) -> tuple[int, int]:
+    """截断之前的 (src, tgt) 长度；超长、没有目标、提示词不合法记入 findings。没有分词器时按字符数。"""
+    *prompt, (_, answer) = whole.messages
+    if encoding is None:
+        return sum(len(text) for _, text in prompt), len(answer)
+
+    def add(severity: str, code: str, field: str, what: str, remedy: str) -> None:
+        findings.append(Problem(whole.path, whole.line, field, what, remedy, severity, code))
+
+    max_len, max_src_len, options = encoding.max_len, encoding.max_src_len, encoding.options
+    try:
+        item = encode_sample(whole, encoding.tokenizer, max_len=_UNLIMITED + 1, max_src_len=_UNLIMITED, **options)
+        src, total = item.num_src_tokens, len(item.input_ids)
+        kept = item
+        if src > max_src_len or (has_answer and total > max_len):
+            kept = encode_sample(whole, encoding.tokenizer, max_len=max_len, max_src_len=max_src_len, **options)
+    except ValueError as error:
+        add("error", "prompt", "提示词", str(error), "请改这一行，或换 --prompt_format、调大 --max_src_len")
+        return 0, 0
+    src_cut, tgt_cut = src - kept.num_src_tokens, (total - src) - (len(kept.input_ids) - kept.num_src_tokens)
+    if src_cut:
+        what = (
+            f"提示 {src} token，超过 --max_src_len({max_src_len})，截去 {src_cut}（先丢较早的轮次，再截用户消息的尾部）"
+        )
+        add("warning", "src_cut", "提示", what, f"请调大 --max_src_len（这一行要 {src}），或缩短这一行")
+    if has_answer and tgt_cut:
+        start = encoding.tokenizer.decode(
+            item.input_ids[total - tgt_cut : total - tgt_cut + 8], skip_special_tokens=True
+        )
+        what = f"全长 {total} token，超过 --max_len({max_len})，回答 {total - src} token 截去 {tgt_cut}"
+        place = f"（从「{start}」起，连同结束符）" if start else "（只截去结束符）"
+        add("warning", "tgt_cut", "output", what + place, f"请调大 --max_len（这一行要 {total}），或拆分这一行")
+    if kept.num_targets == 0 and split != "predict":
+        what = f"截断之后没有任何目标 token（src {kept.num_src_tokens} 个 token）"
+        add("error", "no_target", "output", what, "请检查这一行的内容是否全是空白")
+    if not has_answer:
+        return src, 0
+    return src, total - src

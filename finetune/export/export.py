@@ -1,0 +1,91 @@
+"""把训练器的任何检查点导出成别的工具能直接加载的格式；LoRA 当场合并。"""
+
+from pathlib import Path
+
+from baichuan import BaichuanConfig
+from finetune.checkpoint.inspection import load_checkpoint_tokenizer
+from finetune.checkpoint.manifest import write_manifest
+from finetune.export.check import Comparison, check_export, encode_check_prompts
+from finetune.export.gguf import GGUF_TYPES, GgufFile, check_gguf, write_gguf
+from finetune.export.llama import LlamaDirectory, write_llama
+from finetune.export.model_card import model_card
+from finetune.export.tensors import (
+    TensorSource,
+    WeightDirectory,
+    dtype_name,
+    open_checkpoint,
+    resolve_dtype,
+    staged_directory,
+    write_baichuan,
+)
+from finetune.process.precision import NAMED_DTYPES
+
+TARGETS = ("llama", "baichuan", "gguf")
+
+
+def export(
+    model_path: str | Path,
+    to: str,
+    output_dir: str | Path,
+    dtype: str = "auto",
+    gguf_type: str | None = None,
+    base_model_path: str | Path | None = None,
+    check_prompt: list[str] | None = None,
+) -> Comparison:
+    """导出并核对，返回来源与写出的权重的 logits 之差；各参数与同名命令行选项相同。
+
+    Raises:
+        ValueError: 检查点不能这样导出（说明改用什么），或 output_dir 已有内容。
+        CheckFailed: 核对不过；OSError: 写盘失败。两种情况都不留下 output_dir。
+    """
+    if to not in TARGETS:
+        raise ValueError(f"--to({to}) 不认识，可选：{'、'.join(TARGETS)}")
+    gguf_type = resolve_gguf_type(to, dtype, gguf_type)
+    checkpoint = open_checkpoint(model_path, base_model_path)
+    config = checkpoint.config
+    if to == "llama" and config.position_embedding == "alibi":
+        raise ValueError(
+            f"{model_path} 用 ALiBi 位置编码（13B），Llama 没有这种结构，不能导出成 llama；"
+            "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎用）"
+        )
+    if to == "gguf":
+        check_gguf(config, gguf_type)
+    tokenizer = load_checkpoint_tokenizer(checkpoint)
+    prompts = encode_check_prompts(checkpoint, tokenizer, check_prompt)
+    source = TensorSource(checkpoint)
+    target_dtype = resolve_dtype(dtype, source)
+    kind = GGUF_TYPES[gguf_type] if to == "gguf" else dtype_name(target_dtype)
+    exported_config = BaichuanConfig.from_dict({**config.to_dict(), "norm_head": False})
+    with staged_directory(output_dir) as directory:
+        if to == "llama":
+            write_llama(checkpoint, source, tokenizer, directory, target_dtype)
+            reader = LlamaDirectory(directory)
+        elif to == "baichuan":
+            write_baichuan(checkpoint, source, directory, target_dtype, normalize=True)
+            reader = WeightDirectory(directory)
+        else:
+            name = Path(output_dir).resolve().name
+            path = directory / f"{name}-{gguf_type}.gguf"
+            write_gguf(source, tokenizer, checkpoint.prompting, path, gguf_type, name)
+            reader = GgufFile(path, config.num_attention_heads)
+        vector_kind = "float32" if to == "gguf" else kind
+        comparison = check_export(source, exported_config, reader.read, prompts, kind, vector_kind)
+        (directory / "README.md").write_text(model_card(checkpoint, to, kind, comparison), encoding="utf-8")
+        write_manifest(directory, checkpoint.run_config.get("global_step", 0))
+    return comparison
+
+
+def resolve_gguf_type(to: str, dtype: str, gguf_type: str | None) -> str | None:
+    """GGUF 的类型：--gguf_type；没有给时随 --dtype，auto 为 f16。
+
+    Raises:
+        ValueError: 给了不起作用或互相矛盾的选项。
+    """
+    if to != "gguf":
+        if gguf_type is not None:
+            raise ValueError(f"--gguf_type 只对 --to gguf 起作用，对 {to} 请用 --dtype")
+        return None
+    of_dtype = {"auto": "f16", **{name: kind for kind, name in GGUF_TYPES.items() if name in NAMED_DTYPES}}
+    if gguf_type is not None and dtype != "auto" and gguf_type != of_dtype[dtype]:
+        raise ValueError(f"--dtype {dtype} 与 --gguf_type {gguf_type} 矛盾，请只写 --gguf_type")
+    return gguf_type or of_dtype[dtype]

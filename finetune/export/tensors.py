@@ -1,0 +1,297 @@
+"""合并与导出共用：按官方张量名逐个读任何检查点（LoRA 当场合并），写官方布局的目录。
+
+内存里至多一个分片：权重一个个读，一片片写，不把整个模型读进来。
+"""
+
+import math
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from baichuan import BaichuanConfig, BaichuanForCausalLM
+from finetune.checkpoint.inspection import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Checkpoint,
+    check_directory,
+    inspect_checkpoint,
+)
+from finetune.checkpoint.output_dir import RUN_CONFIG, TEMPORARY_PREFIX
+from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, weight_files
+from finetune.process.precision import NAMED_DTYPES
+from utils import read_json, write_json
+
+MAX_SHARD_BYTES = 5 * 10**9
+# 读过这么多字节就重开文件：safetensors 是内存映射，读过的页一直算在进程的内存里
+REOPEN_BYTES = 2 * 10**9
+LORA_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+
+
+class CheckFailed(RuntimeError):
+    """写出的结果与来源不一致；此时不留下目标目录。"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 读
+
+
+class WeightDirectory:
+    """一个目录里的全部权重，按名字读；同一时刻只开着一个文件。"""
+
+    def __init__(self, directory: Path):
+        self._paths = {name: path for path in weight_files(directory) for name in WeightFile(path).names}
+        self._open: WeightFile | None = None
+        self._bytes_read = 0
+
+    @property
+    def names(self) -> list[str]:
+        """张量名。"""
+        return list(self._paths)
+
+    def read(self, name: str) -> Tensor:
+        """一个张量，CPU，文件里的类型。"""
+        path = self._paths[name]
+        if self._open is None or self._open.path != path or self._bytes_read > REOPEN_BYTES:
+            self._open, self._bytes_read = None, 0  # 先放开旧的映射
+            self._open = WeightFile(path)
+        tensor = self._open.read(name)
+        self._bytes_read += tensor.numel() * tensor.element_size()
+        return tensor
+
+
+class TensorSource:
+    """一个检查点的权重：完整模型原样，LoRA 合并进基座；按官方名字逐个给出 fp32 张量。
+
+    names 是官方次序的张量名，shapes 是各自的形状，dtype 是基座自己的类型；
+    lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，fp32。
+
+    Raises:
+        ValueError: 权重与 config.json 不符，或适配器与基座不相配、不能合并。
+    """
+
+    def __init__(self, checkpoint: Checkpoint):
+        with torch.device("meta"):
+            skeleton = BaichuanForCausalLM(checkpoint.config)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        check_weights(checkpoint.base_path, self.shapes)
+        self.config = checkpoint.config
+        self.names = list(self.shapes)
+        self._weights = WeightDirectory(checkpoint.base_path)
+        self.dtype = self.read_base(self.names[0]).dtype
+        self.lora = read_lora(checkpoint.path, self.shapes) if checkpoint.is_adapter else {}
+
+    def read_base(self, name: str) -> Tensor:
+        """没有合并的张量，基座的类型。"""
+        return self._weights.read(name)
+
+    def read(self, name: str) -> Tensor:
+        """合并之后的张量，fp32：W + 缩放 · B A。"""
+        weight = self.read_base(name).float()
+        adapter = self.lora.get(name.removesuffix(".weight"))
+        if adapter is None:
+            return weight
+        lora_a, lora_b, scaling = adapter
+        return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+
+
+def read_lora(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；shapes 是基座各张量的形状。
+
+    Raises:
+        ValueError: 有合并公式 W + 缩放 · B A 之外的设置，或张量与基座不相配，或文件损坏。
+    """
+    config = read_json(path / ADAPTER_CONFIG)
+    extras = (
+        "use_dora",
+        "modules_to_save",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+        "trainable_token_indices",
+    )
+    unsupported = [f"{name}={config[name]!r}" for name in extras if config.get(name)]
+    if config.get("bias", "none") != "none":
+        unsupported.append(f"bias={config['bias']!r}")
+    if unsupported:
+        raise ValueError(f"{path / ADAPTER_CONFIG} 的 {'、'.join(unsupported)} 不是本项目训练出的设置，不能合并")
+    rank = config["r"]
+    scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    weights = WeightFile(path / ADAPTER_WEIGHTS)
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(weights.names):
+        match = LORA_KEY.match(name)
+        module = match["module"] if match else name
+        if match is None or f"{module}.weight" not in shapes:
+            raise ValueError(f"适配器 {path} 的张量 {name} 在基座里没有对应的模块，请检查基座是不是训练时的那个")
+        sides.setdefault(module, {})[match["side"]] = weights.read(name).float()
+    result = {}
+    for module, pair in sides.items():
+        found = {side: tuple(tensor.shape) for side, tensor in pair.items()}
+        rows, columns = shapes[f"{module}.weight"]
+        if found != {"A": (rank, columns), "B": (rows, rank)}:
+            raise ValueError(
+                f"适配器 {path} 的 {module} 形状是 {found}，与基座的 [{rows}, {columns}]、秩 {rank} 不相配"
+            )
+        result[module] = (pair["A"], pair["B"], scaling)
+    if not result:
+        raise ValueError(f"适配器 {path} 里没有 LoRA 张量，请换一个检查点")
+    return result
+
+
+def open_checkpoint(path: str | Path, base_model_path: str | Path | None) -> Checkpoint:
+    """检查点的说明；只读 JSON，核对基座的哈希。
+
+    Raises:
+        ValueError: 目录不对、基座找不到或被换过；或是 P-Tuning 等不能合并的适配器，说明原因与办法。
+    """
+    path = Path(path)
+    check_directory(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        peft_type = read_json(path / ADAPTER_CONFIG).get("peft_type")
+        if peft_type in ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"):
+            raise ValueError(
+                f"{path} 是 P-Tuning 检查点（{peft_type}）：它训练的是附加在输入或各层之前的前缀，不是权重的改变，"
+                "没有可以合并的矩阵。可以直接用 predict.py --model_path 推理，或用 peft 的 PeftModel 加载；"
+                "要合并或导出，请改用 --train_type lora、freeze 或 full 训练"
+            )
+        if peft_type != "LORA":
+            raise ValueError(f"{path} 的 peft_type 是 {peft_type!r}，只能合并 LORA")
+    return inspect_checkpoint(path, base_model_path)
+
+
+def resolve_dtype(requested: str, source: TensorSource) -> torch.dtype:
+    """--dtype → torch 的类型；auto 是基座自己的。"""
+    return source.dtype if requested == "auto" else NAMED_DTYPES[requested]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.bfloat16 → "bfloat16"。"""
+    return str(dtype).removeprefix("torch.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 写
+
+
+@contextmanager
+def staged_directory(output_dir: str | Path) -> Iterator[Path]:
+    """先写同级的 .tmp- 目录，正常结束才改名成 output_dir；出错时删去，目标要么没有，要么完整。
+
+    Raises:
+        ValueError: output_dir 已有内容。
+        OSError: 写盘失败（磁盘满、没有权限）。
+    """
+    target = Path(output_dir).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--output_dir {output_dir} 已有内容，不会覆盖，请换一个目录")
+    staging = target.parent / f"{TEMPORARY_PREFIX}{target.name}"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in staging.iterdir():
+            path.chmod(0o644)  # safetensors 建的文件只有属主可读，别的用户的推理服务也要读
+        if target.is_dir():
+            target.rmdir()
+        staging.rename(target)
+    except SafetensorError as error:  # safetensors 把磁盘满也报成自己的错误
+        raise OSError(None, str(error), str(output_dir)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_tensors(
+    source: TensorSource, directory: Path, dtype: torch.dtype, convert: Callable[[str, Tensor], dict[str, Tensor]]
+) -> int:
+    """把来源的张量逐个变换、舍入一次、写成 safetensors 分片，返回张量数。
+
+    convert：(官方名字, fp32 张量) → {写出的名字: 张量}。
+    """
+    writer = ShardedWriter(directory, max_shard_bytes=MAX_SHARD_BYTES)
+    for name in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True, disable=None):
+        for new_name, tensor in convert(name, source.read(name)).items():
+            # 切出的视图与别的张量共享存储，safetensors 不收
+            rounded = tensor.to(dtype, copy=tensor._is_view())
+            if not rounded.isfinite().all():
+                raise ValueError(
+                    f"{name} 有 {dtype_name(dtype)} 放不下的数（或来源就有 NaN），请换 --dtype bfloat16 或 float32"
+                )
+            writer.add(new_name, rounded)
+    return writer.close()
+
+
+def normalized_head(config: BaichuanConfig, name: str, tensor: Tensor) -> Tensor:
+    """NormHead 的词表投影按行归一化（fp32）；别的张量原样。"""
+    if name == "lm_head.weight" and config.norm_head:
+        return torch.nn.functional.normalize(tensor)
+    return tensor
+
+
+def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path, dtype: torch.dtype, normalize: bool):
+    """官方布局的目录：配置、分词器、生成配置、run_config.json（提示词格式等）与权重；normalize 时词表投影已归一化。"""
+
+    def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {name: normalized_head(source.config, name, tensor) if normalize else tensor}
+
+    base = checkpoint.base_path
+    code_files = sorted(base.glob("*.py"))  # 官方目录自带的代码，我们从不执行
+    for path in [base / name for name in (*TOKENIZER_FILES, "generation_config.json")] + code_files:
+        if path.is_file():
+            shutil.copyfile(path, directory / path.name)
+    config = official_config(read_json(base / "config.json"), source.config, dtype)
+    if not code_files:
+        config.pop("auto_map", None)
+    write_json(directory / "config.json", config)
+    write_tensors(source, directory, dtype, convert)
+    if checkpoint.run_config:
+        write_json(directory / RUN_CONFIG, {**checkpoint.run_config, "merged_from": str(checkpoint.path)})
+
+
+def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """官方键名的 config.json：架构名、长度键、torch_dtype 与官方四种检查点一致，自有的两个键也写明。"""
+    is_rope, is_v2 = config.position_embedding == "rope", config.norm_head
+    dropped = ("dtype", "max_position_embeddings", "model_max_length")
+    result = {key: value for key, value in raw.items() if key not in dropped}
+    if is_rope:
+        result["max_position_embeddings"] = config.max_position_embeddings or config.trained_length
+    if is_v2 or not is_rope:
+        result["model_max_length"] = config.model_max_length or config.trained_length
+    prefix = "BaiChuan" if is_rope and not is_v2 else "Baichuan"
+    result |= {
+        "architectures": [f"{prefix}ForCausalLM"],
+        "torch_dtype": dtype_name(dtype),
+        "position_embedding": config.position_embedding,
+        "norm_head": is_v2,
+    }
+    return dict(sorted(result.items()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 命令行
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """命令行的外壳：只打印说明，不打印回溯；返回退出码（0 正常，1 写盘或核对失败，2 用法错误）。"""
+    try:
+        main()
+    except ValueError as error:
+        print(f"错误：\n{error}", file=sys.stderr)
+        return 2
+    except CheckFailed as error:
+        print(f"错误：{error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        reason = error.strerror or str(error)
+        print(f"错误：写不了 {error.filename or '输出目录'}：{reason}，请检查磁盘空间与权限", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,222 @@
+"""一个检查点与把文字变成提示词、把 id 变回文字的设置：编码、生成、评分，可挂几个适配器并在其间切换。"""
+
+import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
+from finetune.checkpoint.quantized import quantization_of
+from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens
+from finetune.data.samples import Sample
+from finetune.inference.generation import (
+    StopStrings,
+    cut_at_stop,
+    generate_batch,
+    label_log_probs,
+    make_generation_config,
+    plan_batches,
+    target_nll,
+)
+from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
+from finetune.terminal import note
+
+# 对话里不用任何适配器的名字
+NO_ADAPTER = "无"
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+Record = dict[str, Any]
+
+
+def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
+    """--precision 对应的类型；auto 按实际使用的设备决定，而不是按机器上有没有 GPU。"""
+    if requested == "auto" and device.type == "cpu":
+        return TORCH_DTYPES["bf16" if cpu_bf16_speedup() >= 1 else "fp32"]
+    return TORCH_DTYPES[choose_precision(requested)[0]]
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """采样时交给 generate 的设置，没有写的取缺省；贪心时为空。"""
+    if not args.do_sample:
+        return {}
+    given = {name: getattr(args, name) for name in SAMPLING_DEFAULTS}
+    return {"do_sample": True, **SAMPLING_DEFAULTS, **{k: v for k, v in given.items() if v is not None}}
+
+
+def short_names(paths: Iterable[Path]) -> list[str]:
+    """各目录最短的、彼此不同的名字：先取末一段，重名的逐段往上加。"""
+    parts = [path.resolve().parts for path in paths]
+
+    def name(index: int) -> str:
+        for length in range(1, len(parts[index]) + 1):
+            suffix = parts[index][-length:]
+            if sum(other[-length:] == suffix for other in parts) == 1:
+                break
+        return "/".join(suffix)
+
+    return [name(index) for index in range(len(parts))]
+
+
+class Predictor:
+    """一个检查点（与挂在上面的适配器）；先能编码，load_model 之后才能生成。"""
+
+    def __init__(
+        self, args: argparse.Namespace, checkpoint: Checkpoint, adapters: dict[str, Checkpoint] | None = None
+    ) -> None:
+        self.args, self.base, self.adapters = args, checkpoint, adapters or {}
+        self.tokenizer = load_checkpoint_tokenizer(checkpoint)
+        self.model: torch.nn.Module | None = None
+        self.use_adapter(next(iter(self.adapters), None))
+
+    def use_adapter(self, name: str | None) -> None:
+        """换用一个适配器（None 为不用），提示方式随之改变；name 不在 adapters 里时抛 ValueError。"""
+        if name is not None and name not in self.adapters:
+            raise ValueError(f"没有名为 {name} 的适配器，可选：{'、'.join((*self.adapters, NO_ADAPTER))}")
+        self.adapter = name
+        self.checkpoint = self.base if name is None else self.adapters[name]
+        self.max_input_tokens = max_prompt_tokens(
+            self.checkpoint.context_length, self.args.max_new_tokens, self.checkpoint.prompting.family
+        )
+        if self.model is not None and name is not None:
+            self.model.set_adapter(self._peft_name(name))
+
+    def _peft_name(self, name: str) -> str:
+        return f"adapter{[*self.adapters].index(name)}"  # peft 的名字里不能有点号
+
+    def _with_adapter(self) -> AbstractContextManager:
+        return self.model.disable_adapter() if self.adapters and self.adapter is None else nullcontext()
+
+    def load_model(self, device: torch.device) -> None:
+        """读权重与适配器，定下生成配置。"""
+        dtype = prediction_dtype(self.args.precision, device)
+        model = load_checkpoint_model(self.base, dtype, device, quantization_of(self.args))
+        for name, adapter in self.adapters.items():
+            model = attach_adapter(model, adapter, dtype, device, self._peft_name(name))
+        self.model = model
+        self.use_adapter(self.adapter)
+        options = {"repetition_penalty": self.args.repetition_penalty, **sampling_options(self.args)}
+        self.generation_config = make_generation_config(self.model, self.args.max_new_tokens, **options)
+        kind = f"适配器，基座 {self.base.base_path}" if self.base.is_adapter else "完整模型"
+        loaded = f"{self.base.path}（{kind}）" + (f"与适配器 {'、'.join(self.adapters)}" if self.adapters else "")
+        note(f"已载入 {loaded}；{device}，{dtype}，提示词格式 {self.checkpoint.prompting.prompt_format}")
+
+    # ---- 文字 ↔ id ----
+
+    def encode(self, messages: tuple[tuple[str, str], ...], **limits: int | None) -> list[int]:
+        """对话 → 提示词 id；limits 是 encode_prompt 的 max_src_len（同训练）与 max_input_tokens（上下文长度）。"""
+        return encode_prompt(self.tokenizer, messages, **limits, **self.checkpoint.prompting._asdict())
+
+    def decode(self, ids: list[int]) -> str:
+        """生成的 id → 文字，不含特殊符号，截到停止字符串之前。"""
+        return cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.args.stop)[0]
+
+    def encode_rows(self, rows: list[Sample]) -> list[list[int]]:
+        """各行的提示词，截断规则同训练；报告截断了多少行。对话格式不合要求时抛 ValueError，带行号。"""
+        max_src_len = self.args.max_src_len or self.checkpoint.run_config.get("args", {}).get("max_src_len")
+        limits = {"max_src_len": max_src_len, "max_input_tokens": self.max_input_tokens}
+        prompts, num_cut = [], 0
+        for row in rows:
+            try:
+                prompts.append(self.encode(row.messages, **limits))
+                num_cut += len(prompts[-1]) < len(self.encode(row.messages))
+            except ValueError as error:
+                raise ValueError(f"{row.place}: {error}") from error
+        if num_cut:
+            limit = min(value for value in limits.values() if value is not None)
+            note(f"{num_cut} 行的提示词超过 {limit} 个 token，已按训练的规则截断")
+        return prompts
+
+    # ---- 生成 ----
+
+    def generate_batch(
+        self, prompts: list[list[int]], config: GenerationConfig | None = None, **options: Any
+    ) -> list[list[int]]:
+        """一批提示词的续写，用现在的适配器与停止字符串；config 缺省是命令行的，options 原样传给 generate。"""
+        if self.args.stop:
+            options["stopping_criteria"] = [StopStrings(self.tokenizer, self.args.stop)]
+        with self._with_adapter():
+            return generate_batch(self.model, prompts, config or self.generation_config, **options)
+
+    def predict_batches(
+        self, rows: list[Sample], prompts: list[list[int]], batches: Iterable[list[int]]
+    ) -> Iterator[tuple[list[int], list[Record]]]:
+        """依次预测各批，产出 (行号, 各行的记录)；记录见 predict_batch。
+
+        每批各用自己的种子：采样的结果与先做哪些批、由哪个进程做无关。
+        """
+        for batch in batches:
+            torch.manual_seed(self.args.seed + batch[0])
+            yield batch, self.predict_batch([rows[index] for index in batch], [prompts[index] for index in batch])
+
+    def predict_batch(self, rows: list[Sample], prompts: list[list[int]]) -> list[Record]:
+        """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。"""
+        records = []
+        for ids in self.generate_batch(prompts):
+            text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.args.stop)
+            records.append({"prediction": text, "is_cut": len(ids) >= self.args.max_new_tokens and not is_stopped})
+        if self.args.label_scores:
+            for record, scores in zip(records, self.label_scores(prompts), strict=True):
+                record["label_scores"] = scores
+        if self.args.metric == "nll":
+            for record, row in zip(records, rows, strict=True):
+                record["nll"] = self.reference_nll(row)
+        return records
+
+    def predict(self, rows: list[Sample], prompts: list[list[int]], title: str = "预测") -> list[Record]:
+        """全部行的记录，次序同输入。"""
+        records: list[Record] = [{} for _ in rows]
+        with tqdm(
+            total=len(rows), desc=title, unit="条", dynamic_ncols=True, disable=True if len(rows) == 1 else None
+        ) as progress:
+            for batch, found in self.predict_batches(rows, prompts, plan_batches(prompts, self.args.batch_size)):
+                for index, record in zip(batch, found, strict=True):
+                    records[index] = record
+                progress.update(len(batch))
+        report_unfinished(records, self.args.max_new_tokens)
+        return records
+
+    # ---- 评分 ----
+
+    def label_scores(self, prompts: list[list[int]]) -> list[dict[str, dict[str, float]]]:
+        """各行各标签的得分，由高到低：log_prob 是回答恰好为这个标签（连同 eos）的对数概率，nat，没有除以长度；
+        probability 是它在各标签之间归一化的概率。"""
+        labels = [
+            [*self.tokenizer.encode_plain(label), self.tokenizer.eos_token_id] for label in self.args.label_scores
+        ]
+        with self._with_adapter():
+            scores = label_log_probs(
+                self.model, prompts, labels, self.args.batch_size, self.generation_config.pad_token_id
+            )
+        results = []
+        for log_probs in scores:
+            shares = torch.tensor(log_probs, dtype=torch.float64).softmax(0).tolist()
+            ranked = sorted(zip(self.args.label_scores, log_probs, shares, strict=True), key=lambda item: -item[1])
+            results.append({name: {"log_prob": total, "probability": share} for name, total, share in ranked})
+        return results
+
+    def reference_nll(self, row: Sample) -> tuple[float, int]:
+        """参考答案的 NLL 之和与目标数；有多条参考时取平均每 token 最低的一条。"""
+        trained = self.checkpoint.run_config.get("args", {})
+        max_len = trained.get("max_len") or self.checkpoint.context_length
+        max_src_len = min(self.args.max_src_len or trained.get("max_src_len") or self.max_input_tokens, max_len - 1)
+        encoded = [
+            encode_sample(
+                row._replace(messages=(*row.messages, ("assistant", reference))),
+                self.tokenizer, max_len=max_len, max_src_len=max_src_len, **self.checkpoint.prompting._asdict(),
+            )
+            for reference in row.references
+        ]  # fmt: skip
+        with self._with_adapter():
+            sums, counts = target_nll(self.model, encoded)
+        return min(zip(sums, counts, strict=True), key=lambda pair: pair[0] / max(1, pair[1]))
+
+
+def report_unfinished(records: Iterable[Record], max_new_tokens: int) -> None:
+    """报告没有写完的行数。"""
+    num_unfinished = sum(record["is_cut"] for record in records)
+    if num_unfinished:
+        note(f"{num_unfinished} 行到 --max_new_tokens({max_new_tokens}) 还没有写完，可能需要调大")

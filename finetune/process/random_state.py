@@ -1,0 +1,34 @@
+"""random、numpy、torch 的随机状态：取出与恢复。"""
+
+import random
+
+import numpy as np
+import torch
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """本进程 torch、CUDA、numpy、random 的随机状态，都写成张量。"""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy.keys": torch.from_numpy(keys.astype(np.int64)),
+        "numpy.rest": torch.tensor([position, has_gauss, cached], dtype=torch.float64),
+        "random.words": torch.tensor([version, *words], dtype=torch.int64),
+        "random.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor]):
+    """random_state() 的逆。"""
+    version, *words = state["random.words"].tolist()
+    random.setstate((version, tuple(words), *(state["random.gauss"].tolist() or [None])))
+    position, has_gauss, cached = state["numpy.rest"].tolist()
+    keys = state["numpy.keys"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,119 @@
+"""DeepSpeed 的 JSON：读取、检查、填好 auto。"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.training.ds_config_check import ds_config_problems
+from utils import log_rank_0, read_json
+
+
+def read_ds_config(path: str | Path) -> dict:
+    """读 DeepSpeed 的 JSON 并检查 DeepSpeed 自己不检查、会悄悄忽略的地方。
+
+    Raises:
+        ValueError: 不是合法的 JSON 对象，或有不认识的键、不对的类型、不支持的学习率调度；全部列出。
+    """
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} 应是一个 JSON 对象，得到 {type(config).__name__}")
+    problems = ds_config_problems(config)
+    if problems:
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
+    return config
+
+
+def has_cpp_compiler() -> bool:
+    """有没有编译器：DeepSpeed 自带的 Adam 要在首次使用时编译，在 GPU 上还要 CUDA 工具包（nvcc）。"""
+    compiler = os.environ.get("CXX") or "g++"
+    has_host_compiler = any(shutil.which(name) for name in (compiler, "c++", "clang++"))
+    if not torch.cuda.is_available():
+        return has_host_compiler
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return has_host_compiler and CUDA_HOME is not None
+
+
+def skip_ops_without_compiler():
+    """没有编译器时，让 DeepSpeed 的 CPU 通信退回 gloo，不去编译它的共享内存算子；须在 init_distributed 之前调用。"""
+    if not has_cpp_compiler():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def resolve_ds_config(
+    config: dict,
+    precision: str,
+    batch_size: int,
+    accumulation_steps: int,
+    num_ranks: int,
+    learning_rate: float,
+    weight_decay: float,
+    num_steps: int,
+    warmup_ratio: float,
+) -> dict:
+    """填好配置里的 "auto"，返回新的字典；原来写了具体值的地方不动。
+
+    学习率：第 s 步（从 1 起）预热时为 s/(W+1)，W 是预热步数（1 按 2 算）；之后按调度衰减，最后一步为调度的下限。
+    DeepSpeed 的预热从 0 起且至少 2 步，所以这里把起点设为 1/(W+1)；W = 0 时起点为 1，即没有预热。
+
+    Args:
+        config: read_ds_config 的结果。
+        batch_size、accumulation_steps、num_ranks: 一个优化器步有三者之积个样本。
+        num_steps: 优化器步的总数；warmup_ratio: 预热步数占它的比例。
+    """
+    warmup_steps = round(num_steps * warmup_ratio)
+    warmup_start = 1.0 / (max(2, warmup_steps) + 1) if warmup_steps else 1.0
+    # WarmupDecayLR 衰减到预热的起点，起点就是峰值的话一点也不衰减
+    decays_to_start = config.get("scheduler", {}).get("type") == "WarmupDecayLR"
+    warmup_start_lr = learning_rate * (0.1 if decays_to_start and not warmup_steps else warmup_start)
+    auto_values = {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": batch_size * accumulation_steps * num_ranks,
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
+        "total_num_steps": num_steps,
+        "warmup_num_steps": max(1, warmup_steps),
+        "warmup_min_ratio": warmup_start,
+        "warmup_min_lr": warmup_start_lr,
+        "warmup_max_lr": learning_rate,
+    }
+
+    def fill(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            return {name: fill(value, name) for name, value in node.items()}
+        if node == "auto":
+            if key not in auto_values:
+                raise ValueError(f'DeepSpeed 配置里的 "{key}": "auto" 不知道该填什么，请写具体的值')
+            return auto_values[key]
+        return node
+
+    resolved = {name: fill(value, name) for name, value in config.items() if name not in ("bf16", "fp16")}
+    total = batch_size * accumulation_steps * num_ranks
+    if resolved.get("train_batch_size", total) != total:
+        raise ValueError(
+            f"DeepSpeed 配置的 train_batch_size 是 {resolved['train_batch_size']}，但 per_device_train_batch_size × "
+            f'gradient_accumulation_steps × 进程数 = {batch_size} × {accumulation_steps} × {num_ranks}；请改成 "auto"'
+        )
+    for name in ("bf16", "fp16"):
+        switch = config.get(name, {}).get("enabled", "auto")
+        if switch != "auto" and switch != (precision == name):
+            log_rank_0(f"注意：精度由 --precision 决定（{precision}），配置里的 {name}.enabled={switch} 不起作用")
+    resolved.setdefault("train_micro_batch_size_per_gpu", batch_size)
+    resolved.setdefault("gradient_accumulation_steps", accumulation_steps)
+    resolved["bf16"] = {"enabled": precision == "bf16", **_without_enabled(config.get("bf16", {}))}
+    resolved["fp16"] = {"enabled": precision == "fp16", **_without_enabled(config.get("fp16", {}))}
+    if resolved.get("optimizer", {}).get("type") in ("Adam", "AdamW") and not has_cpp_compiler():
+        log_rank_0("没有找到 C++ 编译器，DeepSpeed 自带的 Adam 编译不了：改用 torch 的 AdamW（同样的更新，稍慢）")
+        resolved["optimizer"]["params"]["torch_adam"] = True
+        resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved
+
+
+def _without_enabled(section: dict) -> dict:
+    return {name: value for name, value in section.items() if name != "enabled"}

@@ -1,0 +1,215 @@
+"""训练过程的记录：控制台、train_log.jsonl、TensorBoard 与 loss.png；只在 0 号进程写。"""
+
+import json
+import math
+import resource
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from utils import global_rank, log_rank_0, raise_together, replacing, write_failed, write_json
+
+
+class TrainLog:
+    """累计每一步的数，到该显示的步写出一条：loss 是上一条以来各目标 token 的平均。
+
+    Args:
+        output_dir: train_log.jsonl 与 loss.png 写在这里。
+        logging_dir: TensorBoard 的目录。
+        num_steps: 优化器步的总数。
+        show_loss_step: 每隔多少步写一条；第一步与最后一步总写。
+        state: 续训时 state() 存下的累计；从头开始为 None。
+
+    写不下（磁盘满、只读）时不抛出，记在 error 里：别的进程还在等下一次通信，由 Interruption.agreed 告诉它们。
+    """
+
+    def __init__(
+        self, output_dir: Path, logging_dir: Path, num_steps: int, show_loss_step: int, state: dict | None = None
+    ):
+        self.path = output_dir / "train_log.jsonl"
+        self.num_steps, self.show_loss_step = num_steps, show_loss_step
+        state = state or {"step": 0, "loss_sum": 0.0, "targets": 0, "tokens": 0, "seconds": 0.0, "elapsed": 0.0}
+        self._step, self._loss_sum = state["step"], state["loss_sum"]
+        self._num_targets, self._num_tokens = state["targets"], state["tokens"]
+        self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
+        self._started = self._window_started = time.perf_counter()
+        self._progress = self._writer = None
+        self.error: OSError | None = None
+        if global_rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            cut_log(self.path, self._step, drops_evaluation=state.get("owes_evaluation", False))
+            self._file = self.path.open("a", encoding="utf-8")
+            self._writer = SummaryWriter(str(logging_dir), purge_step=self._step + 1 if self._step else None)
+            self._progress = tqdm(  # 重定向到文件时只有一行行的记录，没有进度条
+                total=num_steps, initial=self._step, desc="训练", unit="步", dynamic_ncols=True, disable=None
+            )
+
+    def step(
+        self,
+        step: int,
+        epoch: float,
+        loss: float,
+        num_targets: int,
+        num_tokens: int,
+        lr: float,
+        grad_norm: float,
+        num_overflows: int = 0,
+    ):
+        """记一步。loss 是这一步各目标 token 的平均，num_tokens 是所有进程的非填充 token 数。
+
+        num_overflows 是至今 fp16 溢出的次数，不是 0 才写；溢出的一步梯度范数不是有限数，写成 null。
+        """
+        self._step = step
+        self._loss_sum += loss * num_targets
+        self._num_targets += num_targets
+        self._num_tokens += num_tokens
+        if self._progress is not None:
+            self._progress.update(1)
+        if step != 1 and step != self.num_steps and step % self.show_loss_step:
+            return
+        now = time.perf_counter()
+        self._seconds += now - self._window_started
+        record = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "loss": self._loss_sum / max(1, self._num_targets),
+            "lr": lr,
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens": self._num_tokens,
+            "tokens_per_second": self._num_tokens / max(self._seconds, 1e-9),
+            "elapsed_seconds": self._elapsed_before + now - self._started,
+            "memory_mb": peak_memory_mb(),
+        }
+        if num_overflows:
+            record["overflows"] = num_overflows
+        self.write(record, step)
+        self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
+        self._window_started = time.perf_counter()
+        if self._progress is not None:
+            norm = f"{grad_norm:.4g}" if grad_norm > 1e6 else f"{grad_norm:.3f}"
+            self._progress.set_postfix_str(f"loss {record['loss']:.4f}")
+            log_rank_0(
+                f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  lr {lr:.3g}  "
+                f"梯度范数 {norm}  {record['tokens_per_second']:.0f} token/s  "
+                f"内存 {record['memory_mb']:.0f} MB" + (f"  溢出 {num_overflows} 次" if num_overflows else "")
+            )
+
+    def write(self, record: dict, step: int):
+        """写一条到 train_log.jsonl 与 TensorBoard（键前加 train/；已带 / 的原样）。"""
+        if self._writer is None or self.error is not None:
+            return
+        try:
+            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self._file.flush()
+            for key, value in record.items():
+                if key not in ("step", "epoch") and isinstance(value, (int, float)):
+                    self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+            self._writer.flush()
+        except OSError as error:
+            self.error = write_failed(error)
+
+    def state(self) -> dict:
+        """续训所需的累计：上一条以来的损失、token 与时间；只在 pause() 之后取。"""
+        return {
+            "step": self._step,
+            "loss_sum": self._loss_sum,
+            "targets": self._num_targets,
+            "tokens": self._num_tokens,
+            "seconds": self._seconds,
+            "elapsed": self._elapsed_before + time.perf_counter() - self._started,
+        }
+
+    def pause(self):
+        """评估与保存之前调用：此后的时间不计入 tokens_per_second。"""
+        self._seconds += time.perf_counter() - self._window_started
+
+    def resume(self):
+        """评估与保存之后调用。"""
+        self._window_started = time.perf_counter()
+
+    def close(self) -> OSError | None:
+        """画 loss.png，关闭文件；返回写不下的错误。"""
+        if self._writer is None:
+            return None
+        self._progress.close()
+        try:
+            self._writer.close()
+            self._file.close()
+            draw_loss(self.path)
+        except OSError as error:
+            self.error = self.error or write_failed(error)
+        return self.error
+
+
+def open_log(
+    output_dir: Path,
+    logging_dir: str | None,
+    num_steps: int,
+    show_loss_step: int,
+    state: dict | None,
+    configs: dict[str, dict],
+) -> TrainLog:
+    """0 号进程写下 configs（文件名 → 内容），各进程打开记录；集合操作。参数其余同 TrainLog。
+
+    Raises:
+        AgreedError: 0 号进程写不下；所有进程一起停下。
+    """
+    log = error = None
+    try:
+        for name, content in configs.items() if global_rank() == 0 else ():
+            write_json(output_dir / name, content)
+        log = TrainLog(output_dir, Path(logging_dir or output_dir / "runs"), num_steps, show_loss_step, state)
+    except OSError as os_error:
+        error = write_failed(os_error)
+    raise_together(error)
+    return log
+
+
+def cut_log(path: Path, last_step: int, drops_evaluation: bool = False):
+    """把 train_log.jsonl 截到 last_step 为止（续训用）；写了一半的行去掉，要补做的最后一步的评估也去掉。"""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        is_redone = drops_evaluation and record["step"] == last_step and "eval/nll" in record
+        if record["step"] <= last_step and not is_redone:
+            kept.append(line)
+    with replacing(path) as stream:
+        stream.writelines(line + "\n" for line in kept)
+
+
+def peak_memory_mb() -> float:
+    """峰值内存，MB：GPU 上是本进程分配过的显存，CPU 上是常驻内存。"""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def draw_loss(log_path: Path):
+    """把 train_log.jsonl 的损失曲线画成同目录下的 loss.png。"""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
+    train = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    evaluated = [(record["step"], record["eval/nll"]) for record in records if "eval/nll" in record]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot(*zip(*train, strict=True), label="train/loss", color="#1f77b4", linewidth=1.6, marker=".", markersize=5)
+    if evaluated:
+        axes.plot(
+            *zip(*evaluated, strict=True), label="eval/nll", color="#d62728", linewidth=1.6, marker="o", markersize=5
+        )
+    axes.set(xlabel="global_step", ylabel="loss (nats / target token)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(log_path.with_name("loss.png"), dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,554 @@
+"""方法的比较：拆分与泄漏、计划与格子、打断之后接着做、统计、报告；一个慢测试真的做一遍玩具计划并在半途杀掉。"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paths import ROOT
+
+from benchmarks.comparison import base
+from benchmarks.comparison import copying as compare_copying
+from finetune.comparison import data as compare_data
+from finetune.comparison import plan as compare_plan
+from finetune.comparison import report as compare_report
+from finetune.comparison import results as compare_results
+from finetune.comparison import run as compare_run
+from finetune.comparison import statistics as compare_stats
+from finetune.comparison.plan import Cell
+from finetune.comparison.render import missing_glyphs
+from finetune.metrics.labels import label_f1
+from scripts import compare_methods
+
+
+def row(text, output="正面", instruction="判断："):
+    return {"instruction": instruction, "input": text, "output": output}
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+# ---- 数据 ----
+
+
+def test_split_keeps_documents_together():
+    rows = [row(f"文档{index // 2}", output=f"问题{index}") for index in range(20)]
+    parts = compare_data.split_by_document(rows, test=2, dev=3, pretrain=1, seed=5)
+    documents = [{item["input"] for item in part} for part in parts]
+    assert [len(part) for part in documents] == [2, 3, 1, 4]
+    assert [len(part) for part in parts] == [2, 6, 2, 8]  # 测试部分一个文档一行
+    assert len(set.union(*documents)) == 10
+    assert all(isinstance(item["output"], list) and len(item["output"]) == 2 for item in parts.test)
+    assert compare_data.split_by_document(rows, test=2, dev=3, pretrain=1, seed=5) == parts
+    assert compare_data.split_by_document(rows, test=2, dev=3, pretrain=1, seed=6) != parts
+
+
+def test_split_needs_enough_documents():
+    with pytest.raises(ValueError, match=r"只有 3 个互不相近的文档，不够分出 3 个（test 1、dev 1、pretrain 1）再训练"):
+        compare_data.split_by_document([row(str(n)) for n in range(3)], 1, 1, 1, seed=0)
+
+
+def test_leakage_is_found_whatever_the_width_and_spaces():
+    parts = {"test": [row("ＡＢＣ 故障")], "train": [row("别的"), row("ABC故障")]}
+    with pytest.raises(ValueError, match="extraction 的 train 第 2 行与 test 第 1 行是相同或相近的文档（ABC故障……）"):
+        compare_data.check_leakage(parts, "extraction")
+    assert compare_data.check_leakage({"test": [row("甲")], "train": [row("乙"), row("乙")]}, "x") == 2
+
+
+DIGITS = "".join(map(str, range(100, 130)))
+NEAR = "享有高寿的老人每天清晨散步半小时，午后读报写字，晚上九点准时睡觉，从不熬夜"
+
+
+def test_near_duplicates_stay_on_one_side():
+    texts = ["甲" * 30, NEAR + "（摘自《快乐老人报》）", "乙" * 30, NEAR[4:] + "扫一扫关注我们", "丙丙", "丙丙", "丙"]
+    assert compare_data.near_groups(texts) == [0, 1, 2, 1, 4, 4, 6]
+    # 各 20 个 12 字的片段：共用 10 个不算相近，11 个算；可以传递
+    first, apart, near = DIGITS[:31], DIGITS[10:41], DIGITS[9:40]
+    assert compare_data.near_groups([first, apart]) == [0, 1]
+    assert compare_data.near_groups([first, near]) == [0, 0]
+    assert compare_data.near_groups([first, DIGITS[18:49], "别的", near]) == [0, 0, 2, 0]
+    parts = {"test": [row(NEAR + "。")], "train": [row("别的"), row(NEAR + "……转自网络")]}
+    with pytest.raises(ValueError, match="泄漏：generation 的 train 第 2 行与 test 第 1 行是相同或相近的文档"):
+        compare_data.check_leakage(parts, "generation")
+    assert compare_data.without_near(["甲" * 40, NEAR, "丁"], [NEAR + "（转）", "甲" * 30]) == ["丁"]
+
+
+def test_a_test_document_has_the_answers_of_one_document_only():
+    rows = [row(NEAR, "问一"), row(NEAR, "问二"), row(NEAR + "（转载）", "问三"), row("别的文档", "问四")]
+    parts = compare_data.split_by_document(rows, test=1, dev=0, pretrain=0, seed=3)
+    (document,) = parts.test
+    assert document in (row(NEAR, ["问一", "问二"]), row("别的文档", ["问四"]))
+    assert len(parts.train) == (1 if document["input"] == NEAR else 3)
+    assert compare_data.merge_document(rows[:3]) == row(NEAR, ["问一", "问二"])
+
+
+def test_take_tokens_never_exceeds_the_budget():
+    assert compare_data.take_tokens([10, 20, 30], 30) == 2
+    assert compare_data.take_tokens([10, 20, 30], 60) == 3
+    assert compare_data.take_tokens([10, 20, 30], 60, epochs=2) == 2
+    with pytest.raises(ValueError, match="一共 60 token × 1 遍，不到预算 100 的九成"):
+        compare_data.take_tokens([10, 20, 30], 100)
+    with pytest.raises(ValueError, match="第一行就有 10 token，超过 5 的预算"):
+        compare_data.take_tokens([10], 5)
+
+
+def test_shuffled_labels_keep_the_distribution():
+    rows = [row(str(n), "正面" if n % 2 else "负面") for n in range(40)]
+    shuffled = compare_data.shuffled_labels(rows, seed=1)
+    assert [item["input"] for item in shuffled] == [item["input"] for item in rows]
+    assert sorted(item["output"] for item in shuffled) == sorted(item["output"] for item in rows)
+    agreeing = sum(a["output"] == b["output"] for a, b in zip(rows, shuffled, strict=True))
+    assert 10 <= agreeing <= 30
+
+
+def test_held_out_text_is_the_end_without_lines_of_the_training_part(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("甲甲甲\n乙乙乙\n丙丙丙\n甲甲甲\n丁丁丁\n", encoding="utf-8")
+    assert compare_data.split_text(path, 7) == (["甲甲甲", "乙乙乙"], ["丙丙丙", "丁丁丁"])
+    path.write_text("甲甲甲\n乙乙乙\n甲甲甲\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="末尾 3 字的各行都与前面的相同或相近，没有可留出的"):
+        compare_data.split_text(path, 3)
+
+
+def test_longer_rows_only_join_the_pretraining_part(tmp_path):
+    path, directory = tmp_path / "rows.json", tmp_path / "parts"
+    short = [row(f"文{n}", "答") for n in range(8)]
+    compare_data.write_rows(path, [*short, row("长" * 6, "答答"), row("长" * 7, "答答答"), row("太长" * 9)])
+    task = {"name": "extraction", "path": str(path), "max_input_chars": 4, "max_output_chars": 1}
+    task |= {"test": 2, "dev": 1, "pretrain": 2, "pretrain_max_input_chars": 10}
+    counts = compare_data.prepare_task(task, 1, directory)
+    assert counts == {"test": 2, "dev": 1, "pretrain": 3, "train": 3, "documents": 9}
+    assert compare_data.read_rows(directory / "pretrain.json")[-1] == row("长" * 6, "答答")
+
+
+@pytest.mark.parametrize("task", compare_plan.TASKS)
+def test_synthetic_rows_come_from_the_generators_of_the_project(task):
+    rows = base.synthetic_rows(task, 6, seed=1)
+    assert len(rows) == 6 and rows == base.synthetic_rows(task, 6, seed=1)
+    with pytest.raises(ValueError, match="synthetic 里的 other 应为 extraction、generation、classification 之一"):
+        base.synthetic_rows("other", 5, seed=1)
+
+
+def test_copying_rows_answer_with_words_of_their_input():
+    texts = [row_["input"] for row_ in base.synthetic_rows("generation", 40, seed=1)]
+    rows = compare_copying.copying_rows(texts, 60, seed=1)
+    assert rows == compare_copying.copying_rows(texts, 60, seed=1) != compare_copying.copying_rows(texts, 60, seed=2)
+    assert len({row_["instruction"] for row_ in rows}) > 10  # 含要找的词与断开的字
+    for row_ in rows:
+        for line in row_["output"].split("\n"):
+            assert line.replace("_", "") in row_["input"]
+            assert line.count("_") == (2 if "断开" in row_["instruction"] else 0)
+        assert compare_copying.MIN_CHARS <= len(row_["input"]) <= compare_copying.MAX_CHARS
+    with pytest.raises(ValueError, match=r"copying\(9999\) 超过文字里的片段数 \d+，请调小它或调大 general_chars"):
+        compare_copying.copying_rows(texts, 9999, seed=1)
+    drills = compare_copying.drilling_rows(texts, 60, seed=1)
+    assert drills == compare_copying.drilling_rows(texts, 60, seed=1) and len(drills) == 60
+    assert all(row_["input"] == row_["output"] and 3 <= len(row_["input"]) <= 16 for row_ in drills)
+
+
+def test_rows_that_are_too_long_or_empty_are_left_out(tmp_path):
+    path = tmp_path / "rows.json"
+    compare_data.write_rows(path, [row("短"), row("很长很长"), row("空", ""), row("答", "很长的回答")])
+    assert compare_data.read_rows(path, 3, 4) == [row("短")]
+    with pytest.raises(ValueError, match="4 行全部超过"):
+        compare_data.read_rows(path, 1, 1)
+
+
+# ---- 计划 ----
+
+PLAN = {
+    "base": "baichuan2-6B",
+    "general_path": "general.txt",
+    "held_out_chars": 100,
+    "tasks": [
+        {"name": "extraction", "path": "a", "metric": "triple_f1", "test": 4, "dev": 2, "max_new_tokens": 8},
+        {"name": "classification", "path": "b", "metric": "label_f1", "test": 4, "dev": 2, "max_new_tokens": 4},
+    ],
+    "methods": {"lora": {"learning_rates": [1e-3, 1e-2]}, "full": {"learning_rates": [1e-4, 1e-3]}},
+    "seeds": [1, 2],
+    "train_tokens": 1000,
+    "checks": ["repeat", "shuffled"],
+    "replay": {"ratio": 0.25},
+}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    return compare_plan.read_plan(write_json(tmp_path / "plan.json", PLAN))
+
+
+def test_plan_problems_are_listed_together(tmp_path):
+    broken = {**PLAN, "seeds": [1, 1], "checks": ["untrained"], "typo": 1, "methods": {"adapter": {}}}
+    del broken["general_path"]
+    with pytest.raises(ValueError) as error:
+        compare_plan.read_plan(write_json(tmp_path / "broken.json", broken))
+    for text in ("6 处问题", "缺少 general_path", "不认识 typo", "方法 adapter", "seeds([1, 1])", "要求 base 由本工具"):
+        assert text in str(error.value)
+
+
+def test_a_task_may_have_its_own_budget(tmp_path):
+    extraction, classification = PLAN["tasks"]
+    own = [extraction, {**classification, "train_tokens": 2000, "sweep_share": 0.5, "epochs": 3}]
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "tasks": own}))
+    budgets = [tuple(task[name] for name in compare_plan.TASK_OWN) for task in plan["tasks"]]
+    assert budgets == [(1, 1000, 0.25), (3, 2000, 0.5)]
+    sweeps = [compare_plan.cell_weight(plan, Cell("sweep", task["name"], "lora", 1, 1e-3)) for task in own]
+    assert sweeps == pytest.approx([0.65, 1.4])
+    with pytest.raises(ValueError, match=r"sweep_share\(2\) 应在 \(0, 1\] 内"):
+        wrong = [extraction, {**classification, "sweep_share": 2}]
+        compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "tasks": wrong}))
+
+
+def test_cells_come_task_by_task(plan):
+    cells = compare_plan.list_cells(plan)
+    assert [cell.name for cell in cells] == [
+        "base",
+        *(f"sweep-extraction-lora-1-{rate}" for rate in ("0.001", "0.01")),
+        *(f"sweep-extraction-full-1-{rate}" for rate in ("0.0001", "0.001")),
+        *(f"final-extraction-{method}-{seed}" for method in ("lora", "full") for seed in (1, 2)),
+        *(f"sweep-classification-lora-1-{rate}" for rate in ("0.001", "0.01")),
+        *(f"sweep-classification-full-1-{rate}" for rate in ("0.0001", "0.001")),
+        *(f"final-classification-{method}-{seed}" for method in ("lora", "full") for seed in (1, 2)),
+        "repeat-classification-full-1",
+        "shuffled-classification-full-1",
+    ]
+
+
+def result(cell, score=0.5, rate=None, nll_after=3.1):
+    """一个格子的结果，形状同 run_cell 的返回值。"""
+    is_training = cell.stage not in ("base",)
+    counts = label_f1(["正面", "负面", "正面", "负面"], ["正面", "负面", "负面", "负面"], num_resamples=50)
+    other = {
+        "extraction": {
+            "metric": "triple_f1",
+            **{f"{prefix}{name}": 0.1 for prefix in ("", "test_") for name in ("score", "ci_low", "ci_high")},
+            "test_per_row": {"columns": ["correct", "predicted", "expected"], "counts": [[0, 1, 1]] * 4},
+        },
+        "classification": {
+            "metric": "label_f1",
+            **{f"{prefix}{name}": 0.2 for prefix in ("", "test_") for name in ("score", "ci_low", "ci_high")},
+            "test_per_row": {**counts["per_row"], "counts": [[0] * 7] * 4},
+        },
+    }
+    row = {
+        "stage": cell.stage,
+        "task": cell.task,
+        "method": cell.method,
+        "seed": cell.seed,
+        "learning_rate": rate or cell.learning_rate or 1e-3,
+        "metric": "nll" if cell.stage == "sweep" else "label_f1",
+        "score": score,
+        "ci_low": score - 0.1,
+        "ci_high": score + 0.1,
+        "trainable_parameters": 1000,
+        "peak_memory_mb": 500.0,
+        "seconds": 10.0,
+        "tokens_per_second": 100.0,
+        "checkpoint_bytes": 2000,
+        "forgetting": {
+            "general_nll_before": 3.0,
+            "general_nll_after": nll_after,
+            "kl": 0.05,
+            "other_tasks": {name: entry for name, entry in other.items() if name != cell.task},
+        },
+    }
+    if not is_training:
+        row["score"] = None
+    if cell.check:
+        row["check"] = cell.check
+    columns = {"extraction": ["correct", "predicted", "expected"]}.get(cell.task, counts["per_row"]["columns"])
+    hits = [1, 0, 1, 1] if cell.method == "full" else [0, 0, 1, 0]
+    rows = [[hit, 1, 1] for hit in hits] if cell.task == "extraction" else counts["per_row"]["counts"]
+    detail = {
+        "cell": cell.name,
+        "tokens": None if cell.stage == "base" else 990,
+        "jobs": 2,
+        "losses": [[1, 3.0], [10, 2.0]],
+        "per_row": {"columns": columns, "counts": rows},
+    }
+    return row, detail
+
+
+def run_to_the_end(plan, results, score=lambda cell: 0.5):
+    """像 compare() 那样逐个做，不训练；返回做过的格子的名字。"""
+    order = []
+    while found := compare_plan.next_cell(plan, results, set()):
+        cell, rate = found
+        order.append(cell.name)
+        rise = 3.4 if (cell.task, cell.method) == ("extraction", "full") else 3.1
+        results.append(result(cell, score(cell), rate, rise)[0])
+    return order
+
+
+def test_finals_use_the_best_rate_of_their_sweep(plan):
+    results = []
+    order = run_to_the_end(plan, results, lambda cell: {1e-2: 1.5, 1e-4: 1.6}.get(cell.learning_rate, 2.0))
+    assert len(order) == len(set(order)) == 20
+    assert order[-1] == "replay-extraction-full-1"  # 通用 NLL 上升最多的
+    rates = {(r["task"], r["method"]): r["learning_rate"] for r in results if r["stage"] == "final"}
+    assert rates == {(t, m): r for t in ("extraction", "classification") for m, r in (("lora", 1e-2), ("full", 1e-4))}
+
+
+def test_equal_scores_take_the_smaller_rate(plan):
+    results = [result(Cell("sweep", "extraction", "lora", 1, rate), 2.0)[0] for rate in (1e-2, 1e-3)]
+    assert compare_plan.best_rate(plan, results, "extraction", "lora") == 1e-3
+    assert compare_plan.best_rate(plan, results[:1], "extraction", "lora") is None
+
+
+def test_a_cell_that_waits_for_its_sweep_does_not_hold_up_others(plan):
+    cells = compare_plan.list_cells(plan)
+    done = [result(cell)[0] for cell in cells[:4]]
+    cell, rate = compare_plan.next_cell(plan, done, {cells[4]})  # full 的试跑还有一格在做
+    assert (cell.name, rate) == ("final-extraction-lora-1", 1e-3)
+
+
+# ---- 结果文件与续做 ----
+
+
+def test_resuming_gives_the_same_cells(plan, tmp_path):
+    whole = []
+    order = run_to_the_end(plan, whole)
+    for row_ in whole[:7]:
+        compare_results.record(tmp_path, row_, {"cell": compare_plan.cell_of(row_).name})
+    with (tmp_path / "results.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"stage": "final", "ta')  # 写到一半被杀
+    results = compare_results.load_results(tmp_path)
+    assert not (tmp_path / "results.jsonl").read_bytes().endswith(b"}\n")  # 只读的一方不动别人正在写的文件
+    compare_results.repair(tmp_path)
+    names = {compare_plan.cell_of(row_).name for row_ in results}
+    assert names == set(order[:7])
+    assert (tmp_path / "results.jsonl").read_bytes().endswith(b"}\n")
+    assert run_to_the_end(plan, results) == order[7:]
+    assert {json.dumps(row_) for row_ in results} == {json.dumps(row_) for row_ in whole}
+
+
+def test_broken_result_line_is_an_error(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"a": 1}\n{broken\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.jsonl:2: 不是合法的 JSON"):
+        compare_results.load_results(tmp_path)
+
+
+def test_another_plan_does_not_continue(plan, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    write_json(output / "plan.json", {**plan, "train_tokens": 5})
+    with pytest.raises(ValueError, match="是另一个计划"):
+        compare_run.prepare(plan, output)
+
+
+def test_directory_in_use(tmp_path):
+    with compare_run.held(tmp_path), pytest.raises(ValueError, match="正被另一个比较使用"):  # noqa: SIM117
+        with compare_run.held(tmp_path):
+            pass
+
+
+# ---- 统计 ----
+
+
+def per_row(hits):
+    return {"columns": ["correct", "predicted", "expected"], "counts": [[hit, 1, 1] for hit in hits]}
+
+
+def test_resampled_scores_average_the_seeds():
+    score, drawn = compare_stats.resampled_scores([per_row([1, 0, 1, 1]), per_row([1, 1, 1, 1])], "triple_f1")
+    assert score == 0.875
+    assert drawn.shape == (compare_stats.NUM_RESAMPLES,)
+    low, high = compare_stats.interval(drawn)
+    assert low <= 0.875 <= high == 1.0
+
+
+def test_paired_difference():
+    good, bad = [1] * 30 + [0] * 10, [1] * 15 + [0] * 25
+    first = compare_stats.resampled_scores([per_row(good)] * 3, "triple_f1")
+    second = compare_stats.resampled_scores([per_row(bad)] * 3, "triple_f1")
+    found = compare_stats.paired_difference(first, second)
+    assert found["difference"] == 0.375
+    assert 0.2 < found["ci_low"] < 0.375 < found["ci_high"] < 0.55
+    assert found["p_value"] == pytest.approx(2 / 20001)
+    assert compare_stats.paired_difference(first, first) == {
+        "difference": 0.0,
+        "ci_low": 0.0,
+        "ci_high": 0.0,
+        "p_value": 1.0,
+    }
+
+
+def test_holm():
+    assert compare_stats.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert compare_stats.holm([]) == []
+
+
+# ---- 报告 ----
+
+
+@pytest.fixture
+def finished(plan, tmp_path):
+    """一个做完了的比较的目录（结果是编的）。"""
+    results, directory = [], tmp_path / "finished"
+    directory.mkdir()
+    while found := compare_plan.next_cell(plan, results, set()):
+        cell, rate = found
+        row_, detail = result(cell, {"sweep": 2.0}.get(cell.stage, 0.5), rate)
+        results.append(row_)
+        compare_results.record(directory, row_, detail)
+    write_json(directory / "plan.json", plan)
+    counts = {"documents": 50, "test": 4, "dev": 2, "pretrain": 0, "final_rows": 9, "final": 990, "sweep": 240}
+    write_json(directory / "data.json", {"extraction": counts, "classification": counts})
+    return directory
+
+
+def test_report_contents(finished):
+    assert compare_methods.main(["--report", str(finished)]) == 0
+    text = (finished / "report.md").read_text(encoding="utf-8")
+    for expected in (
+        "小模型的数字不是 7B 模型的数字",
+        "2 个格子并行、各一个线程时测的",
+        "- lora：都是缺省值\n",
+        "- 共同：都是缺省值\n",
+        "| 抽取 | 三元组 F1 | 50 | 4 | 2 | 0 | 9 | 990 | 240 |",
+        "| lora | 0.250 [",
+        "| full | 0.750 [",
+        "| 没有微调的基座 | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200] |",
+        "| 抽取 | lora − full | -0.500 [",
+        "同一任务的各方法、各种子完全相等",
+        "| 抽取 | lora | 1,000 | 500 | 10（10–10） | 100（100–100） | 0.00 | 0.001 |",
+        "| 碰运气（各标签机会相等） | — | 0.467 |",
+        "重抽 20,000 次",
+        "| 抽取 | lora | 3.000 → 3.100 | +0.100 | 0.050 | — | 0.200（0.200） |",
+        "重放买到了什么",
+        "lora：从 0.001 开始（2/2 个任务选中它）；它在试过的范围（0.001 至 0.01）的边上，更小的也值得试。",
+        "重复：分类、full、种子 1 再做一次，分数 0.500000 与 0.500000，相同。",
+        "打乱标签：分类、full",
+    ):
+        assert expected in text
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    names = ["scores", "score-memory", "score-parameters", "losses", "forgetting"]
+    assert page.count("data:image/svg+xml;base64,") == len(names)
+    assert [f"figures/{name}.svg" in text for name in names] == [True] * 5
+    assert "http://" not in page and "https://" not in page and "<script" not in page
+    assert missing_glyphs(page) == set()
+    for name in names:
+        picture = (finished / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert "<text" not in picture and "DroidSansFallback" in picture  # 汉字是路径
+    assert compare_report.write_report(finished) is None
+    assert (finished / "report.html").read_text(encoding="utf-8") == page  # 同样的结果，同样的字节
+
+
+def test_unfinished_report_says_so(finished):
+    lines = (finished / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    (finished / "results.jsonl").write_text("\n".join(lines[:6]) + "\n", encoding="utf-8")
+    (finished / "extras.jsonl").unlink()
+    compare_report.write_report(finished)
+    assert "还没有做完**：正式的格子做完 2 / 8" in (finished / "report.md").read_text(encoding="utf-8")
+
+
+def test_report_without_a_plan(tmp_path, capsys):
+    assert compare_methods.main(["--report", str(tmp_path)]) == 2
+    assert "plan.json" in capsys.readouterr().err
+
+
+def test_command_line_needs_a_plan_or_a_report(capsys):
+    with pytest.raises(SystemExit):
+        compare_methods.parse_args([])
+    assert "请给出计划与 --output_dir，或者 --report DIR" in capsys.readouterr().err
+
+
+def test_the_committed_plan_is_valid():
+    plan = compare_plan.read_plan(ROOT / "benchmarks" / "comparison" / "plan.json")
+    assert [task["name"] for task in plan["tasks"]] == list(compare_plan.TASKS)
+    assert list(plan["methods"]) == list(compare_plan.METHODS)
+    assert len(plan["seeds"]) >= 3 and all(len(m["learning_rates"]) == 3 for m in plan["methods"].values())
+
+
+# ---- 真的做一遍 ----
+
+
+def toy_plan(directory: Path) -> Path:
+    text = directory / "general.txt"
+    lines = [json.loads(line)["input"] for line in (ROOT / "data" / "d2q_0.json").read_text("utf-8").splitlines()]
+    groups = compare_data.near_groups(map(compare_data.plain_text, lines))
+    text.write_text("\n".join(lines[group] for group in dict.fromkeys(groups)) + "\n", encoding="utf-8")
+    plan = {
+        "base": {
+            **{"arch": "baichuan2-7b", "layers": 2, "hidden_size": 32, "heads": 2, "vocab_size": 1200},
+            **{"model_max_length": 256, "pretrain_tokens": 4000, "pretrain_threads": 1},
+            "repeats": {"general": 1, "classification": 1},
+        },
+        "general_path": str(text),
+        "held_out_chars": 400,
+        "tasks": [
+            {
+                **{"name": "classification", "path": "data/cls_0.json", "metric": "label_f1"},
+                **{"test": 8, "dev": 4, "pretrain": 8, "other": 4, "max_new_tokens": 4},
+            }
+        ],
+        "methods": {
+            "lora": {"learning_rates": [1e-3, 1e-2]},
+            "full": {"learning_rates": [1e-3]},
+        },
+        "seeds": [1],
+        "train_tokens": 2000,
+        "train_flags": ["--max_len", 128, "--max_src_len", 96, "--show_loss_step", 1, "--precision", "fp32"],
+        "checks": ["repeat", "untrained"],
+        "replay": {"ratio": 0.25},
+    }
+    return write_json(directory / "plan.json", plan)
+
+
+def start(plan: Path, output: Path) -> subprocess.Popen:
+    script = ROOT / "scripts" / "compare_methods.py"
+    words = [sys.executable, str(script), str(plan), "--output_dir", str(output), "--jobs", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+# 因时间而异的；检查点里的 JSON 还写着输出目录，大小随它的名字差几个字节
+CLOCKS = ("seconds", "tokens_per_second", "peak_memory_mb", "checkpoint_bytes")
+FIELDS = ["stage", "task", "method", "seed", "learning_rate", "metric", "score", "ci_low", "ci_high"]
+FIELDS += ["trainable_parameters", "peak_memory_mb", "seconds", "tokens_per_second", "checkpoint_bytes", "forgetting"]
+
+
+def table_of(output: Path) -> list[str]:
+    """全部结果，除去时间、内存与检查点的大小，按格子排列。"""
+    rows = compare_results.load_results(output)
+    return sorted(json.dumps({k: v for k, v in row_.items() if k not in CLOCKS}, sort_keys=True) for row_ in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_killed_in_the_middle_of_a_cell_ends_with_the_same_table(tmp_path):
+    plan = toy_plan(tmp_path)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(plan, whole)
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text[-4000:]
+
+    process = start(plan, killed)
+    deadline = time.monotonic() + 600
+    while not list(killed.glob("work/final-*/train/train_log.jsonl")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0][-4000:]
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(compare_results.load_results(killed))
+    assert 0 < done < len(table_of(whole))
+
+    process = start(plan, killed)
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text[-4000:]
+    assert table_of(killed) == table_of(whole)
+    assert not (killed / "work").exists()
+    for row_ in compare_results.load_rows(killed / "results.jsonl"):
+        assert list(row_) == FIELDS and None not in row_.values()
+        assert list(row_["forgetting"]) == ["general_nll_before", "general_nll_after", "kl", "other_tasks"]
+    report = (killed / "report.md").read_text(encoding="utf-8")
+    assert "相同。" in report and "什么也没学的模型" in report and "重放" in report
+    tokens = {d["tokens"] for d in compare_results.load_rows(killed / "details.jsonl") if d["cell"].startswith("final")}
+    assert len(tokens) == 1 and 0 < np.max(list(tokens)) <= 2000

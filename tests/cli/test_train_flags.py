@@ -1,0 +1,437 @@
+"""命令行参数：用户的命令逐字可用；布尔值按字面；全部错误一次列出；别的方法的参数不被悄悄忽略。"""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+from commands import USER_COMMAND
+from paths import ROOT
+
+from finetune.cli.train_checks import validate_args
+from finetune.cli.train_flags import MODEL_FAMILIES, TRAIN_TYPE_ALIASES, build_parser, parse_args
+from finetune.methods.registry import TRAIN_METHODS
+
+REQUIRED = ["--train_path", "data/spo_0.json", "--model_name_or_path", "m/", "--output_dir", "out"]
+BOOL_FLAGS = ("is_skip", "drop_duplicates", "packing", "prefix_projection")
+
+
+def parse(*flags: str):
+    return parse_args([*REQUIRED, *map(str, flags)])
+
+
+@pytest.fixture
+def required(tiny_checkpoint, tmp_path) -> list[str]:
+    """三个必填参数，指向真实存在的文件。"""
+    return [
+        "--train_path",
+        str(ROOT / "data" / "spo_0.json"),
+        "--model_name_or_path",
+        str(tiny_checkpoint("baichuan2-7b")),
+        "--output_dir",
+        str(tmp_path / "output"),
+        "--ds_file",
+        str(ROOT / "ds_zero2_no_offload.json"),
+    ]
+
+
+def problems_of(*flags: str) -> list[str]:
+    with pytest.raises(ValueError) as caught:
+        validate_args(parse_args([*map(str, flags)]))
+    return str(caught.value).split("\n")
+
+
+# ---- 解析 ----
+
+
+def test_user_command_parses():
+    args = parse_args(shlex.split(USER_COMMAND.replace("\\\n", " ")))
+    expected = {
+        "train_path": "data/spo_0.json",
+        "model_name_or_path": "baichuan-6B/",
+        "per_device_train_batch_size": 1,
+        "max_len": 1560,
+        "max_src_len": 1024,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.1,
+        "num_train_epochs": 2,
+        "gradient_accumulation_steps": 4,
+        "warmup_ratio": 0.1,
+        "mode": "baichuan",
+        "train_type": "freeze",
+        "freeze_module_name": "layers.27.,layers.26.,layers.25.,layers.24.",
+        "seed": 1234,
+        "ds_file": "ds_zero2_no_offload.json",
+        "gradient_checkpointing": "all",
+        "show_loss_step": 10,
+        "output_dir": "./output-baichuan",
+    }
+    assert {name: getattr(args, name) for name in expected} == expected
+    assert args.given == sorted(expected)
+
+
+def test_user_command_is_the_one_in_shared(shared_dir):
+    text = (shared_dir / "commands.md").read_text(encoding="utf-8")
+    block = re.search(r"```\n(.*?)```", text, re.DOTALL)[1]
+    assert block == "CUDA_VISIBLE_DEVICES=0 deepspeed --master_port 520 train.py \\" + USER_COMMAND
+    assert re.findall(r"\| (\d) \| `(.*?)` \| `(.*?)` \|", text) == [
+        ("1", "CUDA_VISIBLE_DEVICES=0", "baichuan-6B/"),
+        ("2", "CUDA_VISIBLE_DEVICES=0,1,2,3", "baichuan-6B/"),
+        ("3", "CUDA_VISIBLE_DEVICES=0", "baichuan2-6B/"),
+        ("4", "CUDA_VISIBLE_DEVICES=0,1,2,3", "baichuan2-6B/"),
+    ]
+
+
+def test_only_three_flags_are_required():
+    args = parse()
+    assert args.given == ["model_name_or_path", "output_dir", "train_path"]
+    defaults = {
+        "mode": "baichuan",
+        "train_type": "lora",
+        "lora_dim": 8,
+        "lora_alpha": 30,
+        "lora_dropout": 0.1,
+        "lora_module_name": "W_pack",
+        "prefix_projection": False,
+        "ptuning_version": 2,
+        "prompt_format": "auto",
+        "precision": "auto",
+        "packing": True,
+        "is_skip": False,
+        "drop_duplicates": False,
+        "eval_path": None,
+        "eval_step": 0,
+        "eval_metric": "nll",
+        "eval_max_new_tokens": 128,
+        "early_stopping_patience": 0,
+        "save_total_limit": 0,
+        "general_path": None,
+        "forgetting_threshold": None,
+        "replay_path": None,
+        "replay_ratio": None,
+        "logging_dir": None,
+        "max_steps": -1,
+        "save_model_step": 0,
+        "gradient_checkpointing": "none",
+        "ds_file": "ds_zero2_no_offload.json",
+        "weight_decay": 0.1,
+        "warmup_ratio": 0.1,
+    }
+    assert {name: getattr(args, name) for name in defaults} == defaults
+
+
+@pytest.mark.parametrize("missing", ["train_path", "model_name_or_path", "output_dir"])
+def test_a_missing_required_flag_ends_the_program(missing, capsys):
+    index = REQUIRED.index(f"--{missing}")
+    with pytest.raises(SystemExit) as caught:
+        parse_args(REQUIRED[:index] + REQUIRED[index + 2 :])
+    assert caught.value.code == 2
+    assert f"--{missing}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--no_such_flag", "1"),
+        ("--train_type", "qlora"),
+        ("--mode", "llama"),
+        ("--precision", "int8"),
+        ("--ptuning_version", "3"),
+        ("--max_len", "many"),
+        ("--prompt_format", "alpaca"),
+        ("--learn", "1e-4"),  # 缩写会在日后加参数时改变意思
+    ],
+)
+def test_an_unknown_flag_or_value_ends_the_program(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(*flags)
+    assert caught.value.code == 2
+    output = capsys.readouterr().out
+    assert "参数错误：" in output
+    assert "python train.py --help" in output
+    assert flags[0] in output
+    assert flags[1] in output or flags[0] in ("--no_such_flag", "--learn")
+
+
+@pytest.mark.parametrize("name", BOOL_FLAGS)
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (["--{}"], True),
+        (["--{}", "True"], True),
+        (["--{}", "true"], True),
+        (["--{}", "1"], True),
+        (["--{}", "yes"], True),
+        (["--{}", "False"], False),
+        (["--{}", "false"], False),
+        (["--{}", "0"], False),
+        (["--{}", "no"], False),
+        (["--no-{}"], False),
+        (["--no-{}", "True"], False),
+        (["--no-{}", "False"], True),
+        (["--{}", "--no-{}"], False),
+        (["--no-{}", "--{}"], True),
+    ],
+)
+def test_bool_flags_mean_what_they_say(name, form, expected):
+    flags = [part.format(name) for part in form]
+    assert getattr(parse(*flags), name) is expected
+    assert name in parse(*flags).given
+
+
+def test_bool_flag_refuses_other_words(capsys):
+    with pytest.raises(SystemExit):
+        parse("--prefix_projection", "maybe")
+    assert "--prefix_projection 只接受 True 或 False，得到 'maybe'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "learning_rate"), [("freeze", 1e-4), ("lora", 2e-4), ("ptuning", 5e-3), ("full", 1e-5)]
+)
+def test_learning_rate_defaults_by_method(method, learning_rate):
+    assert parse("--train_type", method).learning_rate == learning_rate
+    assert parse("--train_type", method, "--learning_rate", "3e-4").learning_rate == 3e-4
+
+
+def test_the_row_above_names_every_method():
+    assert list(TRAIN_METHODS) == ["freeze", "lora", "ptuning", "full"]
+
+
+def test_all_is_an_alias_of_full():
+    assert parse("--train_type", "all").train_type == "full"
+    assert parse("--train_type", "all").learning_rate == TRAIN_METHODS["full"].learning_rate
+    assert set(TRAIN_TYPE_ALIASES.values()) <= set(TRAIN_METHODS)
+
+
+def test_gradient_checkpointing_takes_an_optional_value():
+    assert parse("--gradient_checkpointing").gradient_checkpointing == "all"
+    assert parse("--gradient_checkpointing", "none").gradient_checkpointing == "none"
+    assert parse("--gradient_checkpointing", "--seed", "1").gradient_checkpointing == "all"
+
+
+def test_packing_is_off_by_itself_for_ptuning_version_1():
+    assert parse("--train_type", "ptuning", "--ptuning_version", 1).packing is False
+    assert parse("--train_type", "ptuning").packing is True
+
+
+def test_help_names_every_registry_key_and_explains_every_flag():
+    parser = build_parser()
+    text = parser.format_help()
+    for key in (*MODEL_FAMILIES, *TRAIN_METHODS, *TRAIN_TYPE_ALIASES):
+        assert re.search(rf"\b{key}\b", text), f"--help 没有提到 {key}"
+    for action in parser._actions:
+        if action.dest != "help":
+            assert re.search(r"[\u4e00-\u9fff]", action.help or ""), f"--{action.dest} 没有中文说明"
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README_EN.md"])
+def test_readme_names_every_registry_key(readme):
+    path = ROOT / readme
+    if not path.is_file():
+        pytest.skip(f"还没有 {readme}")
+    text = path.read_text(encoding="utf-8")
+    for key in (*MODEL_FAMILIES, *TRAIN_METHODS):
+        assert re.search(rf"\b{key}\b", text), f"{readme} 没有提到 {key}"
+
+
+def test_every_method_flag_is_a_real_flag():
+    dests = {action.dest for action in build_parser()._actions}
+    for method in TRAIN_METHODS.values():
+        assert set(method.flags) <= dests
+
+
+# ---- 检查 ----
+
+
+def test_valid_arguments_give_both_configs(required):
+    ds_config, config = validate_args(parse_args(required))
+    assert ds_config["zero_optimization"]["stage"] == 2
+    assert (config.model_type, config.norm_head, config.position_embedding) == ("baichuan", True, "rope")
+
+
+def test_all_problems_are_listed_at_once(tmp_path):
+    empty = tmp_path / "empty.json"
+    empty.touch()
+    a_file = tmp_path / "a_file"
+    a_file.touch()
+    found = problems_of(
+        *("--train_path", empty, "--eval_path", tmp_path / "absent.json"),
+        *("--model_name_or_path", tmp_path / "no-model", "--output_dir", a_file, "--ds_file", tmp_path / "no-ds.json"),
+        *("--max_len", 16, "--max_src_len", 16, "--num_train_epochs", 0, "--max_steps", 0, "--save_model_step", -1),
+        *("--learning_rate", 0, "--weight_decay", -0.1, "--warmup_ratio", 1, "--seed", -3),
+        *("--train_type", "freeze", "--lora_dim", 4),
+    )
+    assert found == [
+        f"读不了 {tmp_path / 'no-ds.json'}：No such file or directory",
+        "--num_train_epochs(0) 必须至少为 1",
+        "--max_src_len(16) 必须小于 --max_len(16)，请调小前者",
+        "--max_steps(0) 必须为 -1（不限）或至少为 1",
+        "--save_model_step(-1) 必须为 0（每轮）或正数",
+        "--learning_rate(0.0) 必须是大于 0 的有限数",
+        "--weight_decay(-0.1) 必须是不小于 0 的有限数",
+        "--seed(-3) 必须在 [0, 2^63) 内",
+        "--warmup_ratio(1.0) 必须在 [0, 1) 内",
+        "--lora_dim 属于 --train_type lora，对 freeze 不起作用，请去掉",
+        '--train_type freeze 需要 --freeze_module_name，如 "layers.31.,layers.30."（要训练的层）',
+        f"数据文件 {empty} 是空的（0 字节），没有任何样本",
+        f"找不到数据文件 {tmp_path / 'absent.json'}（No such file or directory），请检查路径",
+        f"--output_dir {a_file} 是一个文件，请给出目录",
+        f"--model_name_or_path {tmp_path / 'no-model'} 里没有 config.json，请给出 Baichuan 检查点的本地目录",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_len",
+        "max_src_len",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "lora_dim",
+        "lora_alpha",
+        "gradient_accumulation_steps",
+        "show_loss_step",
+    ],
+)
+def test_counts_must_be_positive(required, name):
+    assert f"--{name}(0) 必须至少为 1" in problems_of(*required, f"--{name}", 0)
+
+
+@pytest.mark.parametrize(("max_len", "max_src_len"), [(1024, 1024), (1024, 1025), (1, 1)])
+def test_max_src_len_must_be_smaller(required, max_len, max_src_len):
+    assert problems_of(*required, "--max_len", max_len, "--max_src_len", max_src_len) == [
+        f"--max_src_len({max_src_len}) 必须小于 --max_len({max_len})，请调小前者"
+    ]
+
+
+def write_ds(path, **changes) -> str:
+    """项目自己的 DeepSpeed 配置，改掉几处。"""
+    config = json.loads((ROOT / "ds_zero2_no_offload.json").read_text(encoding="utf-8"))
+    for place, value in changes.items():
+        *parents, name = place.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return str(path)
+
+
+def test_numbers_fixed_by_the_ds_file_are_told(required, tmp_path, capsys):
+    path = write_ds(
+        tmp_path / "ds.json", optimizer__params__lr=3e-4, optimizer__params__weight_decay=0.02,
+        train_micro_batch_size_per_gpu=2, scheduler__params__total_num_steps=100,
+        scheduler__params__warmup_num_steps=5,
+    )  # fmt: skip
+    args = parse_args([*required, "--ds_file", path])
+    validate_args(args)
+    assert (args.learning_rate, args.weight_decay, args.per_device_train_batch_size) == (3e-4, 0.02, 2)
+    assert capsys.readouterr().out.splitlines() == [
+        f"注意：per_device_train_batch_size 以 {path} 的 train_micro_batch_size_per_gpu 为准：2（缺省是 4）",
+        f"注意：learning_rate 以 {path} 的 optimizer.params.lr 为准：0.0003（缺省是 0.0002）",
+        f"注意：weight_decay 以 {path} 的 optimizer.params.weight_decay 为准：0.02（缺省是 0.1）",
+        f"注意：预热以 {path} 的 scheduler.params.warmup_num_steps（5）为准，不是 --warmup_ratio 0.1",
+        f"注意：{path} 的 scheduler.params.total_num_steps 写成 100，不随命令行变化",
+    ]
+
+
+def test_numbers_fixed_twice_are_refused(required, tmp_path):
+    path = write_ds(
+        tmp_path / "ds.json", optimizer__params__lr=3e-4, optimizer__params__weight_decay=0.02,
+        gradient_accumulation_steps=2.5, scheduler__params__warmup_num_steps=5,
+    )  # fmt: skip
+    given = ("--learning_rate", "1e-4", "--weight_decay", "0.02", "--warmup_ratio", "0.1")
+    assert problems_of(*required, "--ds_file", path, *given) == [
+        f"{path} 的 gradient_accumulation_steps 应为整数，实际是 2.5",
+        f'--learning_rate 0.0001 与 {path} 的 optimizer.params.lr（0.0003）不同；请去掉一个，或把配置里的改成 "auto"',
+        f"--warmup_ratio 与 {path} 的 scheduler.params.warmup_num_steps（5）都写了，后者会盖住前者；"
+        '请去掉一个，或把配置里的改成 "auto"',
+    ]
+
+
+def test_broken_rows_are_told_with_the_arguments(required, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text('{"instruction": "问", "output": "答"}\n{"instruction": 3, "output": "答"}\n', encoding="utf-8")
+    total, row, spike = problems_of(*required, "--train_path", rows, "--loss_spike_factor", "1")
+    assert total == f"数据文件 {rows} 有 1 处错误，请改正后重试："
+    assert row.startswith(f"  {rows}:2: instruction: ")
+    assert spike.startswith("--loss_spike_factor '1' 应为 0（不看）、大于 1 的数")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "warmup_ratio", "lora_dropout"])
+def test_rates_must_be_finite(required, name, value):
+    assert any(problem.startswith(f"--{name}({value})") for problem in problems_of(*required, f"--{name}={value}"))
+
+
+FOREIGN_FLAGS = [(method, flag, value) for method, flag, value in [
+    ("freeze", "freeze_module_name", "layers.0."),
+    ("lora", "lora_dim", "8"),
+    ("lora", "lora_alpha", "30"),
+    ("lora", "lora_dropout", "0.1"),
+    ("lora", "lora_module_name", "W_pack"),
+    ("lora", "load_in_4bit", "False"),
+    ("lora", "load_in_8bit", "False"),
+    ("ptuning", "pre_seq_len", "16"),
+    ("ptuning", "prefix_projection", "True"),
+    ("ptuning", "prefix_hidden_size", "512"),
+    ("ptuning", "ptuning_version", "2"),
+]]  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "flag", "value"), FOREIGN_FLAGS)
+def test_flags_of_another_method_are_refused(required, owner, flag, value):
+    for method in TRAIN_METHODS:
+        own = ["--freeze_module_name", "layers.0."] if method == "freeze" and owner != "freeze" else []
+        args = parse_args([*required, "--train_type", method, *own, f"--{flag}", value])
+        if method == owner:
+            if flag != "prefix_hidden_size":
+                validate_args(args)
+            continue
+        with pytest.raises(ValueError, match=rf"--{flag} 属于 --train_type {owner}，对 {method} 不起作用，请去掉"):
+            validate_args(args)
+
+
+def test_the_rows_above_name_every_method_flag():
+    assert sorted((owner, flag) for owner, flag, _ in FOREIGN_FLAGS) == sorted(
+        (name, flag) for name, method in TRAIN_METHODS.items() for flag in method.flags
+    )
+
+
+def test_settings_without_effect_are_refused(required):
+    ptuning = [*required, "--train_type", "ptuning"]
+    assert problems_of(*ptuning, "--prefix_hidden_size", 64) == [
+        "--prefix_hidden_size 只在 --prefix_projection 或 --ptuning_version 1 时起作用，请去掉或加上其一"
+    ]
+    validate_args(parse_args([*ptuning, "--prefix_projection", "--prefix_hidden_size", "64"]))
+    validate_args(parse_args([*ptuning, "--ptuning_version", "1", "--prefix_hidden_size", "64"]))
+    assert problems_of(*ptuning, "--ptuning_version", 1, "--packing") == [
+        "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing"
+    ]
+    (problem,) = problems_of(*ptuning, "--ptuning_version", 1, "--prefix_projection")
+    assert "--prefix_projection" in problem
+
+
+@pytest.mark.parametrize("names", ["", " , ,", ","])
+def test_freeze_needs_names(required, names):
+    (problem,) = problems_of(*required, "--train_type", "freeze", "--freeze_module_name", names)
+    assert problem.startswith("--train_type freeze 需要 --freeze_module_name")
+
+
+def test_a_config_of_another_model_is_refused(required, tiny_checkpoint, tmp_path):
+    other = shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "other")
+    content = json.loads((other / "config.json").read_text(encoding="utf-8"))
+
+    def with_config(text: str) -> str:
+        (other / "config.json").write_text(text, encoding="utf-8")
+        (problem,) = problems_of(*required, "--model_name_or_path", other)
+        return problem
+
+    assert with_config(json.dumps({**content, "model_type": "llama"})) == (
+        f"{other / 'config.json'} 的 model_type 是 'llama'，本项目只训练 baichuan"
+    )
+    assert "config.json" in with_config("{broken")
+    assert "hidden_size(64) 必须能被 num_attention_heads(5) 整除" in with_config(
+        json.dumps({**content, "num_attention_heads": 5})
+    )

@@ -1,0 +1,120 @@
+"""predictor.py：适配器挂在任何基座上并在其间切换，停止字符串，标签的得分。"""
+
+import json
+
+import pytest
+import torch
+from generating import by_hand, make_adapter, make_predictor
+from peft import PeftModel
+
+import predict
+from baichuan import BaichuanForCausalLM, BaichuanTokenizer
+from finetune.inference.predictor import short_names
+
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+
+
+@pytest.mark.parametrize("kind", ["lora", "prefix"])
+def test_switching_gives_each_adapter_its_own_answers(tiny_checkpoint, tmp_path, kind):
+    base = tiny_checkpoint("baichuan2-7b")
+    paths = [make_adapter(base, tmp_path / name / "epoch-1-step-3", seed, kind) for seed, name in enumerate("ab")]
+    predictor = make_predictor("--model_path", base, "--adapter", *paths)
+    plain = BaichuanForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    expected = {None: [by_hand(plain, prompt, 6) for prompt in PROMPTS]}
+    for name, path in zip(predictor.adapters, paths, strict=True):
+        fresh = BaichuanForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(fresh, path).eval()
+        options = predictor.generation_config
+        expected[name] = [
+            model.generate(torch.tensor([p]), generation_config=options)[0, len(p) :].tolist() for p in PROMPTS
+        ]
+    assert list(predictor.adapters) == ["a/epoch-1-step-3", "b/epoch-1-step-3"]
+    assert predictor.adapter == "a/epoch-1-step-3"
+    assert len({str(answers) for answers in expected.values()}) == 3
+    for name in ("a/epoch-1-step-3", "b/epoch-1-step-3", None, "a/epoch-1-step-3"):
+        predictor.use_adapter(name)
+        assert predictor.generate_batch(PROMPTS) == expected[name]
+    with pytest.raises(ValueError, match="没有名为 c 的适配器，可选：a/epoch-1-step-3、b/epoch-1-step-3、无"):
+        predictor.use_adapter("c")
+
+
+def test_prompt_format_follows_the_adapter(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("baichuan2-7b", chat=True)
+    path = make_adapter(base, tmp_path / "plain")
+    (path / "run_config.json").write_text(json.dumps({"prompt_format": "plain", "args": {"max_src_len": 2}}))
+    predictor = make_predictor("--model_path", base, "--adapter", path)
+    ids = predictor.tokenizer.encode_plain("你好")
+    assert predictor.encode((("user", "你好"),)) == ids
+    predictor.use_adapter(None)
+    assert predictor.encode((("user", "你好"),)) == [195, *ids, 196]
+
+
+def test_adapter_of_another_base_is_only_noted(tiny_checkpoint, tmp_path, capsys):
+    base, other = tiny_checkpoint("baichuan2-7b"), tiny_checkpoint("baichuan2-7b", seed=7)
+    path = make_adapter(base, tmp_path / "one")
+    (path / "run_config.json").write_text(json.dumps({"base_model": {"hashes": {"config.json": "0"}}}))
+    make_predictor("--model_path", other, "--adapter", path)
+    assert "是在别的基座上训练的（config.json（内容不同）），结果可能变差" in capsys.readouterr().err
+
+
+def test_adapters_that_do_not_go_together(tiny_checkpoint, tmp_path):
+    base = tiny_checkpoint("baichuan2-7b")
+    lora, prefix = (make_adapter(base, tmp_path / kind, kind=kind) for kind in ("lora", "prefix"))
+    (lora / "run_config.json").write_text(json.dumps({"base_model": {"path": str(base)}}))
+    for flags, message in (
+        (["--model_path", base, "--adapter", lora, prefix], "必须是同一种，现在是 .*LORA.*PREFIX_TUNING"),
+        (["--model_path", base, "--adapter", lora, lora], "有重复的目录"),
+        (
+            ["--model_path", lora, "--adapter", prefix],
+            "--adapter 要挂在完整的模型上，而 --model_path .*lora 是适配器；"
+            f"请改成它的基座：--model_path {base}（记在 {lora / 'run_config.json'}）$",
+        ),
+        (
+            ["--model_path", base, "--adapter", base],
+            r"里没有 adapter_config\.json，请给出 lora 或 ptuning 的检查点目录",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_predictor(*flags)
+
+
+def test_short_names(tmp_path):
+    paths = [tmp_path / "x" / "a", tmp_path / "y" / "a", tmp_path / "b"]
+    assert short_names(paths) == ["x/a", "y/a", "b"]
+
+
+# ---- 停止字符串、标签 ----
+
+
+def test_stop_strings_cut_the_answer(tiny_checkpoint, capsys):
+    base = tiny_checkpoint("baichuan2-7b")
+    flags = ["--model_path", str(base), "--device", "cpu", "--precision", "fp32", "--max_new_tokens", "12"]
+    assert predict.main([*flags, "--instruction", "抽取"]) == 0
+    full = capsys.readouterr().out.removesuffix("\n")
+    stop = full[len(full) // 2 :][:2]
+    assert predict.main([*flags, "--instruction", "抽取", "--stop", "没有的文字", stop]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == full[: full.index(stop)] + "\n"
+    assert "还没有写完" not in captured.err
+
+
+def test_label_scores_of_one_sample(tiny_checkpoint, capsys):
+    base = tiny_checkpoint("baichuan2-7b")
+    flags = ["--model_path", str(base), "--device", "cpu", "--precision", "fp32", "--max_new_tokens", "2"]
+    assert predict.main([*flags, "--input", "很好", "--label_scores", "正面", "负面", "中"]) == 0
+    table = [line.split() for line in capsys.readouterr().out.splitlines()[-3:]]
+    model = BaichuanForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    tokenizer = BaichuanTokenizer.from_pretrained(base)
+    prompt = tokenizer.encode_plain("很好")
+    expected = {}
+    for label in ("正面", "负面", "中"):
+        target = [*tokenizer.encode_plain(label), tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([[*prompt, *target]])).logits[0].log_softmax(-1)
+        expected[label] = sum(float(log_probs[len(prompt) - 1 + k, token]) for k, token in enumerate(target))
+    shares = torch.tensor([*expected.values()]).softmax(0).tolist()
+    ranked = sorted(zip(expected, expected.values(), shares, strict=True), key=lambda row: -row[1])
+    assert [row[0] for row in table] == [row[0] for row in ranked]
+    for row, (_, log_prob, share) in zip(table, ranked, strict=True):
+        assert float(row[1]) == pytest.approx(log_prob, abs=2e-4)
+        assert float(row[2]) == pytest.approx(share, abs=2e-4)
