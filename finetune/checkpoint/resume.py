@@ -77,6 +77,7 @@ FREE_FLAGS = frozenset(
         *(
             "output_dir",
             "logging_dir",
+            "report_to",
             "show_loss_step",
             "save_model_step",
             "loss_spike_factor",

@@ -1,5 +1,6 @@
 """train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题。"""
 
+import importlib.util
 import math
 from argparse import Namespace
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetune.methods.registry import TRAIN_METHODS
 from finetune.training.anomaly import spike_choice
 from finetune.training.ds_config import read_ds_config
 from finetune.training.ds_config_check import fixed_numbers
+from finetune.training.log import REPORTS
 from utils import log_rank_0
 
 
@@ -58,6 +60,16 @@ def settle_fixed_numbers(args: Namespace, ds_config: dict) -> list[str]:
             setattr(args, name, value)
             args.given = sorted({*args.given, name})  # 配置里另一处再写一个不同的数也是错误
     return problems
+
+
+def report_problems(report_to: str) -> list[str]:
+    """--report_to 的问题：不认识或重复的名字，没有安装 swanlab。"""
+    names = report_to.split(",")
+    if not set(names) <= set(REPORTS) or len(set(names)) < len(names):
+        return [f"--report_to({report_to}) 应为 {'、'.join(REPORTS)} 里的几个，逗号分隔，不重复"]
+    if "swanlab" in names and importlib.util.find_spec("swanlab") is None:
+        return ["--report_to swanlab 需要 swanlab，请运行 pip install swanlab，或去掉它"]
+    return []
 
 
 def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
@@ -110,6 +122,7 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
         args.precision != "fp16" or torch.cuda.is_available(),
         "--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）",
     )
+    problems += report_problems(args.report_to)
     for method, entry in TRAIN_METHODS.items():
         foreign = [f"--{flag}" for flag in entry.flags if flag in args.given and method != args.train_type]
         expect(not foreign, f"{'、'.join(foreign)} 属于 --train_type {method}，对 {args.train_type} 不起作用，请去掉")

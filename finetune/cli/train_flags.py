@@ -177,7 +177,14 @@ def build_parser(only_given: bool = False) -> argparse.ArgumentParser:
         help="检查点里存续训所需的优化器状态（每个可训练参数 12 字节）；--no-save_trainer_state 只存模型（缺省存）",
     )
     add_evaluation_flags(add, parser.add_argument_group("评估、遗忘与重放"))
-    add(train, "logging_dir", help="TensorBoard 的目录（缺省 output_dir/runs）")
+    add(train, "logging_dir", help="TensorBoard 的目录，SwanLab 的在它下面的 swanlab/（缺省 output_dir/runs）")
+    add(
+        train,
+        "report_to",
+        "tensorboard",
+        help="曲线写成哪几种，逗号分隔：tensorboard、swanlab（离线，以后可用 swanlab sync 上传；要另装 swanlab）；"
+        "train_log.jsonl 总是写（缺省 %(default)s）",
+    )
     add(
         train,
         "dry_run",

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import queue
 import random
 import re
 import shutil
@@ -23,10 +24,11 @@ from paths import ROOT
 from finetune.cli.predict_checks import prepare
 from finetune.cli.predict_flags import parse_args
 from finetune.inference import serve as module
+from finetune.inference.batcher import Job
 from finetune.inference.generation import make_generation_config
 from finetune.inference.predictor import Predictor
 
-httpx = pytest.importorskip("httpx", reason="没有安装 httpx，跳过 --serve 的测试")
+httpx = pytest.importorskip("httpx2", reason="没有安装 httpx2，跳过 --serve 的测试")
 pytest.importorskip("uvicorn", reason="没有安装 uvicorn，跳过 --serve 的测试")
 TestClient = pytest.importorskip("starlette.testclient", reason="没有安装 starlette，跳过 --serve 的测试").TestClient
 
@@ -218,25 +220,20 @@ def test_sampling_depends_on_the_seed_alone(address, base):
 
 def test_sampling_follows_the_distribution(base):
     """首个 token 的频率与 softmax(logits / 温度) 截到 top_k 一致。"""
-    with in_process("--model_path", base, "--batch_size", 64) as (client, _):
-        oracle = make_predictor("--model_path", base)
-        prompt, _ = by_predict(oracle, [("user", "你好")], 1)
+    with in_process("--model_path", base, "--batch_size", 1000) as (_, service):
+        prompt = service.predictor.encode((("user", "你好"),))
         with torch.no_grad():
-            logits = oracle.model(torch.tensor([prompt])).logits[0, -1] / 0.5
+            logits = service.predictor.model(torch.tensor([prompt])).logits[0, -1] / 0.5
         best = logits.topk(3)
-        expected = dict(zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True))
-        body = {
-            "model": base.name, "messages": as_messages([("user", "你好")]), "max_tokens": 1,
-            "temperature": 0.5, "top_k": 3, "logprobs": True,
-        }  # fmt: skip
-        counts = {}
-        for seed in range(300):
-            entry = client.post(CHAT, json={**body, "seed": seed}).json()["choices"][0]["logprobs"]["content"][0]
-            counts[bytes(entry["bytes"])] = counts.get(bytes(entry["bytes"]), 0) + 1
-        found = {module.token_bytes(oracle.tokenizer, token): share for token, share in expected.items()}
-        assert counts.keys() <= found.keys()
-        for content, share in found.items():
-            assert abs(counts.get(content, 0) / 300 - share) < 4 * (share * (1 - share) / 300) ** 0.5
+        service.batcher.max_waiting = 1000
+        found, jobs = queue.Queue(), []
+        for seed in range(1000):
+            jobs.append(Job(None, prompt, 1, found.put, temperature=0.5, top_k=3, seed=seed, top_logprobs=0))
+            service.batcher.submit(jobs[-1])
+        tokens = [found.get(timeout=60).choices[0].token for _ in jobs]
+        assert {*tokens} <= {*best.indices.tolist()}
+        for token, share in zip(best.indices.tolist(), best.values.softmax(-1).tolist(), strict=True):
+            assert abs(tokens.count(token) / 1000 - share) < 4 * (share * (1 - share) / 1000) ** 0.5
 
 
 # ---- openai 与 curl ----
@@ -342,8 +339,8 @@ def test_curl(address, oracle, base):
 
 @pytest.fixture(scope="module")
 def client(base):
-    with in_process("--model_path", base, "--api_key", "秘密") as (client, service):
-        client.headers["Authorization"] = "Bearer 秘密".encode()
+    with in_process("--model_path", base, "--api_key", "secret") as (client, service):
+        client.headers["Authorization"] = "Bearer secret"
         client.service = service
         yield client
 
@@ -510,16 +507,16 @@ def test_missing_libraries_name_the_install(base, monkeypatch):
 
 def test_sigterm_finishes_what_is_running(base, oracle):
     """比一批多的请求在路上时收到 SIGTERM：全部做完，新的连接不收，退出码 0。"""
-    questions = [f"{index}、{QUESTIONS[index % 5]}" for index in range(6)]
-    expected = [oracle.decode(by_predict(oracle, [("user", text)], 200)[1]) for text in questions]
-    with running("--model_path", base, "--batch_size", 2) as (process, place), ThreadPoolExecutor(6) as pool:
+    questions = [f"{index}、{QUESTIONS[index % 5]}" for index in range(4)]
+    expected = [oracle.decode(by_predict(oracle, [("user", text)], 80)[1]) for text in questions]
+    with running("--model_path", base, "--batch_size", 2) as (process, place), ThreadPoolExecutor(4) as pool:
 
         def ask(text):
-            body = {"model": base.name, "messages": as_messages([("user", text)]), "max_tokens": 200}
+            body = {"model": base.name, "messages": as_messages([("user", text)]), "max_tokens": 80}
             return httpx.post(place + CHAT, json=body, timeout=120).json()["choices"][0]["message"]["content"]
 
         answers = [pool.submit(ask, text) for text in questions]
-        while sum(httpx.get(f"{place}/health").json()[name] for name in ("waiting", "running")) < 6:
+        while sum(httpx.get(f"{place}/health").json()[name] for name in ("waiting", "running")) < 4:
             assert not any(answer.done() for answer in answers)
         process.send_signal(signal.SIGTERM)
         assert [answer.result() for answer in answers] == expected
