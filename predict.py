@@ -9,14 +9,13 @@
     python predict.py --model_path BASE --adapter CKPT1 CKPT2 --serve     # OpenAI 写法的 HTTP 服务，见 docs/serving.md
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from finetune.cli.predict_checks import Plan, prepare
-from finetune.cli.predict_flags import parse_args
+from finetune.cli.predict_flags import PredictOptions, parse_args
 from finetune.inference.chat import chat
 from finetune.inference.predict_file import partial_path, predict_file
 from finetune.inference.predictor import Predictor
@@ -26,7 +25,7 @@ from finetune.terminal import format_table, note
 from utils import quiet_libraries, seed_everything
 
 
-def run(args: argparse.Namespace, plan: Plan) -> None:
+def run(args: PredictOptions, plan: Plan) -> None:
     """按命令行做事：对照、文件、一条样本、服务，或对话。"""
     if args.compare:
         predictors = [Predictor(args, checkpoint) for checkpoint in plan.checkpoints]

@@ -8,7 +8,6 @@
 
 import sys
 import traceback
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from finetune.checkpoint.run_record import describe_run
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
 from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import parse_args
+from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.plain_text import replay_pieces
 from finetune.data.prompting import Prompting, resolve_prompt_format
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
@@ -39,6 +38,7 @@ from finetune.training.engine import open_engine
 from finetune.training.evaluation import Evaluation
 from finetune.training.forgetting import Forgetting, open_forgetting
 from finetune.training.log import TrainLog, open_log
+from finetune.training.options import total_steps
 from model_factory import build_model
 from utils import (
     broadcast_from_rank_0,
@@ -56,7 +56,7 @@ from utils import (
 class Run:
     """一次训练的全部零件。"""
 
-    args: Namespace
+    args: TrainOptions
     engine: deepspeed.DeepSpeedEngine
     loader: StepLoader
     evaluation: Evaluation
@@ -106,8 +106,7 @@ def main() -> int:
         pad_token_id=tokenizer.pad_token_id,
         packing=args.packing,
     )
-    num_steps = loader.steps_per_epoch * args.num_train_epochs
-    num_steps = num_steps if args.max_steps == -1 else min(num_steps, args.max_steps)
+    num_steps = total_steps(loader.steps_per_epoch, args)
     if resume_from is not None and resume_from.step >= num_steps:
         log_rank_0(f"resume: {resume_from.directory} 已是第 {resume_from.step} 步，共 {num_steps} 步：训练早已完成")
         return 0
@@ -115,17 +114,26 @@ def main() -> int:
     output_dir = Path(args.output_dir)
     engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
     limit_waiting()
-    forgetting = open_forgetting(args, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
+    forgetting = open_forgetting(args, args.max_len, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
     progress = {} if resume_from is None else load_trainer_state(engine, resume_from.directory, num_steps)
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")
     configs = {"ds_config.json": ds_config, "run_config.json": run_config}
     reports = args.report_to.split(",")
     log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs, reports)
-    frozen_cache = open_frozen_cache(args, engine, train_set)
+    frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
-    evaluation = Evaluation(args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
+    evaluation = Evaluation(
+        args,
+        args,
+        args.per_device_train_batch_size,
+        eval_set,
+        tokenizer,
+        prompting,
+        eval_sha256,
+        progress.get("evaluation"),
+    )
     run = Run(
         *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
         *(num_steps, log, numbers, interruption),
@@ -246,7 +254,7 @@ def train_step(engine, step: StepBatch, numbers: NumberWatch | None = None) -> t
     return mean_loss, learning_rate, numbers.check_grad_norm(engine, step, losses)
 
 
-def build_engine(args: Namespace, config: BaichuanConfig, ds_config: dict, precision: str, num_steps: int):
+def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, precision: str, num_steps: int):
     """读基座、套上方法、交给 DeepSpeed → (引擎, 填好的配置)。集合操作。"""
     ds_config = resolve_ds_config(
         ds_config,
@@ -261,12 +269,12 @@ def build_engine(args: Namespace, config: BaichuanConfig, ds_config: dict, preci
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)
-    engine = open_engine(model, args, ds_config)
+    engine = open_engine(model, args.weight_decay, ds_config)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
 
 
-def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
+def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
     """读训练与评估数据，打印数据报告；有 --replay_path 时训练数据的末尾接上重放的文字。
 
     Raises:

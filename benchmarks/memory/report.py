@@ -134,7 +134,8 @@ def report(measured: dict | None) -> str:
     """整份报告，Markdown。"""
     sections = [
         "# 显存与内存的推算",
-        "由 `python benchmarks/memory/plan_memory.py` 写成；公式见 `finetune/planning/memory.py` 与 `activations.py` 的开头。"
+        "由 `python benchmarks/memory/plan_memory.py` 写成；公式见 "
+        " `finetune/planning/` 的 memory.py 与 activations.py。"
         "**没有在任何 GPU 上测过**：显存的各表全部是推算，"
         "其中碎片（5%）、CUDA 上下文（0.6 GiB）与通信缓冲（0.4 GiB）是假定。"
         "激活的公式由 `tests/planning/test_planning.py` 对照 autograd 真正保留的存储，相差不到 2%。",

@@ -154,7 +154,7 @@ def open_engine(spec: dict[str, Any], num_steps: int):
     if spec["engine"] == "bare":
         seed_everything(args.seed)
         model = train.build_model(args, config, args.precision, ds_config)
-        engine = BareEngine(model, parameter_groups(model, args), args)
+        engine = BareEngine(model, parameter_groups(model, args.weight_decay), args)
     else:
         engine, _ = train.build_engine(args, config, ds_config, args.precision, num_steps)
     if "graph_prefix" in spec["levers_off"]:
@@ -172,7 +172,9 @@ def build(spec: dict[str, Any]):
     from finetune.methods.frozen_cache import open_frozen_cache
 
     rows = Rows([row for step in work["steps"] for row in step])
-    cache = None if spec["engine"] == "bare" else open_frozen_cache(args, engine, rows)
+    cache = (
+        None if spec["engine"] == "bare" else open_frozen_cache(args.cache_frozen, Path(args.output_dir), engine, rows)
+    )
     loader = StepLoader(
         rows,
         batch_size=args.per_device_train_batch_size,

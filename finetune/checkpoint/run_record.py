@@ -1,7 +1,6 @@
 """run_config.json：一次训练的参数、数据的哈希与软件版本。"""
 
 import time
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,12 +10,14 @@ import torch
 import transformers
 
 from finetune.data.prompting import Prompting
+from finetune.options import flags_of
 from utils import file_sha256, world_size
 
+UNRECORDED = ("local_rank", "dry_run")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 
-def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precision: str) -> dict:
+def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) -> dict:
     """run_config.json 的内容：预测、合并、导出与续训由此知道一切，不必再输入一遍。
 
     基座的每个文件与数据文件都记下 SHA-256；几个文件并行计算。
@@ -27,7 +28,9 @@ def describe_run(args: Namespace, prompting: Prompting, ds_config: dict, precisi
         hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
     data = {name: getattr(args, f"{name}_path") for name in ("train", "eval", "general", "replay")}
     return {
-        "args": {name: value for name, value in vars(args).items() if name not in ("given", "local_rank", "dry_run")},
+        "args": {
+            field.name: getattr(args, field.name) for field in flags_of(type(args)) if field.name not in UNRECORDED
+        },
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,

@@ -1,6 +1,5 @@
 """predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
 
-import argparse
 import os
 import socket
 from pathlib import Path
@@ -11,10 +10,13 @@ import torch
 from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.checkpoint.quantized import quantization_problems
+from finetune.cli.predict_flags import CheckpointOptions, PredictOptions
 from finetune.data.prompting import max_prompt_tokens
 from finetune.data.samples import Sample, read_samples
+from finetune.inference.options import ServeOptions
 from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
 from finetune.inference.serve import bind, check_installed
+from finetune.options import flags_of, problems_of
 from finetune.terminal import note
 from utils import read_json
 
@@ -29,7 +31,7 @@ class Plan(NamedTuple):
     listener: socket.socket | None = None  # --serve 占住的地址
 
 
-def option_problems(args: argparse.Namespace) -> list[str]:
+def option_problems(args: PredictOptions) -> list[str]:
     """只看命令行就能发现的全部问题。"""
     problems = []
     single = args.instruction is not None or args.input is not None
@@ -79,7 +81,7 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
+def compare_problems(args: PredictOptions, single: bool) -> list[str]:
     """--compare 特有的问题。"""
     problems = []
     if len(args.compare) < 2:
@@ -91,21 +93,18 @@ def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
     return problems
 
 
-def serve_problems(args: argparse.Namespace) -> list[str]:
+def serve_problems(args: PredictOptions) -> list[str]:
     """--serve 特有的问题：输入、输出与采样的设置对服务不起作用。"""
     if args.serve is None:
         return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
-    problems = ["--api_key 是空的，请写明或去掉它"] if args.api_key == "" else []
-    inputs = ("instruction", "input", "test_path", "output_path", "compare", "metric", "label_scores", "max_src_len")
-    problems += [f"--{name} 不能与 --serve 同用，请去掉它" for name in inputs if getattr(args, name) is not None]
-    sampling = [name for name in (*SAMPLING_DEFAULTS, "stop") if getattr(args, name) is not None]
-    sampling += ["do_sample"] * args.do_sample + ["repetition_penalty"] * (args.repetition_penalty != 1)
-    problems += [f"--{name} 对 --serve 不起作用，请写在请求里" for name in sampling]
+    used = {field.name for field in (*flags_of(CheckpointOptions), *flags_of(ServeOptions))} - {"compare", "num_gpus"}
+    used |= {"precision", "batch_size", "max_new_tokens"}
+    problems = [f"--{name} 对 --serve 不起作用，请去掉它，或写在请求里" for name in args.given if name not in used]
     try:
         check_installed()
     except ValueError as error:
         problems.append(str(error))
-    return problems
+    return [*problems, *problems_of(args)]
 
 
 def choose_device(requested: str, num_gpus: int) -> torch.device:
@@ -128,7 +127,7 @@ def choose_device(requested: str, num_gpus: int) -> torch.device:
     return device
 
 
-def read_test_rows(args: argparse.Namespace) -> list[Sample]:
+def read_test_rows(args: PredictOptions) -> list[Sample]:
     """读测试文件并检查输出路径与参考答案；不合要求时抛 ValueError。"""
     rows = read_samples(args.test_path, split="predict")
     output_path = Path(args.output_path)
@@ -151,7 +150,7 @@ def read_test_rows(args: argparse.Namespace) -> list[Sample]:
     return rows
 
 
-def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
+def inspect_adapters(args: PredictOptions) -> dict[str, Checkpoint]:
     """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
     adapters = {}
     for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
@@ -170,7 +169,7 @@ def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
     return adapters
 
 
-def label_set(args: argparse.Namespace, rows: list[Sample]) -> list[str]:
+def label_set(args: PredictOptions, rows: list[Sample]) -> list[str]:
     """没有写明标签的 --label_scores：文件里 output 出现过的全部；没有文件，或不足两个时抛 ValueError。"""
     if args.test_path is None:
         raise ValueError("--label_scores 没有写标签，也没有 --test_path 可以从中取，请在它后面写明两个以上的标签")
@@ -185,7 +184,7 @@ def recorded_in(adapter: Checkpoint) -> str:
     return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
 
 
-def prepare(args: argparse.Namespace) -> Plan:
+def prepare(args: PredictOptions) -> Plan:
     """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
     problems = option_problems(args)
 

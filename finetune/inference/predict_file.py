@@ -4,7 +4,6 @@
 已有的、内容不同的输出文件改名为 文件名.previous-N，与它的评测结果一起留着。
 """
 
-import argparse
 import filecmp
 import hashlib
 import json
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from finetune.checkpoint.inspection import Checkpoint, weights_fingerprint
 from finetune.data.samples import Sample
 from finetune.inference.generation import plan_batches
+from finetune.inference.options import GenerationOptions
 from finetune.inference.predictor import Predictor, Record, prediction_dtype, report_unfinished
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
@@ -81,7 +81,7 @@ def output_row(row: Sample, record: Record) -> dict[str, Any]:
     return {**row.raw, **{name: record[name] for name in ("prediction", "label_scores") if name in record}}
 
 
-def write_metrics(args: argparse.Namespace, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
+def write_metrics(args: GenerationOptions, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
     """评测，写 *.metrics.json，打印表。"""
     if args.metric == "nll":
         result = METRICS["nll"](*zip(*(record["nll"] for record in records), strict=True))
@@ -281,7 +281,7 @@ def next_result(results: Any, workers: list) -> tuple[list[int], list[Record]]:
 
 
 def work(
-    args: argparse.Namespace,
+    args: GenerationOptions,
     base: Checkpoint,
     adapters: dict[str, Checkpoint],
     num_threads: int,

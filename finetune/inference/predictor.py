@@ -1,6 +1,5 @@
 """一个检查点与把文字变成提示词、把 id 变回文字的设置：编码、生成、评分，可挂几个适配器并在其间切换。"""
 
-import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +22,7 @@ from finetune.inference.generation import (
     plan_batches,
     target_nll,
 )
+from finetune.inference.options import GenerationOptions
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 from finetune.terminal import note
 
@@ -39,7 +39,7 @@ def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
     return TORCH_DTYPES[choose_precision(requested)[0]]
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_options(args: GenerationOptions) -> dict[str, Any]:
     """采样时交给 generate 的设置，没有写的取缺省；贪心时为空。"""
     if not args.do_sample:
         return {}
@@ -65,7 +65,7 @@ class Predictor:
     """一个检查点（与挂在上面的适配器）；先能编码，load_model 之后才能生成。"""
 
     def __init__(
-        self, args: argparse.Namespace, checkpoint: Checkpoint, adapters: dict[str, Checkpoint] | None = None
+        self, args: GenerationOptions, checkpoint: Checkpoint, adapters: dict[str, Checkpoint] | None = None
     ) -> None:
         self.args, self.base, self.adapters = args, checkpoint, adapters or {}
         self.tokenizer = load_checkpoint_tokenizer(checkpoint)

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 
 from finetune.data.prompting import encode_prompt
 from finetune.inference.batcher import Batcher, Chunk, Job, QueueFull, TokenChoice
+from finetune.inference.options import DEFAULT_ADDRESS
 from finetune.inference.predictor import Predictor, short_names
 from finetune.terminal import note
 
-DEFAULT_HOST, DEFAULT_ADDRESS = "127.0.0.1", "127.0.0.1:8000"
+LOOPBACK = ("127.0.0.1", "::1")
 MAX_BODY_BYTES = 2**20
 MAX_WAITING = 256
 BODY_SECONDS = 30
@@ -41,7 +42,7 @@ def bind(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
     if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
         raise ValueError(f"--serve({address}) 写法不对，应为 主机:端口，例如 {DEFAULT_ADDRESS}")
-    host = host.strip("[]") or DEFAULT_HOST
+    host = host.strip("[]") or LOOPBACK[0]
     try:
         family, kind, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind)
@@ -441,7 +442,7 @@ def serve(predictor: Predictor, listener: socket.socket, api_key: str | None) ->
 
     service = Service(predictor)
     host, port = listener.getsockname()[:2]
-    if api_key is None and host not in (DEFAULT_HOST, "::1"):
+    if api_key is None and host not in LOOPBACK:
         note(f"注意：--serve 开在 {host}，没有 --api_key，能连到这里的人都能使用")
     config = uvicorn.Config(
         make_app(service, api_key),

@@ -2,11 +2,12 @@
 
 import os
 import random
-from argparse import Namespace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from finetune.cli.train_flags import TrainOptions
 from finetune.data.encoding import SRC_CUT, TGT_CUT, encode_chunk
 from finetune.data.packing import deal_step, epoch_steps
 from finetune.data.rows import ProblemList, iter_rows
@@ -15,6 +16,7 @@ from finetune.planning.flops import recompute_flops, step_flops
 from finetune.planning.machine import Machine
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory, setup_of
 from finetune.process.precision import choose_precision
+from finetune.training.options import total_steps
 
 ROWS_SAMPLED = 4000
 STEPS_SAMPLED = 100
@@ -52,7 +54,7 @@ class Outcome(NamedTuple):
     hours: float
 
 
-def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
+def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
     """从数据里均匀抽取至多 ROWS_SAMPLED 行（蓄水池抽样，次序固定）并编码；内存里只有抽到的行。
 
     Raises:
@@ -85,7 +87,7 @@ def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
     )
 
 
-def largest_micro_batch(args: Namespace, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:
+def largest_micro_batch(args: TrainOptions, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:
     """真的排出头 STEPS_SAMPLED 步（与训练同样的次序与装箱）→ (最坏的 micro batch，是否有一步含几个)。
 
     最坏的一个由 token 最多的与目标最多的合成。
@@ -108,7 +110,7 @@ def largest_micro_batch(args: Namespace, sample: DataSample, cards: int) -> tupl
 
 
 def evaluate(
-    args: Namespace,
+    args: TrainOptions,
     ds_config: dict,
     model: PlannedModel,
     sample: DataSample,
@@ -127,8 +129,7 @@ def evaluate(
         plan.host["冻结底层的缓存"] = num_tokens * model.shape.hidden * setup.element_bytes
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * cards
     steps_per_epoch = -(-round(len(sample.lengths) * sample.scale) // global_batch)
-    num_steps = steps_per_epoch * args.num_train_epochs
-    num_steps = num_steps if args.max_steps == -1 else min(num_steps, args.max_steps)
+    num_steps = total_steps(steps_per_epoch, args)
     trained_layers = len(model.layers) - model.first_trained_layer
     flops = step_flops(model.shape, sample.lengths, sum(sample.num_targets), args.train_type, trained_layers)
     flops += recompute_flops(
@@ -150,10 +151,10 @@ def utilisation(setup: Setup) -> float:
 
 
 def plan_on_cards(
-    args: Namespace, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
+    args: TrainOptions, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
 ) -> Outcome:
     """没有 GPU 的机器上，同样的参数换成每个进程一张卡；--precision auto 按直接计算 bf16 的卡。"""
-    variant = Namespace(**{**vars(args), "precision": "bf16" if args.precision == "auto" else args.precision})
+    variant = replace(args, precision="bf16" if args.precision == "auto" else args.precision)
     return evaluate(variant, ds_config, model, sample, machine._replace(device="cuda"), cards)
 
 

@@ -12,8 +12,6 @@ from tqdm import tqdm
 
 from utils import global_rank, log_rank_0, raise_together, replacing, write_failed, write_json
 
-REPORTS = ("tensorboard", "swanlab")  # --report_to 可选的
-
 
 class SwanLabWriter:
     """SwanLab 的离线记录：不联网，写在 directory 里，以后可用 swanlab sync 上传；接口同 SummaryWriter。
@@ -65,7 +63,7 @@ class TrainLog:
         num_steps: 优化器步的总数。
         show_loss_step: 每隔多少步写一条；第一步与最后一步总写。
         state: 续训时 state() 存下的累计；从头开始为 None。
-        report_to: REPORTS 里的几个。
+        report_to: --report_to 的几项。
 
     写不下（磁盘满、只读）时不抛出，记在 error 里：别的进程还在等下一次通信，由 Interruption.agreed 告诉它们。
     """

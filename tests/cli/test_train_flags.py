@@ -9,9 +9,11 @@ import pytest
 from commands import USER_COMMAND
 from paths import ROOT
 
+from finetune.checkpoint.options import MODEL_FAMILIES
 from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import MODEL_FAMILIES, TRAIN_TYPE_ALIASES, build_parser, parse_args
-from finetune.methods.registry import TRAIN_METHODS
+from finetune.cli.train_flags import build_parser, parse_args
+from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES
+from finetune.options import flags_of
 
 REQUIRED = ["--train_path", "data/spo_0.json", "--model_name_or_path", "m/", "--output_dir", "out"]
 BOOL_FLAGS = ("is_skip", "drop_duplicates", "packing", "prefix_projection")
@@ -68,7 +70,7 @@ def test_user_command_parses():
         "output_dir": "./output-baichuan",
     }
     assert {name: getattr(args, name) for name in expected} == expected
-    assert args.given == sorted(expected)
+    assert list(args.given) == sorted(expected)
 
 
 def test_user_command_is_the_one_in_shared(shared_dir):
@@ -85,7 +87,7 @@ def test_user_command_is_the_one_in_shared(shared_dir):
 
 def test_only_three_flags_are_required():
     args = parse()
-    assert args.given == ["model_name_or_path", "output_dir", "train_path"]
+    assert args.given == ("model_name_or_path", "output_dir", "train_path")
     defaults = {
         "mode": "baichuan",
         "train_type": "lora",
@@ -239,7 +241,7 @@ def test_readme_names_every_registry_key(readme):
 def test_every_method_flag_is_a_real_flag():
     dests = {action.dest for action in build_parser()._actions}
     for method in TRAIN_METHODS.values():
-        assert set(method.flags) <= dests
+        assert {field.name for field in flags_of(method.options)} <= dests
 
 
 # ---- 检查 ----
@@ -396,7 +398,7 @@ def test_flags_of_another_method_are_refused(required, owner, flag, value):
 
 def test_the_rows_above_name_every_method_flag():
     assert sorted((owner, flag) for owner, flag, _ in FOREIGN_FLAGS) == sorted(
-        (name, flag) for name, method in TRAIN_METHODS.items() for flag in method.flags
+        (name, field.name) for name, method in TRAIN_METHODS.items() for field in flags_of(method.options)
     )
 
 
