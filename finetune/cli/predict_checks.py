@@ -17,6 +17,7 @@ from finetune.inference.options import ServeOptions
 from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
 from finetune.inference.serve import bind, check_installed
 from finetune.options import flags_of, problems_of
+from finetune.process.accelerator import accelerator_name, default_device, device_count
 from finetune.terminal import note
 from utils import read_json
 
@@ -108,23 +109,19 @@ def serve_problems(args: PredictOptions) -> list[str]:
 
 
 def choose_device(requested: str, num_gpus: int) -> torch.device:
-    """--device 的设备；写法不对、没有这块 GPU 或 GPU 不够 num_gpus 块时抛 ValueError。"""
-    if num_gpus > 1 and requested != "cpu" and (requested not in ("auto", "cuda") or torch.cuda.is_available()):
-        if requested not in ("auto", "cuda"):
-            raise ValueError(f"--num_gpus {num_gpus} 时 --device({requested}) 只能是 auto、cuda 或 cpu")
-        if num_gpus > torch.cuda.device_count():
-            raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {torch.cuda.device_count()} 块 GPU，请调小")
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(requested)
-    except RuntimeError as error:
-        raise ValueError(f"--device({requested}) 写法不对，可用 auto、cpu、cuda、cuda:0 等") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device({requested}) 不支持，可用 auto、cpu、cuda、cuda:0 等")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device({requested}) 不可用：本机有 {torch.cuda.device_count()} 块 GPU，请改用 auto 或 cpu")
-    return device
+    """--device 的设备；写法不对、没有这块卡或卡不够 num_gpus 块时抛 ValueError。"""
+    if requested == "cpu":
+        return torch.device("cpu")
+    name, count = accelerator_name(), device_count()
+    kind, _, index = requested.partition(":")
+    if kind not in ("auto", name) or (index and not index.isdecimal()) or requested.startswith("auto:"):
+        known = "auto、cpu" + (f"、{name}、{name}:0 等" if count else "（本机没有加速卡）")
+        raise ValueError(f"--device({requested}) 不可用，可用 {known}")
+    if int(index or 0) >= count > 0:
+        raise ValueError(f"--device({requested}) 不可用：本机有 {count} 块卡，请改用 auto 或 cpu")
+    if num_gpus > 1 and count and (index or num_gpus > count):
+        raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {count} 块卡，或 --device({requested}) 只指定了一块")
+    return default_device(int(index) if index else None)
 
 
 def read_test_rows(args: PredictOptions) -> list[Sample]:

@@ -2,14 +2,13 @@
 
 import json
 import math
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from finetune.process.accelerator import peak_memory_mb
 from utils import global_rank, log_rank_0, raise_together, replacing, write_failed, write_json
 
 
@@ -236,13 +235,6 @@ def cut_log(path: Path, last_step: int, drops_evaluation: bool = False):
             kept.append(line)
     with replacing(path) as stream:
         stream.writelines(line + "\n" for line in kept)
-
-
-def peak_memory_mb() -> float:
-    """峰值内存，MB：GPU 上是本进程分配过的显存，CPU 上是常驻内存。"""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def draw_loss(log_path: Path):

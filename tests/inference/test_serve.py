@@ -101,11 +101,11 @@ def running(*flags):
     finally:
         if process.poll() is None:
             process.terminate()
-            process.wait(timeout=60)
+            process.wait(timeout=300)
 
 
 def wait_until_up(address):
-    for _ in range(100):
+    for _ in range(600):
         try:
             return httpx.get(f"{address}/health").raise_for_status()
         except httpx.TransportError:
@@ -520,7 +520,7 @@ def test_sigterm_finishes_what_is_running(base, oracle):
             assert not any(answer.done() for answer in answers)
         process.send_signal(signal.SIGTERM)
         assert [answer.result() for answer in answers] == expected
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{place}/health")
 
