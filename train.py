@@ -269,7 +269,7 @@ def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, pr
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)
-    engine = open_engine(model, args.weight_decay, ds_config)
+    engine = open_engine(model, args.weight_decay, ds_config, saves_state=args.save_trainer_state)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.markdown import markdown_table
 from benchmarks.speed import work as bench_work
 from benchmarks.speed.ours import Rows, share_lora_start, single_process_environment, step_samples
 from benchmarks.speed.programs import LEARNING_RATES, last_layers
 from benchmarks.speed.protocol import StepMeter, Worker, WorkerFailed, installed_versions
+from finetune.terminal import markdown_table
 
 # spo_0.json 的 64 个分位：(样本长度, 目标数)，token；GPU 的机器上没有 ../shared
 SPO_LENGTHS = [82, 86, 89, 91, 94, 97, 98, 100, 103, 105, 107, 109, 111, 114, 117, 120, 125, 129, 134, 138, 143, 148]

@@ -251,16 +251,14 @@ def test_an_auto_we_do_not_know():
 
 @pytest.mark.parametrize("name", DS_FILES)
 def test_cosine_as_warmup_type_is_refused(tmp_path, name):
-    """祖先的配置写 "warmup_type": "cosine"，DeepSpeed 只警告一句就改用 log。"""
+    """ChatGLM-Finetuning 的配置这样写，DeepSpeed 只警告一句就改用 log。"""
     config = read_json(ROOT / name)
     config["scheduler"]["params"]["warmup_type"] = "cosine"
     write_json(tmp_path / "ds.json", config)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"warmup_type.*'cosine'.*WarmupCosineLR") as caught:
         read_ds_config(tmp_path / "ds.json")
-    assert str(caught.value) == (
-        f"{tmp_path / 'ds.json'}: scheduler.params.warmup_type='cosine' 不是 DeepSpeed 认得的值（linear | log）；"
-        "想要余弦衰减，请把 scheduler.type 写成 WarmupCosineLR"
-    )
+    assert str(caught.value).startswith(f"{tmp_path / 'ds.json'}: ")
+    assert len(str(caught.value).split("\n")) == 1
 
 
 @pytest.mark.parametrize(
