@@ -15,6 +15,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from finetune.data.prompting import encode_prompt
 from finetune.inference.batcher import Batcher, Chunk, Job, QueueFull, TokenChoice
 from finetune.inference.options import DEFAULT_ADDRESS
@@ -300,9 +302,14 @@ def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
 
 def raise_failed(chunk: Chunk) -> None:
     """最后一段是错误时抛 Refused。"""
-    if chunk.error is not None:
-        note(f"错误：生成失败：{type(chunk.error).__name__}: {chunk.error}")
-        raise Refused(500, f"生成失败（{type(chunk.error).__name__}），详情见服务的输出", code="generation_failed")
+    if chunk.error is None:
+        return
+    note(f"错误：生成失败：{type(chunk.error).__name__}: {chunk.error}")
+    if isinstance(chunk.error, torch.OutOfMemoryError):
+        raise Refused(
+            503, "显存不够，请缩短对话、调小 max_tokens，或以更小的 --batch_size 重开服务", code="out_of_memory"
+        )
+    raise Refused(500, f"生成失败（{type(chunk.error).__name__}），详情见服务的输出", code="generation_failed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
