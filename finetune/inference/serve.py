@@ -59,12 +59,18 @@ def bind(address: str) -> socket.socket:
 # 请求
 
 
+def printable(text: str) -> str:
+    """请求里的文字可能有不成对的代理码位，写不成 UTF-8：换成问号。"""
+    return text.encode(errors="replace").decode()
+
+
 class Refused(Exception):
     """不接受的请求：HTTP 状态、说明，以及出错的字段。"""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.code = status, printable(message), code
+        self.param = None if param is None else printable(param)
 
     def body(self) -> dict[str, Any]:
         """OpenAI 写法的错误。"""
@@ -306,9 +312,8 @@ def raise_failed(chunk: Chunk) -> None:
         return
     note(f"错误：生成失败：{type(chunk.error).__name__}: {chunk.error}")
     if isinstance(chunk.error, torch.OutOfMemoryError):
-        raise Refused(
-            503, "显存不够，请缩短对话、调小 max_tokens，或以更小的 --batch_size 重开服务", code="out_of_memory"
-        )
+        remedy = "请缩短对话、调小 max_tokens，或以更小的 --batch_size 重开服务"
+        raise Refused(503, f"显存不够，{remedy}", code="out_of_memory")
     raise Refused(500, f"生成失败（{type(chunk.error).__name__}），详情见服务的输出", code="generation_failed")
 
 

@@ -353,7 +353,9 @@ def valid_body(base):
     ("change", "status", "param"),
     [
         ({"model": "别的"}, 404, "model"),
+        ({"model": "\ud800"}, 404, "model"),
         ({"model": None}, 400, "model"),
+        ({"\ud800": 1}, 400, "?"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0]"),
         ({"messages": [{"role": "user", "content": "a\ud800"}]}, 400, "messages[0]"),
