@@ -124,7 +124,8 @@ def main() -> int:
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")
     configs = {"ds_config.json": ds_config, "run_config.json": run_config}
-    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs)
+    reports = args.report_to.split(",")
+    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs, reports)
     frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")

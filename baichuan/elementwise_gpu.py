@@ -20,7 +20,9 @@ MIN_ROWS = 512  # 行数不到这么多时，时间在启动核上，编译没�
 def can_compile() -> bool:
     """有没有 torch.compile 在 GPU 上要的：triton 与编译器。"""
     compilers = (os.environ.get("CC") or "gcc", "cc", "clang")
-    return torch.cuda.is_available() and bool(find_spec("triton")) and any(map(shutil.which, compilers))
+    device = torch.accelerator.current_accelerator()
+    is_cuda = device is not None and device.type == "cuda"
+    return is_cuda and bool(find_spec("triton")) and any(map(shutil.which, compilers))
 
 
 @cache

@@ -211,7 +211,7 @@ def layout_on_gpu(
     """这一次前向的布局；slopes 是 ALiBi 的斜率 [heads]，旋转位置编码为 None。用不了（CPU、fp32、旧卡）时为 None。"""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 256:
         return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.get_device_module(device).get_device_capability(device) < (8, 0):
         return None
     layout = Layout(lengths, parents, num_prefix)
     if slopes is None:

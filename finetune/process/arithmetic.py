@@ -6,6 +6,8 @@ import re
 
 import torch
 
+from finetune.process.accelerator import card_name, has_accelerator
+
 # 矩阵库与 OpenMP 由这些环境变量决定怎样算、怎样分块
 ARITHMETIC_VARIABLES = re.compile("MKL_|OMP_(DYNAMIC|THREAD_LIMIT|SCHEDULE)|ATEN_CPU_CAPABILITY|ONEDNN_|DNNL_")
 # 续训时与检查点不同就不再逐位相同的各项；线程数接得过来，不在其中
@@ -37,7 +39,7 @@ def describe_arithmetic() -> dict:
     }
     return {
         "num_threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": card_name() if has_accelerator() else cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         **libraries,
         "variables": {name: value for name, value in sorted(os.environ.items()) if ARITHMETIC_VARIABLES.match(name)},

@@ -113,6 +113,7 @@ def test_only_three_flags_are_required():
         "replay_path": None,
         "replay_ratio": None,
         "logging_dir": None,
+        "report_to": "tensorboard",
         "max_steps": -1,
         "save_model_step": 0,
         "gradient_checkpointing": "none",
