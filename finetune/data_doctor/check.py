@@ -259,7 +259,7 @@ def check_files(
     encoding: Encoding | None,
     max_findings: int,
     workers: int | None = None,
-    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    options: RowOptions = RowOptions(),
 ) -> tuple[list[FileReport], dict[str, int]]:
     """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)。"""
     reports = [FileReport(str(path), "train", max_findings) for path in paths]
