@@ -240,7 +240,7 @@ def check_python(words: list[str], monkeypatch, capsys):
     if script.startswith(OWN_HELP):
         subcommand = [word for word in flags[:1] if not word.startswith("-")]
         monkeypatch.setattr(sys, "argv", [script, *subcommand, "--help"])
-        with pytest.raises(SystemExit, match="^0$"):
+        with pytest.raises(SystemExit, match=r"^0$"):
             runpy.run_module(module, run_name="__main__")
         shown = capsys.readouterr().out
         assert [flag for flag in flags if flag.startswith("--") and flag not in shown] == []
