@@ -1,6 +1,5 @@
 """由训练参数造模型：读检查点，按 --train_type 包成 freeze、lora、ptuning 或 full，并核对可训练的参数。"""
 
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -13,12 +12,13 @@ from torch import nn
 from baichuan import BaichuanConfig
 from finetune.checkpoint.base_model import load_base_model
 from finetune.checkpoint.quantized import quantization_of
+from finetune.cli.train_flags import TrainOptions
 from finetune.methods.registry import TRAIN_METHODS, base_model_of, check_trainable, num_elements
 from finetune.process.precision import TORCH_DTYPES
 from utils import log_rank_0
 
 
-def build_model(args: Namespace, config: BaichuanConfig, precision: str, ds_config: dict) -> nn.Module:
+def build_model(args: TrainOptions, config: BaichuanConfig, precision: str, ds_config: dict) -> nn.Module:
     """读基座、套上训练方法、打开重算，返回可以交给 DeepSpeed 的模型；precision 是 bf16、fp16 或 fp32。集合操作。"""
     device = torch.device(get_accelerator().current_device_name())
     zero3_config = ds_config if ds_config.get("zero_optimization", {}).get("stage") == 3 else None

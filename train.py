@@ -8,7 +8,6 @@
 
 import sys
 import traceback
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +22,15 @@ from finetune.checkpoint.run_record import describe_run
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
 from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import parse_args
+from finetune.cli.train_flags import TrainOptions, parse_args
+from finetune.data.mixture import hold_out_rows, mix, parse_sources
 from finetune.data.plain_text import replay_pieces
-from finetune.data.prompting import Prompting, resolve_prompt_format
+from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_format
+from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
+from finetune.process.arithmetic import settle_arithmetic
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.precision import choose_precision
@@ -39,6 +41,7 @@ from finetune.training.engine import open_engine
 from finetune.training.evaluation import Evaluation
 from finetune.training.forgetting import Forgetting, open_forgetting
 from finetune.training.log import TrainLog, open_log
+from finetune.training.options import total_steps
 from model_factory import build_model
 from utils import (
     broadcast_from_rank_0,
@@ -56,7 +59,7 @@ from utils import (
 class Run:
     """一次训练的全部零件。"""
 
-    args: Namespace
+    args: TrainOptions
     engine: deepspeed.DeepSpeedEngine
     loader: StepLoader
     evaluation: Evaluation
@@ -82,6 +85,7 @@ def main() -> int:
     ds_config, config = validate_args(args)
     if args.dry_run:
         return dry_run(args, ds_config, config)
+    settle_arithmetic()
     clean_leftovers()
     skip_ops_without_compiler()
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
@@ -89,6 +93,7 @@ def main() -> int:
     interruption = Interruption()
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
+    log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
     train_set, eval_set = load_data(args, tokenizer, prompting)
     precision, reason = broadcast_from_rank_0(lambda: choose_precision(args.precision))
     log_rank_0(f"精度：{precision}（{reason}）")
@@ -106,8 +111,7 @@ def main() -> int:
         pad_token_id=tokenizer.pad_token_id,
         packing=args.packing,
     )
-    num_steps = loader.steps_per_epoch * args.num_train_epochs
-    num_steps = num_steps if args.max_steps == -1 else min(num_steps, args.max_steps)
+    num_steps = total_steps(loader.steps_per_epoch, args)
     if resume_from is not None and resume_from.step >= num_steps:
         log_rank_0(f"resume: {resume_from.directory} 已是第 {resume_from.step} 步，共 {num_steps} 步：训练早已完成")
         return 0
@@ -115,16 +119,26 @@ def main() -> int:
     output_dir = Path(args.output_dir)
     engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
     limit_waiting()
-    forgetting = open_forgetting(args, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
+    forgetting = open_forgetting(args, args.max_len, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
     progress = {} if resume_from is None else load_trainer_state(engine, resume_from.directory, num_steps)
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")
     configs = {"ds_config.json": ds_config, "run_config.json": run_config}
-    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs)
-    frozen_cache = open_frozen_cache(args, engine, train_set)
+    reports = args.report_to.split(",")
+    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs, reports)
+    frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
-    evaluation = Evaluation(args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
+    evaluation = Evaluation(
+        args,
+        args,
+        args.per_device_train_batch_size,
+        eval_set,
+        tokenizer,
+        prompting,
+        eval_sha256,
+        progress.get("evaluation"),
+    )
     run = Run(
         *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
         *(num_steps, log, numbers, interruption),
@@ -245,7 +259,7 @@ def train_step(engine, step: StepBatch, numbers: NumberWatch | None = None) -> t
     return mean_loss, learning_rate, numbers.check_grad_norm(engine, step, losses)
 
 
-def build_engine(args: Namespace, config: BaichuanConfig, ds_config: dict, precision: str, num_steps: int):
+def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, precision: str, num_steps: int):
     """读基座、套上方法、交给 DeepSpeed → (引擎, 填好的配置)。集合操作。"""
     ds_config = resolve_ds_config(
         ds_config,
@@ -260,17 +274,19 @@ def build_engine(args: Namespace, config: BaichuanConfig, ds_config: dict, preci
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)
-    engine = open_engine(model, args, ds_config)
+    engine = open_engine(model, args.weight_decay, ds_config, saves_state=args.save_trainer_state)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
 
 
-def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
+def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:
     """读训练与评估数据，打印数据报告；有 --replay_path 时训练数据的末尾接上重放的文字。
 
     Raises:
         ValueError: 数据有错；列出 文件:行: 字段: 问题。
     """
+
+    options = row_options(vars(args))
 
     def load(path: str | None) -> BaichuanDataSet | None:
         if path is None:
@@ -284,12 +300,21 @@ def load_data(args: Namespace, tokenizer, prompting: Prompting) -> tuple[Baichua
             drop_duplicates=args.drop_duplicates,
             cache_dir=args.cache_dir,
             show_progress=global_rank() == 0,
+            row_options=options,
             **prompting._asdict(),
         )
         log_rank_0(data_set.report())
         return data_set
 
-    train_set, eval_set = load(args.train_path), load(args.eval_path)
+    sources, held = parse_sources(args.train_path), None
+    if args.val_ratio is not None:
+        held = broadcast_from_rank_0(lambda: hold_out_rows(sources, args.val_ratio, args.seed, options))
+    train_set, eval_set = mix([load(source.path) for source in sources], sources, args.seed, held)
+    if held is not None:
+        log_rank_0(f"评估集：按文档留出 {len(eval_set)} 条（--val_ratio {args.val_ratio}），训练 {len(train_set)} 条")
+    elif len(sources) > 1 or sources[0].weight != 1:
+        log_rank_0(f"{len(sources)} 个文件按份量合成 {len(train_set)} 条训练样本")
+    eval_set = load(args.eval_path) or eval_set
     if args.replay_path is not None:
         num_samples = round(args.replay_ratio * len(train_set))
         pieces = replay_pieces(args.replay_path, tokenizer, args.max_len, args.seed, num_samples)

@@ -12,7 +12,7 @@ FLOORS = [
     {"training", "tasks"},
     {"export", "inference", "data_doctor", "comparison"},
     {"checkpoint", "methods", "metrics"},
-    {"data", "process", "terminal"},
+    {"data", "process", "terminal", "options"},
     {"baichuan"},
     {"utils"},
 ]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.memory import report as plan_report
+from benchmarks.speed.protocol import process_memory_mb
 from finetune.checkpoint.base_model import load_tokenizer
 from finetune.cli.train_checks import validate_args
 from finetune.cli.train_flags import parse_args as parse_train_args
@@ -108,7 +109,7 @@ def run_train(argv: list[str], log: Path, extra_environment: dict[str, str]) -> 
             [sys.executable, "train.py", *argv], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         while True:
-            peak = max(peak, resident_bytes(process.pid))
+            peak = max(peak, int(process_memory_mb("RssAnon", "RssShmem", pid=process.pid) * 2**20))
             pid, status = os.waitpid(process.pid, os.WNOHANG)
             if pid:
                 break
@@ -116,16 +117,6 @@ def run_train(argv: list[str], log: Path, extra_environment: dict[str, str]) -> 
     if status:
         raise RuntimeError(f"train.py 以 {os.waitstatus_to_exitcode(status)} 结束，见 {log}")
     return peak
-
-
-def resident_bytes(pid: int) -> int:
-    """进程此刻的匿名与共享内存，字节；已结束为 0。"""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    sizes = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
-    return sum(int(sizes[name][0]) for name in ("RssAnon", "RssShmem") if name in sizes) * 1024
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -3,10 +3,10 @@
 from argparse import Namespace
 
 from baichuan import BaichuanConfig
-from benchmarks.markdown import markdown_table
 from finetune.cli.train_flags import parse_args
 from finetune.planning.activations import MicroBatch, plan_model
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory
+from finetune.terminal import markdown_table
 
 # (隐藏宽度, 前馈宽度, 层数, 头数, 位置)
 SIZES = {"7B": (4096, 11008, 32, 32, "rope"), "13B": (5120, 13696, 40, 40, "alibi")}

@@ -1,7 +1,7 @@
 """速度的比较：本项目与 transformers、TRL、LLaMA-Factory，同样的权重、同样的样本，各载入一次，逐步交替，取中位数。
 
 python benchmarks/speed/bench.py --stage lora freeze full levers --trl_python /opt/venv-trl/bin/python \
-    --llamafactory_python /opt/venv-lf/bin/python          # CPU；结果写到 benchmarks/speed/
+    --llamafactory_python /opt/venv-lf/bin/python          # CPU；结果写到 benchmarks/speed/results/
 python benchmarks/speed/bench.py --stage correctness speed7b        # GPU，见 gpu.py
 
 每个程序一个常驻进程（protocol.py）。每轮各程序依次走一回：先走一步不计（内存与缓存重新变热），再走一步计时，
@@ -134,7 +134,9 @@ class Bench:
         print(f"\n== {stage}，词表 {vocab}：1 分钟负载 {load:.2f}，空闲时整机忙 {quiet_share:.1%}")
         baichuan, llama, files, works = self.materials(stage, vocab)
         shape, work = self.shape(stage, vocab), works["real"]
+        # 对方的环境里没有装本项目：各程序都从 PYTHONPATH 导入 benchmarks
         env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+        env["PYTHONPATH"] = str(bench_work.ROOT)
         records, workers = [], {}
         try:
             probe = {"kind": "gemm", "shape": shape, "rows": int(median(work["tokens"])), "threads": args.threads}

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.speed.work import MAX_LEN, MAX_SRC_LEN, ROOT, SAMPLES_PER_STEP, data_path
+from finetune.methods.registry import TRAIN_METHODS
 
 PACK_LENGTH = 2048
 TRAINED_LAYERS = 2
-LEARNING_RATES = {"lora": 2e-4, "freeze": 1e-4, "full": 1e-5, "ptuning": 5e-3}
+LEARNING_RATES = {name: method.learning_rate for name, method in TRAIN_METHODS.items()}
 OTHER_PROGRAMS = ("hf", "trl", "lf")
 
 
@@ -227,8 +228,9 @@ TARGETS = [
     Target("lora", None, "bf16", "任何对方最强的设置", "ours", PEERS, 1.5, 2.0),
     Target("lora", None, "fp32", "各家缺省（没有直接计算 bf16 的 CPU）", "ours", ("hf_bs8", "lf_bs8"), 2.0, 2.0),
     Target("lora", None, "fp32", "任何对方最强的设置（同上）", "ours", PEERS, 1.0, 1.0),
-    Target("freeze", None, None, "自己按ChatGLM-Finetuning 的做法", "ours_freeze", ("ours_freeze_ancestor",), 2.1, 2.1),
-    Target("freeze", None, None, "transformers 按ChatGLM-Finetuning 的做法", "ours_freeze",
+    Target("freeze", None, None, "自己按 ChatGLM-Finetuning 的做法", "ours_freeze",
+           ("ours_freeze_ancestor",), 2.1, 2.1),
+    Target("freeze", None, None, "transformers 按 ChatGLM-Finetuning 的做法", "ours_freeze",
            ("hf_freeze_ancestor_bs8", "hf_freeze_ancestor_bs1"), 2.8, 2.8),
     Target("freeze", None, None, "任何对方最强的设置", "ours_freeze", FREEZE_PEERS, 1.0, 1.0),
     Target("full", None, None, "transformers 缺省", "ours_full", ("hf_full_bs8",), 2.0, 2.0),

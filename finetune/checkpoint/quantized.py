@@ -5,7 +5,6 @@
 
 import importlib.util
 import logging
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ NUM_BITS = {"4bit": 4, "8bit": 8}
 OUTLIER_THRESHOLD = 6.0
 
 
-def quantization_of(args: Namespace) -> str | None:
-    """参数要求的量化：4bit、8bit 或 None。"""
+def quantization_of(args) -> str | None:
+    """参数（LoraOptions，或 predict.py 的）要求的量化：4bit、8bit 或 None。"""
     return "4bit" if args.load_in_4bit else "8bit" if args.load_in_8bit else None
 
 
-def quantization_problems(args: Namespace, ds_config: dict[str, Any] | None = None) -> list[str]:
+def quantization_problems(args, ds_config: dict[str, Any] | None = None) -> list[str]:
     """量化用不了的全部原因；没有要求量化时为空。ds_config 是训练时的 DeepSpeed 配置。"""
     quantization = quantization_of(args)
     if quantization is None:

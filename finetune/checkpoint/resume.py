@@ -2,7 +2,6 @@
 
 import errno
 import os
-from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +15,8 @@ from finetune.checkpoint.output_dir import (
     set_aside_previous_run,
 )
 from finetune.checkpoint.trainer_state import STATE_DIR
+from finetune.options import flags_of
+from finetune.process.arithmetic import adopt_arithmetic
 from utils import broadcast_from_rank_0, log_rank_0, raise_together, read_json, world_size
 
 
@@ -26,7 +27,7 @@ class ResumePoint(NamedTuple):
     step: int
 
 
-def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
+def open_run(args, run_config: dict) -> ResumePoint | None:
     """备好 output_dir，返回续训的起点（从头开始为 None）；集合操作，文件只由 0 号进程动。
 
     写到一半的 .tmp- 删去；从头开始时上一次的结果移进 previous-N/，续训时只移走起点之后的检查点。
@@ -63,36 +64,15 @@ def open_run(args: Namespace, run_config: dict) -> ResumePoint | None:
     except ValueError as raised:  # 别的机器看不到这个目录：output_dir 须在共享的文件系统上
         error = raised
     raise_together(error)
+    differences = adopt_arithmetic(read_json(directory / RUN_CONFIG), run_config)
+    if differences:
+        log_rank_0("resume: 接着训练，但与没有打断过的一次不再逐位相同：" + "；".join(differences))
     return ResumePoint(directory, step_of(directory))
 
 
 def step_of(directory: Path) -> int:
     """检查点目录名里的步数。"""
     return int(CHECKPOINT_NAME.match(directory.name)[2])
-
-
-# 换了也还是同一次训练的参数：只影响显示、保存、评估、内存与速度，或只决定走多远
-FREE_FLAGS = frozenset(
-    {
-        *(
-            "output_dir",
-            "logging_dir",
-            "show_loss_step",
-            "save_model_step",
-            "loss_spike_factor",
-            "save_trainer_state",
-            "resume",
-            "cache_dir",
-            "cache_frozen",
-            "gradient_checkpointing",
-        ),
-        *("num_train_epochs", "max_steps", "early_stopping_patience", "save_total_limit"),
-        *("eval_path", "eval_step", "eval_metric", "eval_max_new_tokens", "general_path", "forgetting_threshold"),
-        # 下面几项比较的是内容，不是写法：文件按哈希，精度按结果，累积按全局 batch
-        *("model_name_or_path", "train_path", "replay_path"),
-        *("ds_file", "precision", "gradient_accumulation_steps"),
-    }
-)
 
 
 def find_resume_point(resume: str, output_dir: Path) -> Path | None:
@@ -125,19 +105,24 @@ def _problems(directory: Path) -> list[str]:
     return problems
 
 
-def check_same_run(directory: Path, args: Namespace, run_config: dict):
+def check_same_run(directory: Path, args, run_config: dict):
     """核对续训与检查点是同一次训练，必要时按进程数调整 args 与 run_config 的梯度累积（全局 batch 不变）。
+
+    args 是 train.py 的全部参数；检查点里没有记的参数，当时就是缺省。
 
     Raises:
         ValueError: 会使训练成为另一次训练的不同，全部列出。
     """
     saved = read_json(directory / RUN_CONFIG)
     old, new = saved["args"], run_config["args"]
+    before = {field.name: old.get(field.name, field.default) for field in flags_of(type(args))}
     differences = [
-        f"--{name}：检查点是 {old.get(name)!r}，现在是 {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if name not in FREE_FLAGS and old.get(name) != new.get(name)
+        f"--{field.name}：检查点是 {before[field.name]!r}，现在是 {getattr(args, field.name)!r}"
+        for field in flags_of(type(args))
+        if field.metadata["changes_training"] and before[field.name] != getattr(args, field.name)
     ]
+    if saved.get("template") != run_config.get("template"):
+        differences.append(f"--prompt_format {args.prompt_format} 的模板变了")
     for name, what in (("train", "训练数据"), ("replay", "重放的文字")):
         if saved["data"].get(name) != run_config["data"].get(name):
             differences.append(f"{what} {getattr(args, f'{name}_path')} 的内容变了")

@@ -1,7 +1,12 @@
-"""两个命令共用的解析器：布尔参数的三种写法，错误带办法。"""
+"""由一组组参数（finetune/options.py）造命令行的解析器：布尔参数的三种写法，错误带办法。"""
 
 import argparse
 import os
+from typing import Any, TypeVar
+
+from finetune.options import flags_of
+
+Options = TypeVar("Options")
 
 
 class BoolFlag(argparse.Action):
@@ -21,7 +26,22 @@ class BoolFlag(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """错误信息带上办法的解析器；未知参数与取值错误以退出码 2 结束。"""
+    """错误信息带上办法的解析器；未知参数与取值错误以退出码 2 结束。解析的结果里只有命令行写出的参数。"""
+
+    def __init__(self, prog: str, description: str, groups: dict[str, tuple[type, ...]]):
+        """groups：帮助里的标题 → 其下的各组参数。"""
+        super().__init__(
+            prog=prog,
+            description=description,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for title, classes in groups.items():
+            section = self.add_argument_group(title)
+            for options_class in classes:
+                for field in flags_of(options_class):
+                    section.add_argument(f"--{field.name}", **_argument(field))
 
     def error(self, message: str):
         if os.environ.get("RANK", "0") == "0":
@@ -30,9 +50,14 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def checkpointing_choice(value: str) -> str:
-    """--gradient_checkpointing 的取值：none、all、attention、正整数；True、False 同 all、none。"""
-    value = {"true": "all", "false": "none"}.get(value.lower(), value.lower())
-    if value not in ("none", "all", "attention") and not (value.isdecimal() and int(value) > 0):
-        raise argparse.ArgumentTypeError(f"应为 none、all、attention 或正整数，得到 {value!r}")
-    return value
+def _argument(field) -> dict[str, Any]:
+    """一个字段 → add_argument 的参数。"""
+    about = field.metadata
+    text = about["help"] + ("" if "缺省" in about["help"] or about["required"] else f"（缺省 {field.default}）")
+    options = {"help": text.replace("%", "%%"), "required": about["required"], **about["argparse"]}
+    if isinstance(field.default, bool):
+        return {**options, "action": BoolFlag}
+    if about["choices"] is not None:
+        options["choices"] = about["choices"]
+    kind = about["kind"] or (str if field.default is None else type(field.default))
+    return {**options, "type": kind}

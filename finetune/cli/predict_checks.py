@@ -1,7 +1,7 @@
 """predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
 
-import argparse
 import os
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,9 +10,14 @@ import torch
 from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.checkpoint.quantized import quantization_problems
+from finetune.cli.predict_flags import CheckpointOptions, PredictOptions
 from finetune.data.prompting import max_prompt_tokens
-from finetune.data.samples import Sample, read_samples
+from finetune.data.samples import RowOptions, Sample, read_samples, row_options
+from finetune.inference.options import ServeOptions
 from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
+from finetune.inference.serve import bind, check_installed
+from finetune.options import flags_of, problems_of
+from finetune.process.accelerator import accelerator_name, default_device, device_count
 from finetune.terminal import note
 from utils import read_json
 
@@ -23,10 +28,11 @@ class Plan(NamedTuple):
     checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
     adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
     device: torch.device
-    rows: list[Sample]  # 要预测的行；空的是对话
+    rows: list[Sample]  # 要预测的行；空的是对话或服务
+    listener: socket.socket | None = None  # --serve 占住的地址
 
 
-def option_problems(args: argparse.Namespace) -> list[str]:
+def option_problems(args: PredictOptions) -> list[str]:
     """只看命令行就能发现的全部问题。"""
     problems = []
     single = args.instruction is not None or args.input is not None
@@ -38,7 +44,8 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("请给出 --model_path（一个检查点）或 --compare（两个以上），不能都不给，也不能同时给")
     for name in ("output_path", "metric", "batch_size"):
         is_html = name == "output_path" and args.compare
-        if getattr(args, name) is not None and args.test_path is None and not is_html:
+        is_served = name == "batch_size" and args.serve is not None
+        if getattr(args, name) is not None and args.test_path is None and not is_html and not is_served:
             problems.append(f"--{name} 只用于文件预测，请同时给出 --test_path")
     if args.num_gpus < 1 or (args.num_gpus > 1 and (args.test_path is None or args.compare)):
         problems.append(f"--num_gpus({args.num_gpus}) 必须是正整数，大于 1 时只用于 --test_path 的文件预测")
@@ -46,6 +53,7 @@ def option_problems(args: argparse.Namespace) -> list[str]:
         problems.append("几个 --adapter 只用于对话（/adapter 切换），预测请只给一个，对照请用 --compare")
     problems += quantization_problems(args)
     problems += compare_problems(args, single) if args.compare else []
+    problems += serve_problems(args)
     if any(not text for text in args.stop or ()):
         problems.append("--stop 里有空的文字，请去掉")
     labels = args.label_scores
@@ -74,7 +82,7 @@ def option_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
-def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
+def compare_problems(args: PredictOptions, single: bool) -> list[str]:
     """--compare 特有的问题。"""
     problems = []
     if len(args.compare) < 2:
@@ -86,29 +94,53 @@ def compare_problems(args: argparse.Namespace, single: bool) -> list[str]:
     return problems
 
 
-def choose_device(requested: str, num_gpus: int) -> torch.device:
-    """--device 的设备；写法不对、没有这块 GPU 或 GPU 不够 num_gpus 块时抛 ValueError。"""
-    if num_gpus > 1 and requested != "cpu" and (requested not in ("auto", "cuda") or torch.cuda.is_available()):
-        if requested not in ("auto", "cuda"):
-            raise ValueError(f"--num_gpus {num_gpus} 时 --device({requested}) 只能是 auto、cuda 或 cpu")
-        if num_gpus > torch.cuda.device_count():
-            raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {torch.cuda.device_count()} 块 GPU，请调小")
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def serve_problems(args: PredictOptions) -> list[str]:
+    """--serve 特有的问题：输入、输出与采样的设置对服务不起作用。"""
+    if args.serve is None:
+        return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
+    used = {field.name for field in (*flags_of(CheckpointOptions), *flags_of(ServeOptions))} - {"compare", "num_gpus"}
+    used |= {"precision", "batch_size", "max_new_tokens"}
+    problems = [f"--{name} 对 --serve 不起作用，请去掉它，或写在请求里" for name in args.given if name not in used]
     try:
-        device = torch.device(requested)
-    except RuntimeError as error:
-        raise ValueError(f"--device({requested}) 写法不对，可用 auto、cpu、cuda、cuda:0 等") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device({requested}) 不支持，可用 auto、cpu、cuda、cuda:0 等")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device({requested}) 不可用：本机有 {torch.cuda.device_count()} 块 GPU，请改用 auto 或 cpu")
-    return device
+        check_installed()
+    except ValueError as error:
+        problems.append(str(error))
+    return [*problems, *problems_of(args)]
 
 
-def read_test_rows(args: argparse.Namespace) -> list[Sample]:
+def choose_device(requested: str, num_gpus: int) -> torch.device:
+    """--device 的设备；写法不对、没有这块卡或卡不够 num_gpus 块时抛 ValueError。"""
+    if requested == "cpu":
+        return torch.device("cpu")
+    name, count = accelerator_name(), device_count()
+    kind, _, index = requested.partition(":")
+    if kind not in ("auto", name) or (index and not index.isdecimal()) or requested.startswith("auto:"):
+        known = "auto、cpu" + (f"、{name}、{name}:0 等" if count else "（本机没有加速卡）")
+        raise ValueError(f"--device({requested}) 不可用，可用 {known}")
+    if int(index or 0) >= count > 0:
+        raise ValueError(f"--device({requested}) 不可用：本机有 {count} 块卡，请改用 auto 或 cpu")
+    if num_gpus > 1 and count and (index or num_gpus > count):
+        raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {count} 块卡，或 --device({requested}) 只指定了一块")
+    return default_device(int(index) if index else None)
+
+
+def reading_options(args: PredictOptions, checkpoints: list[Checkpoint]) -> RowOptions:
+    """怎样读输入：同训练时的，命令行写明的优先。几个检查点训练时不同而命令行没有写明时抛 ValueError。"""
+    recorded = {row_options(checkpoint.run_config.get("args", {})) for checkpoint in checkpoints}
+    names = ("input_separator", "ignore_fields")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    for name in names:
+        values = sorted({getattr(options, name) for options in recorded})
+        if name not in given and len(values) > 1:
+            raise ValueError(f"各检查点训练时的 --{name} 不同（{values}），请用 --{name} 写明用哪个")
+    first = next(iter(recorded), RowOptions())
+    trained = {"input_separator": first.input_separator, "ignore_fields": ",".join(first.ignore_fields)}
+    return row_options({**trained, **given})
+
+
+def read_test_rows(args: PredictOptions, options: RowOptions) -> list[Sample]:
     """读测试文件并检查输出路径与参考答案；不合要求时抛 ValueError。"""
-    rows = read_samples(args.test_path, split="predict")
+    rows = read_samples(args.test_path, "predict", options=options)
     output_path = Path(args.output_path)
     if output_path.is_dir():
         raise ValueError(f"--output_path({output_path}) 是一个目录，请给出文件名，例如 {output_path / 'out.jsonl'}")
@@ -129,7 +161,7 @@ def read_test_rows(args: argparse.Namespace) -> list[Sample]:
     return rows
 
 
-def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
+def inspect_adapters(args: PredictOptions) -> dict[str, Checkpoint]:
     """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
     adapters = {}
     for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
@@ -148,7 +180,7 @@ def inspect_adapters(args: argparse.Namespace) -> dict[str, Checkpoint]:
     return adapters
 
 
-def label_set(args: argparse.Namespace, rows: list[Sample]) -> list[str]:
+def label_set(args: PredictOptions, rows: list[Sample]) -> list[str]:
     """没有写明标签的 --label_scores：文件里 output 出现过的全部；没有文件，或不足两个时抛 ValueError。"""
     if args.test_path is None:
         raise ValueError("--label_scores 没有写标签，也没有 --test_path 可以从中取，请在它后面写明两个以上的标签")
@@ -163,7 +195,7 @@ def recorded_in(adapter: Checkpoint) -> str:
     return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
 
 
-def prepare(args: argparse.Namespace) -> Plan:
+def prepare(args: PredictOptions) -> Plan:
     """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
     problems = option_problems(args)
 
@@ -176,16 +208,6 @@ def prepare(args: argparse.Namespace) -> Plan:
     device = attempt(choose_device, args.device, args.num_gpus)
     args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
     args.batch_size = 8 if args.batch_size is None else args.batch_size
-    rows = []
-    if args.test_path is not None:
-        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
-        args.output_path = args.output_path or default
-        rows = attempt(read_test_rows, args) or []
-    elif args.instruction is not None or args.input is not None:
-        rows = [Sample((("user", f"{args.instruction or ''}{args.input or ''}"),), line=1, path="命令行")]
-        args.output_path = args.output_path or "compare.html"
-    if args.label_scores == [] and rows and not args.compare:
-        args.label_scores = attempt(label_set, args, rows)
     checkpoints = []
     for path in args.compare or ([args.model_path] if args.model_path else []):
         is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
@@ -198,11 +220,23 @@ def prepare(args: argparse.Namespace) -> Plan:
         )
     adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
     found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
+    rows, options = [], attempt(reading_options, args, [*adapters.values()] or found) or RowOptions()
+    if args.test_path is not None:
+        default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
+        args.output_path = args.output_path or default
+        rows = attempt(read_test_rows, args, options) or []
+    elif args.instruction is not None or args.input is not None:
+        parts = [text for text in (args.instruction, args.input) if text]
+        rows = [Sample((("user", options.input_separator.join(parts)),), line=1, path="命令行")]
+        args.output_path = args.output_path or "compare.html"
+    if args.label_scores == [] and rows and not args.compare:
+        args.label_scores = attempt(label_set, args, rows)
     if found:
         shortest = min(checkpoint.context_length for checkpoint in found)
         if args.max_new_tokens is None:
             args.max_new_tokens = min(512, shortest // 2)
         attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
+    listener = attempt(bind, args.serve) if args.serve is not None and not problems else None
     if problems:
         raise ValueError("\n".join(problems))
-    return Plan(checkpoints, adapters, device, rows)
+    return Plan(checkpoints, adapters, device, rows, listener)

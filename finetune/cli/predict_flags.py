@@ -1,84 +1,90 @@
-"""predict.py 的命令行参数。"""
+"""predict.py 的全部参数。"""
 
-import argparse
+from dataclasses import dataclass
 
 from finetune.cli.parser import Parser
-from finetune.data.prompting import PROMPT_FORMATS
-from finetune.metrics.registry import METRICS
-from finetune.process.precision import PRECISIONS
+from finetune.data.prompting import prompt_format_choice
+from finetune.data.samples import separator_choice
+from finetune.inference.options import GenerationOptions, ServeOptions
+from finetune.options import flag
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """全部参数。"""
-    parser = Parser(
-        prog="predict.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    model = parser.add_argument_group("模型")
-    model.add_argument(
-        "--model_path", help="检查点目录：训练器写的、合并后的，或官方布局的基座（必填，除非用 --compare）"
-    )
-    model.add_argument(
-        "--adapter", nargs="+", metavar="目录",
-        help="挂在 --model_path（任何完整的模型）上的适配器；对话时可给几个，用 /adapter 切换",
-    )  # fmt: skip
-    model.add_argument(
-        "--compare", nargs="+", metavar="目录",
-        help="同样的提示词依次交给这几个检查点，回答并排显示，并写成 HTML；代替 --model_path",
-    )  # fmt: skip
-    model.add_argument("--base_model_path", help="适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
-    model.add_argument("--device", default="auto", help="auto | cpu | cuda | cuda:N；auto 有 GPU 用 GPU（缺省 auto）")
-    model.add_argument(
-        "--num_gpus", type=int, default=1, help="文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）"
-    )
-    model.add_argument("--load_in_4bit", action="store_true", help="基座量化成 4 位（nf4），要 bitsandbytes")
-    model.add_argument("--load_in_8bit", action="store_true", help="基座量化成 8 位（LLM.int8），要 bitsandbytes")
-    model.add_argument("--precision", default="auto", choices=PRECISIONS, help="计算精度，auto 按设备决定（缺省 auto）")
-    model.add_argument(
-        "--prompt_format", default="auto", choices=("auto", *PROMPT_FORMATS),
-        help="提示词格式，auto 取训练时的格式，基座看 generation_config.json（缺省 auto）",
-    )  # fmt: skip
+@dataclass
+class CheckpointOptions:
+    """哪个模型。"""
 
-    data = parser.add_argument_group("输入与输出（都不给则在终端对话）")
-    data.add_argument("--instruction", help="一条样本的指令")
-    data.add_argument("--input", help="一条样本的输入，直接接在指令之后")
-    data.add_argument("--test_path", help="要预测的文件：JSON 行或 JSON 数组，字段同训练文件，output 可缺，也可是列表")
-    data.add_argument(
-        "--output_path",
-        help="预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
+    model_path: str | None = flag(
+        None, "检查点目录：训练器写的、合并后的，或官方布局的基座（必填，除非用 --compare；缺省没有）"
+    )
+    adapter: list[str] | None = flag(
+        None,
+        "挂在 --model_path（任何完整的模型）上的适配器；对话时可给几个，用 /adapter 切换（缺省没有）",
+        nargs="+",
+        metavar="目录",
+    )
+    compare: list[str] | None = flag(
+        None,
+        "同样的提示词依次交给这几个检查点，回答并排显示，并写成 HTML；代替 --model_path（缺省没有）",
+        nargs="+",
+        metavar="目录",
+    )
+    base_model_path: str | None = flag(None, "适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
+    device: str = flag("auto", "auto、cpu，或加速卡的种类与编号，如 cuda、cuda:1、npu:0；auto 有卡用卡")
+    num_gpus: int = flag(1, "文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）")
+    load_in_4bit: bool = flag(False, "基座量化成 4 位（nf4），要 bitsandbytes（缺省不量化）")
+    load_in_8bit: bool = flag(False, "基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")
+    prompt_format: str = flag(
+        "auto",
+        "提示格式，auto 取训练时的格式，基座看 generation_config.json；也可以是一个模板文件，见 docs/data.md",
+        kind=prompt_format_choice,
+        metavar="auto|plain|chat|文件.json",
+    )
+
+
+@dataclass
+class InputOptions:
+    """预测什么，写到哪里。"""
+
+    instruction: str | None = flag(None, "一条样本的指令（缺省没有）")
+    input: str | None = flag(None, "一条样本的输入，接在指令之后（缺省没有）")
+    test_path: str | None = flag(None, "要预测的文件：写法同训练文件，回答可缺，也可是列表（缺省没有）")
+    input_separator: str | None = flag(
+        None,
+        r"instruction 与 input 之间的文字，\n 是换行（缺省取训练时的值，没有则直接相接）",
+        kind=separator_choice,
+        metavar="文字",
+    )
+    ignore_fields: str | None = flag(None, "当作没有的字段，逗号分隔（缺省取训练时的值）")
+    output_path: str | None = flag(
+        None,
+        "预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
         "做完的行先在 输出文件名.partial，中断后用同样的命令接着做；"
         "已有的不同的结果改名为 *.previous-N。--compare 时是 HTML（缺省 compare.html）",
     )
-    data.add_argument("--metric", choices=list(METRICS), help="按文件里的 output 评测，结果写到 *.metrics.json")
-    data.add_argument(
-        "--label_scores", nargs="*", metavar="标签",
-        help="分类：各标签的得分，即模型恰好回答这个标签（连同 eos）的对数概率（nat，不除以长度），"
-        "以及在各标签之间归一化的概率；不写标签时取文件里 output 出现过的全部",
-    )  # fmt: skip
-    data.add_argument("--batch_size", type=int, help="文件预测每批的行数（缺省 8）")
-
-    generation = parser.add_argument_group("生成（缺省贪心）")
-    generation.add_argument(
-        "--max_new_tokens", type=int, help="最多生成的 token 数（缺省 512，上下文不足 1024 的模型取上下文的一半）"
-    )
-    generation.add_argument(
-        "--max_src_len",
-        type=int,
-        help="提示词的 token 上限，截断规则同训练（缺省取训练时的值，没有则只受上下文长度限制）",
-    )
-    generation.add_argument("--do_sample", action="store_true", help="采样；不给则贪心")
-    generation.add_argument("--temperature", type=float, help="采样温度，大于 0（缺省 1.0，需要 --do_sample）")
-    generation.add_argument("--top_p", type=float, help="核采样的累计概率，(0, 1]（缺省 1.0，需要 --do_sample）")
-    generation.add_argument("--top_k", type=int, help="只从概率最高的 k 个里采样，0 为不限（缺省 0，需要 --do_sample）")
-    generation.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="重复惩罚，1.0 为没有（缺省 1.0，不取检查点自带的值）"
-    )
-    generation.add_argument(
-        "--stop", nargs="+", metavar="文字", help="出现任一文字就停，结果不含它；\\n 是换行（缺省只在 eos 处停）"
-    )
-    generation.add_argument("--seed", type=int, default=1234, help="采样的随机种子（缺省 1234）")
-    return parser
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+# 帮助里的标题 → 其下的各组
+GROUPS = {
+    "模型": (CheckpointOptions,),
+    "输入与输出（都不给则在终端对话）": (InputOptions,),
+    "生成（缺省贪心）": (GenerationOptions,),
+    "服务（代替输入与输出）": (ServeOptions,),
+}
+
+
+@dataclass
+class PredictOptions(ServeOptions, GenerationOptions, InputOptions, CheckpointOptions):
+    """predict.py 的全部参数；要其中一组的函数可以直接拿它。"""
+
+    given: tuple[str, ...] = ()  # 命令行明确写出的参数名
+
+
+def build_parser() -> Parser:
+    """predict.py 的解析器；结果里只有命令行写出的参数。"""
+    return Parser("predict.py", "用训练好的检查点预测、评测、对照、在终端里对话，或开 HTTP 服务", GROUPS)
+
+
+def parse_args(argv: list[str] | None = None) -> PredictOptions:
     """解析命令行。"""
-    return build_parser().parse_args(argv)
+    found = vars(build_parser().parse_args(argv))
+    return PredictOptions(**found, given=tuple(sorted(found)))

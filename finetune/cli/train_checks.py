@@ -1,39 +1,30 @@
-"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题。"""
+"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题。
 
-import math
-from argparse import Namespace
+一个参数自己的检查写在它的字段上，一种方法自己的在 methods/ 里；这里是几组之间的。
+"""
+
 from pathlib import Path
-
-import torch
 
 from baichuan import BaichuanConfig
 from finetune.checkpoint.base_model import checked_skeleton, load_config
 from finetune.checkpoint.quantized import quantization_problems
+from finetune.cli.train_flags import TrainOptions
+from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
-from finetune.data.samples import check_first_rows
-from finetune.methods.freeze import apply_freeze, freeze_parts
-from finetune.methods.lora import lora_target_modules
+from finetune.data.prompting import read_template
+from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
+from finetune.options import flags_of, problems_of
+from finetune.process.accelerator import has_accelerator
 from finetune.training.anomaly import spike_choice
 from finetune.training.ds_config import read_ds_config
 from finetune.training.ds_config_check import fixed_numbers
 from utils import log_rank_0
 
-
-def check_model(args: Namespace, config: BaichuanConfig):
-    """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配。
-
-    Raises:
-        ValueError: 见 checked_skeleton、apply_freeze、lora_target_modules。
-    """
-    skeleton = checked_skeleton(args.model_name_or_path, config)
-    if args.train_type == "freeze":
-        apply_freeze(skeleton, args)
-    elif args.train_type == "lora":
-        lora_target_modules(skeleton, args)
+NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "early_stopping_patience")
 
 
-def settle_fixed_numbers(args: Namespace, ds_config: dict) -> list[str]:
+def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
     """DeepSpeed 配置写了具体的数、命令行没写时，以配置为准并说一声；两处都写而不同是错误，返回全部。"""
     problems = []
     for name, place, value in fixed_numbers(ds_config):
@@ -56,11 +47,11 @@ def settle_fixed_numbers(args: Namespace, ds_config: dict) -> list[str]:
         elif getattr(args, name) != value:
             log_rank_0(f"注意：{name} 以 {args.ds_file} 的 {place} 为准：{value}（缺省是 {getattr(args, name)}）")
             setattr(args, name, value)
-            args.given = sorted({*args.given, name})  # 配置里另一处再写一个不同的数也是错误
+            args.given = (*args.given, name)  # 配置里另一处再写一个不同的数也是错误
     return problems
 
 
-def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
+def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
     """检查全部参数，在读任何权重之前；返回 (DeepSpeed 配置, 模型配置)。
 
     Raises:
@@ -68,143 +59,93 @@ def validate_args(args: Namespace) -> tuple[dict, BaichuanConfig]:
     """
     problems = []
 
-    def expect(is_valid: bool, message: str):
-        if not is_valid:
-            problems.append(message)
-
     def read(function, *values):
         try:
             return function(*values)
         except ValueError as error:
             problems.append(str(error))
 
+    method = TRAIN_METHODS[args.train_type]
     ds_config = read(read_ds_config, args.ds_file)
     if ds_config is not None:
         problems += settle_fixed_numbers(args, ds_config)
-    for name in (
-        "max_len",
-        "max_src_len",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "lora_dim",
-        "lora_alpha",
-        "gradient_accumulation_steps",
-        "show_loss_step",
-        "pre_seq_len",
-        "prefix_hidden_size",
-    ):
-        expect(getattr(args, name) >= 1, f"--{name}({getattr(args, name)}) 必须至少为 1")
-    expect(
-        args.max_src_len < args.max_len,
-        f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者",
-    )
-    expect(args.max_steps == -1 or args.max_steps >= 1, f"--max_steps({args.max_steps}) 必须为 -1（不限）或至少为 1")
-    expect(args.save_model_step >= 0, f"--save_model_step({args.save_model_step}) 必须为 0（每轮）或正数")
-    expect(0 < args.learning_rate < math.inf, f"--learning_rate({args.learning_rate}) 必须是大于 0 的有限数")
-    expect(0 <= args.weight_decay < math.inf, f"--weight_decay({args.weight_decay}) 必须是不小于 0 的有限数")
-    expect(0 <= args.seed < 2**63, f"--seed({args.seed}) 必须在 [0, 2^63) 内")
-    for name in ("warmup_ratio", "lora_dropout"):
-        expect(0 <= getattr(args, name) < 1, f"--{name}({getattr(args, name)}) 必须在 [0, 1) 内")
-
-    expect(
-        args.precision != "fp16" or torch.cuda.is_available(),
-        "--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）",
-    )
-    for method, entry in TRAIN_METHODS.items():
-        foreign = [f"--{flag}" for flag in entry.flags if flag in args.given and method != args.train_type]
-        expect(not foreign, f"{'、'.join(foreign)} 属于 --train_type {method}，对 {args.train_type} 不起作用，请去掉")
-    expect(
-        args.train_type != "freeze" or bool(freeze_parts(args)),
-        '--train_type freeze 需要 --freeze_module_name，如 "layers.31.,layers.30."（要训练的层）',
-    )
-    expect(
-        "prefix_hidden_size" not in args.given or args.prefix_projection or args.ptuning_version == 1,
-        "--prefix_hidden_size 只在 --prefix_projection 或 --ptuning_version 1 时起作用，请去掉或加上其一",
-    )
-    expect(
-        args.ptuning_version == 2 or not args.prefix_projection,
-        "--prefix_projection 只用于 --ptuning_version 2（第 1 版的提示总是经过一个 MLP），请去掉",
-    )
-    expect(
-        args.ptuning_version == 2 or args.train_type != "ptuning" or not args.packing,
-        "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing",
-    )
-
-    expect(
-        args.adapter_path is None or args.train_type in ("lora", "ptuning"),
-        f"--adapter_path 只用于 lora 与 ptuning，--train_type {args.train_type} 没有适配器，请去掉",
-    )
-    expect(
-        args.adapter_path is None or (Path(args.adapter_path) / "adapter_config.json").is_file(),
-        f"--adapter_path {args.adapter_path} 里没有 adapter_config.json，请给出 lora 或 ptuning 的检查点目录",
-    )
-    expect(
-        args.cache_frozen == "none" or (args.train_type == "freeze" and args.packing),
-        f"--cache_frozen {args.cache_frozen} 只用于 --train_type freeze，并且要开着 --packing，请去掉或改过来",
-    )
-
+    problems += [*problems_of(args), *method_problems(args), *file_problems(args), *evaluation_problems(args)]
     problems += quantization_problems(args, ds_config)
-    problems += evaluation_problems(args)
-    for path in (args.train_path, args.eval_path):
+    if args.max_src_len >= args.max_len:
+        problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
+    if args.precision == "fp16" and not has_accelerator():
+        problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
+    if args.prompt_format.endswith(".json"):
+        read(read_template, args.prompt_format)
+    for path in (*(source.path for source in read(parse_sources, args.train_path) or ()), args.eval_path):
         if path is not None:
-            read(check_first_rows, path)
-    output_dir = Path(args.output_dir)
-    expect(not output_dir.exists() or output_dir.is_dir(), f"--output_dir {output_dir} 是一个文件，请给出目录")
+            read(check_first_rows, path, row_options(vars(args)))
+    for path in (args.general_path, args.replay_path):
+        if path is not None:
+            read(read_texts, path)
     read(spike_choice, args.loss_spike_factor)
-    config = read(load_config, args.model_name_or_path, args.mode)
-    has_what_to_train = args.train_type != "freeze" or freeze_parts(args)
-    if config is not None and has_what_to_train and not args.dry_run:  # 推算时权重可以还没有下载
+    config = read(load_config, args.model_name_or_path)
+    if config is not None and not method.problems(args) and not args.dry_run:  # 推算时权重可以还没有下载
         read(check_model, args, config)
     if problems:
         raise ValueError("\n".join(problems))
     return ds_config, config
 
 
-NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "early_stopping_patience")
-
-
-def evaluation_problems(args: Namespace) -> list[str]:
-    """这一组参数的全部问题。"""
+def method_problems(args: TrainOptions) -> list[str]:
+    """别的方法的参数不起作用；这种方法自己的问题。"""
     problems = []
-
-    def expect(is_valid: bool, message: str):
-        if not is_valid:
-            problems.append(message)
-
-    for name in ("eval_step", "early_stopping_patience", "save_total_limit"):
-        expect(getattr(args, name) >= 0, f"--{name}({getattr(args, name)}) 必须为 0（不用）或正数")
-    expect(args.eval_max_new_tokens >= 1, f"--eval_max_new_tokens({args.eval_max_new_tokens}) 必须至少为 1")
-    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and args.eval_path is None]
-    expect(not useless, f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或去掉")
-    expect(
-        "eval_max_new_tokens" not in args.given or args.eval_metric != "nll",
-        "--eval_max_new_tokens 在 --eval_metric nll 时不起作用，请去掉，或换一个生成的指标",
-    )
-    threshold, ratio = args.forgetting_threshold, args.replay_ratio
-    expect(
-        threshold is None or 0 <= threshold < math.inf,
-        f"--forgetting_threshold({threshold}) 必须是不小于 0 的有限数",
-    )
-    expect(
-        threshold is None or args.general_path is not None,
-        "--forgetting_threshold 需要 --general_path，请加上或去掉",
-    )
-    expect(
-        (args.replay_path is None) == (ratio is None),
-        "--replay_path 与 --replay_ratio 要一起给出（如 --replay_ratio 0.1），请补上或都去掉",
-    )
-    expect(ratio is None or 0 < ratio < math.inf, f"--replay_ratio({ratio}) 必须是大于 0 的有限数")
-    for path in (args.general_path, args.replay_path):
-        try:
-            if path is not None:
-                read_texts(path)
-        except ValueError as error:
-            problems.append(str(error))
-    is_same = (
-        args.general_path and args.replay_path and Path(args.general_path).resolve() == Path(args.replay_path).resolve()
-    )
-    expect(
-        not is_same,
-        f"--general_path 与 --replay_path 是同一个文件 {args.general_path}：训练过的文字不能衡量遗忘，请分成两个文件",
-    )
+    for name, method in TRAIN_METHODS.items():
+        foreign = [f"--{field.name}" for field in flags_of(method.options) if field.name in args.given]
+        if foreign and name != args.train_type:
+            problems.append(f"{'、'.join(foreign)} 属于 --train_type {name}，对 {args.train_type} 不起作用，请去掉")
+    method = TRAIN_METHODS[args.train_type]
+    problems += method.problems(args)
+    if args.adapter_path is not None and not method.saves_adapter:
+        problems.append(f"--adapter_path 只用于 lora 与 ptuning，--train_type {method.name} 没有适配器，请去掉")
+    if args.cache_frozen != "none" and not args.packing:
+        problems.append(f"--cache_frozen {args.cache_frozen} 要开着 --packing，请去掉或改过来")
     return problems
+
+
+def file_problems(args: TrainOptions) -> list[str]:
+    """目录给错了。"""
+    problems = []
+    if args.adapter_path is not None and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+        problems.append(
+            f"--adapter_path {args.adapter_path} 里没有 adapter_config.json，请给出 lora 或 ptuning 的检查点目录"
+        )
+    output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        problems.append(f"--output_dir {output_dir} 是一个文件，请给出目录")
+    return problems
+
+
+def evaluation_problems(args: TrainOptions) -> list[str]:
+    """评估、遗忘与重放的参数里不起作用的、缺了一半的。"""
+    problems = []
+    has_data = args.eval_path is not None or args.val_ratio is not None
+    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and not has_data]
+    if useless:
+        problems.append(f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或 --val_ratio，或去掉")
+    if args.eval_path is not None and args.val_ratio is not None:
+        problems.append("--val_ratio 与 --eval_path 只能有一个：前者从训练数据里留出评估集，请去掉一个")
+    if "eval_max_new_tokens" in args.given and args.eval_metric == "nll":
+        problems.append("--eval_max_new_tokens 在 --eval_metric nll 时不起作用，请去掉，或换一个生成的指标")
+    if args.forgetting_threshold is not None and args.general_path is None:
+        problems.append("--forgetting_threshold 需要 --general_path，请加上或去掉")
+    if (args.replay_path is None) != (args.replay_ratio is None):
+        problems.append("--replay_path 与 --replay_ratio 要一起给出（如 --replay_ratio 0.1），请补上或都去掉")
+    paths = [Path(path).resolve() for path in (args.general_path, args.replay_path) if path]
+    if len(paths) == 2 and paths[0] == paths[1]:
+        problems.append(f"--general_path 与 --replay_path 是同一个文件 {paths[0]}：训练过的文字不能衡量遗忘，请分开")
+    return problems
+
+
+def check_model(args: TrainOptions, config: BaichuanConfig):
+    """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配；模型在 meta 设备上，不占内存。
+
+    Raises:
+        ValueError: 见 checked_skeleton 与各方法的 apply。
+    """
+    TRAIN_METHODS[args.train_type].apply(checked_skeleton(args.model_name_or_path, config), args)

@@ -4,7 +4,6 @@
 已有的、内容不同的输出文件改名为 文件名.previous-N，与它的评测结果一起留着。
 """
 
-import argparse
 import filecmp
 import hashlib
 import json
@@ -23,9 +22,11 @@ from tqdm import tqdm
 from finetune.checkpoint.inspection import Checkpoint, weights_fingerprint
 from finetune.data.samples import Sample
 from finetune.inference.generation import plan_batches
+from finetune.inference.options import GenerationOptions
 from finetune.inference.predictor import Predictor, Record, prediction_dtype, report_unfinished
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
+from finetune.process import accelerator
 from finetune.terminal import note
 from utils import first_free, quiet_libraries, replacing, try_lock
 
@@ -81,7 +82,7 @@ def output_row(row: Sample, record: Record) -> dict[str, Any]:
     return {**row.raw, **{name: record[name] for name in ("prediction", "label_scores") if name in record}}
 
 
-def write_metrics(args: argparse.Namespace, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
+def write_metrics(args: GenerationOptions, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
     """评测，写 *.metrics.json，打印表。"""
     if args.metric == "nll":
         result = METRICS["nll"](*zip(*(record["nll"] for record in records), strict=True))
@@ -130,12 +131,13 @@ def set_aside(path: Path, output_path: Path) -> None:
 def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
     """决定预测结果的全部设置；提示词（数据、分词器、提示格式、截断）与权重各取摘要。"""
     args = predictor.args
-    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "stop", "label_scores"]
+    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "label_scores"]
     if args.do_sample:
         names += ["temperature", "top_p", "top_k", "seed", "batch_size"]
     checkpoints = [predictor.base, *predictor.adapters.values()]
     return {
         **{f"--{name}": getattr(args, name) for name in names},
+        "--stop": predictor.stops,
         "--do_sample": args.do_sample,
         "--precision": str(prediction_dtype(args.precision, device)).removeprefix("torch."),
         "--metric nll": args.metric == "nll",
@@ -234,15 +236,11 @@ def predict_in_workers(
         yield [], []
         yield from predictor.predict_batches(rows, prompts, batches)
         return
-    context = multiprocessing.get_context("spawn")  # CUDA 不能用 fork
+    context = multiprocessing.get_context("spawn")  # 加速卡不能用 fork
     tasks, results = context.Queue(), context.Queue()
     setup = (predictor.args, predictor.base, predictor.adapters, max(1, torch.get_num_threads() // number))
-    workers = [
-        context.Process(
-            target=work, args=(*setup, torch.device("cuda", k) if device.type == "cuda" else device, tasks, results)
-        )
-        for k in range(number)
-    ]
+    devices = [accelerator.default_device(k) if accelerator.is_card(device) else device for k in range(number)]
+    workers = [context.Process(target=work, args=(*setup, place, tasks, results)) for place in devices]
     try:
         for worker in workers:
             worker.start()
@@ -281,7 +279,7 @@ def next_result(results: Any, workers: list) -> tuple[list[int], list[Record]]:
 
 
 def work(
-    args: argparse.Namespace,
+    args: GenerationOptions,
     base: Checkpoint,
     adapters: dict[str, Checkpoint],
     num_threads: int,
@@ -294,8 +292,8 @@ def work(
     quiet_libraries()
     torch.set_num_threads(num_threads)
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if accelerator.is_card(device):
+            accelerator.use_card(device)
         predictor = Predictor(args, base, adapters)
         predictor.load_model(device)
         results.put((None, [], []))

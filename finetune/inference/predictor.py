@@ -1,6 +1,5 @@
 """一个检查点与把文字变成提示词、把 id 变回文字的设置：编码、生成、评分，可挂几个适配器并在其间切换。"""
 
-import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -8,10 +7,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
 from finetune.checkpoint.quantized import quantization_of
-from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens
+from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens, prompting_reason
 from finetune.data.samples import Sample
 from finetune.inference.generation import (
     StopStrings,
@@ -22,6 +22,7 @@ from finetune.inference.generation import (
     plan_batches,
     target_nll,
 )
+from finetune.inference.options import GenerationOptions
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 from finetune.terminal import note
 
@@ -38,7 +39,7 @@ def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
     return TORCH_DTYPES[choose_precision(requested)[0]]
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+def sampling_options(args: GenerationOptions) -> dict[str, Any]:
     """采样时交给 generate 的设置，没有写的取缺省；贪心时为空。"""
     if not args.do_sample:
         return {}
@@ -64,7 +65,7 @@ class Predictor:
     """一个检查点（与挂在上面的适配器）；先能编码，load_model 之后才能生成。"""
 
     def __init__(
-        self, args: argparse.Namespace, checkpoint: Checkpoint, adapters: dict[str, Checkpoint] | None = None
+        self, args: GenerationOptions, checkpoint: Checkpoint, adapters: dict[str, Checkpoint] | None = None
     ) -> None:
         self.args, self.base, self.adapters = args, checkpoint, adapters or {}
         self.tokenizer = load_checkpoint_tokenizer(checkpoint)
@@ -101,7 +102,21 @@ class Predictor:
         self.generation_config = make_generation_config(self.model, self.args.max_new_tokens, **options)
         kind = f"适配器，基座 {self.base.base_path}" if self.base.is_adapter else "完整模型"
         loaded = f"{self.base.path}（{kind}）" + (f"与适配器 {'、'.join(self.adapters)}" if self.adapters else "")
-        note(f"已载入 {loaded}；{device}，{dtype}，提示词格式 {self.checkpoint.prompting.prompt_format}")
+        note(f"已载入 {loaded}；{device}，{dtype}，提示格式 {self.prompting_reason}")
+
+    @property
+    def prompting_reason(self) -> str:
+        """用哪种提示格式、为什么。"""
+        prompting, recorded = self.checkpoint.prompting, self.checkpoint.run_config.get("prompt_format")
+        if self.args.prompt_format == "auto" and recorded is not None:
+            return f"{recorded}（训练时的）"
+        return prompting_reason(prompting, self.args.prompt_format)
+
+    @property
+    def stops(self) -> list[str]:
+        """出现任一就停的文字：--stop 的，与模板的 stop。"""
+        template = self.checkpoint.prompting.template or {}
+        return [*(self.args.stop or ()), *([template["stop"]] if template.get("stop") else [])]
 
     # ---- 文字 ↔ id ----
 
@@ -111,13 +126,18 @@ class Predictor:
 
     def decode(self, ids: list[int]) -> str:
         """生成的 id → 文字，不含特殊符号，截到停止字符串之前。"""
-        return cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.args.stop)[0]
+        return cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)[0]
 
     def encode_rows(self, rows: list[Sample]) -> list[list[int]]:
         """各行的提示词，截断规则同训练；报告截断了多少行。对话格式不合要求时抛 ValueError，带行号。"""
         max_src_len = self.args.max_src_len or self.checkpoint.run_config.get("args", {}).get("max_src_len")
         limits = {"max_src_len": max_src_len, "max_input_tokens": self.max_input_tokens}
         prompts, num_cut = [], 0
+        if self.checkpoint.prompting.prompt_format == "plain" and any(len(row.messages) > 1 for row in rows):
+            note(
+                "注意：有多轮或有 system 的对话，而提示格式是 plain（各轮之间只有回答之后的 eos）；"
+                "模型若是对话模型，请加 --prompt_format chat"
+            )
         for row in rows:
             try:
                 prompts.append(self.encode(row.messages, **limits))
@@ -131,12 +151,14 @@ class Predictor:
 
     # ---- 生成 ----
 
-    def generate_batch(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-        """一批提示词的续写，用现在的适配器与停止字符串；options 原样传给 generate。"""
-        if self.args.stop:
-            options["stopping_criteria"] = [StopStrings(self.tokenizer, self.args.stop)]
+    def generate_batch(
+        self, prompts: list[list[int]], config: GenerationConfig | None = None, **options: Any
+    ) -> list[list[int]]:
+        """一批提示词的续写，用现在的适配器与停止字符串；config 缺省是命令行的，options 原样传给 generate。"""
+        if self.stops:
+            options["stopping_criteria"] = [StopStrings(self.tokenizer, self.stops)]
         with self._with_adapter():
-            return generate_batch(self.model, prompts, self.generation_config, **options)
+            return generate_batch(self.model, prompts, config or self.generation_config, **options)
 
     def predict_batches(
         self, rows: list[Sample], prompts: list[list[int]], batches: Iterable[list[int]]
@@ -153,7 +175,7 @@ class Predictor:
         """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。"""
         records = []
         for ids in self.generate_batch(prompts):
-            text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.args.stop)
+            text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)
             records.append({"prediction": text, "is_cut": len(ids) >= self.args.max_new_tokens and not is_stopped})
         if self.args.label_scores:
             for record, scores in zip(records, self.label_scores(prompts), strict=True):

@@ -3,7 +3,6 @@
 import os
 import shutil
 import socket
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -119,9 +118,9 @@ def num_frozen_layers(model: nn.Module) -> int:
     return len(base.layers)
 
 
-def open_frozen_cache(args: Namespace, engine, train_set) -> FrozenCache | None:
+def open_frozen_cache(cache_frozen: str, output_dir: Path, engine, train_set) -> FrozenCache | None:
     """--cache_frozen：给模型接上冻结底层的缓存；没有要求时为 None。集合操作。"""
-    if args.cache_frozen == "none":
+    if cache_frozen == "none":
         return None
     model = base_model_of(engine.module)
     num_layers = num_frozen_layers(engine.module)
@@ -131,9 +130,9 @@ def open_frozen_cache(args: Namespace, engine, train_set) -> FrozenCache | None:
             f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层（共 {len(model.model.layers)} 层）。"
             "请去掉 --cache_frozen，或让 --freeze_module_name 只含上面的几层"
         )
-    directory = SHM_DIRECTORY if args.cache_frozen == "memory" else Path(args.output_dir)
+    directory = SHM_DIRECTORY if cache_frozen == "memory" else output_dir
     port = os.environ.get("MASTER_PORT", "0")
-    name = f".tmp-frozen-{file_sha256(Path(args.train_path))[:8]}-{socket.gethostname()}-{port}"
+    name = f".tmp-frozen-{file_sha256(Path(train_set.paths[0]))[:8]}-{socket.gethostname()}-{port}"
     cache = FrozenCache(
         directory / name,
         num_layers=num_layers,

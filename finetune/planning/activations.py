@@ -3,7 +3,6 @@
 与 baichuan/ 的代码一一对应，tests/test_memory_plan.py 对照 autograd 真正保留的存储（各种方法与重算的取值）。
 """
 
-from argparse import Namespace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
 from baichuan.packed_attention_cpu import MAX_SAVED_SCORES, query_blocks
 from finetune.checkpoint.quantized import quantization_of
+from finetune.cli.train_flags import TrainOptions
 from finetune.methods.registry import TRAIN_METHODS, num_elements
 from finetune.planning.flops import Shape
 
@@ -79,25 +79,26 @@ class Activations(NamedTuple):
     shared: int
 
 
-def plan_model(args: Namespace, config: BaichuanConfig) -> PlannedModel:
+def plan_model(args: TrainOptions, config: BaichuanConfig) -> PlannedModel:
     """在 meta 设备上造模型、套上训练方法，数出参数与各层的用法；不占内存。
 
     Raises:
-        ValueError: 方法的模块名没有匹配到（见 model_factory 的 apply_*）。
+        ValueError: 方法的模块名没有匹配到（见各方法的 apply）。
     """
+    method = TRAIN_METHODS[args.train_type]
     with torch.device("meta"):
-        model = TRAIN_METHODS[args.train_type].apply(BaichuanForCausalLM(config), args)
+        model = method.apply(BaichuanForCausalLM(config), args)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    has_prompt = args.train_type == "ptuning"
+    prompt = method.prompt(args)
     embedding_is_trained = any("embed_tokens" in name for name in trainable)
-    needs_grad = embedding_is_trained or (has_prompt and args.ptuning_version == 1)
+    needs_grad = embedding_is_trained or prompt.tokens > 0
     layers = []
     for index in range(config.num_hidden_layers):
         names = [name for name in trainable if f"layers.{index}." in name and "prompt_encoder" not in name]
         lora = frozenset(name.split(".lora_")[0].split(".")[-1] for name in names if ".lora_" in name)
         trained = frozenset(name.split(".")[-2] for name in names if ".lora_" not in name)
         layers.append(LayerUse(trained, lora, needs_grad))
-        needs_grad = needs_grad or bool(names) or (has_prompt and args.ptuning_version == 2)
+        needs_grad = needs_grad or bool(names) or prompt.key_values > 0
     return PlannedModel(
         shape=shape_of(config),
         is_alibi=config.position_embedding == "alibi",
@@ -109,8 +110,8 @@ def plan_model(args: Namespace, config: BaichuanConfig) -> PlannedModel:
         layers=layers,
         head_is_trained=any("lm_head" in name for name in trainable),
         embedding_is_trained=embedding_is_trained,
-        prefix_length=args.pre_seq_len if has_prompt and args.ptuning_version == 2 else 0,
-        prompt_length=args.pre_seq_len if has_prompt and args.ptuning_version == 1 else 0,
+        prefix_length=prompt.key_values,
+        prompt_length=prompt.tokens,
         lora_dim=args.lora_dim,
         lora_dropout=args.lora_dropout,
         quantized_bytes=QUANTIZED_BYTES.get(quantization_of(args)),
@@ -195,6 +196,12 @@ def _attention_activations(
         short = [n for n in lengths if n * (prefix + n) <= MAX_SAVED_SCORES]
         saved = [(end - begin, prefix + end) for n in short for begin, end in query_blocks(n)]
         return (3 * tokens * width + heads * sum(rows * keys for rows, keys in saved)) * element_bytes
+    if packing and element_bytes == 2:  # packed_attention_gpu；共用的开头另抄的键不计：它们省下的更多
+        if model.is_alibi:  # q、k、v 是 W_pack 输出的视图；有前缀时 k、v 另有一份
+            elements = (4 * tokens + 2 * (tokens + prefix) * bool(prefix)) * width
+        else:  # 各段的键前面都抄一份前缀
+            elements = (4 * tokens + 2 * len(lengths) * prefix) * width
+        return elements * element_bytes + 4 * heads * tokens
     # W_pack 的输出是一块，q、k、v 是它的视图：只要还有一个在用，整块都在；有前缀时 k、v 另有一份
     with_prefix = (tokens + len(lengths) * prefix) * bool(prefix)
     elements = (3 * tokens + 2 * with_prefix) * width
@@ -253,8 +260,9 @@ def rotary_bytes(model: PlannedModel, tokens: int, element_bytes: int) -> int:
 
 
 def bias_bytes(model: PlannedModel, batch: MicroBatch, element_bytes: int, on_cpu: bool) -> int:
-    """各层共用的偏置与掩码：ALiBi 的是 [头, 长, 前缀 + 长]；GPU 上旋转位置、并排、没有前缀时不需要。"""
-    if not (model.is_alibi or model.prefix_length or on_cpu or not batch.packing):
+    """各层共用的偏置与掩码：ALiBi 的是 [头, 长, 前缀 + 长]；GPU 上 16 位、并排时不需要。"""
+    on_gpu_packed = batch.packing and not on_cpu
+    if on_gpu_packed and (element_bytes == 2 or not (model.is_alibi or model.prefix_length)):
         return 0
     longest = max(batch.lengths) + model.prompt_length
     rows = (1 if batch.packing else len(batch.lengths)) * (model.shape.heads if model.is_alibi else 1)

@@ -1,10 +1,10 @@
 """--dry_run：不读权重，推算 token、步数、显存、主机内存与时间。"""
 
 import os
-from argparse import Namespace
 
 from baichuan import BaichuanConfig
 from finetune.checkpoint.base_model import load_tokenizer
+from finetune.cli.train_flags import TrainOptions
 from finetune.data.prompting import resolve_prompt_format
 from finetune.planning.activations import plan_model
 from finetune.planning.estimate import evaluate, fits, plan_on_cards, sample_data
@@ -17,7 +17,7 @@ from utils import global_rank, log_rank_0
 EXIT_FITS, EXIT_TOO_LARGE = 0, 1
 
 
-def dry_run(args: Namespace, ds_config: dict, config: BaichuanConfig) -> int:
+def dry_run(args: TrainOptions, ds_config: dict, config: BaichuanConfig) -> int:
     """打印推算；返回退出码：0 放得下，1 放不下。只有 0 号进程做事。
 
     Raises:

@@ -2,19 +2,24 @@
 
 import os
 import random
-from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
+from finetune.cli.train_flags import TrainOptions
 from finetune.data.encoding import SRC_CUT, TGT_CUT, encode_chunk
+from finetune.data.mixture import parse_sources
 from finetune.data.packing import deal_step, epoch_steps
-from finetune.data.rows import ProblemList, iter_rows
+from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
+from finetune.data.samples import row_options
 from finetune.planning.activations import MicroBatch, PlannedModel, checkpointed_layers
 from finetune.planning.flops import recompute_flops, step_flops
 from finetune.planning.machine import Machine
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory, setup_of
 from finetune.process.precision import choose_precision
+from finetune.training.options import total_steps
 
 ROWS_SAMPLED = 4000
 STEPS_SAMPLED = 100
@@ -52,25 +57,31 @@ class Outcome(NamedTuple):
     hours: float
 
 
-def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
+def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
     """从数据里均匀抽取至多 ROWS_SAMPLED 行（蓄水池抽样，次序固定）并编码；内存里只有抽到的行。
 
     Raises:
         ValueError: 抽到的行有错，或全部超长而被 --is_skip 丢弃。
     """
     generator, rows, count = random.Random(args.seed), [], 0
-    for row in iter_rows(args.train_path):
+    for path, row in weighted_rows(args, generator):
         count += 1
         if len(rows) < ROWS_SAMPLED:
-            rows.append(row)
+            rows.append((path, row))
         elif (place := generator.randrange(count)) < ROWS_SAMPLED:
-            rows[place] = row
+            rows[place] = path, row
     options = {"max_len": args.max_len, "max_src_len": args.max_src_len, **prompting._asdict()}
-    chunk = encode_chunk(rows, tokenizer, str(args.train_path), "train", options)
-    problems = ProblemList(args.train_path)
-    problems.add(chunk.problems)
-    problems.raise_if_any()
-    flags, lengths = chunk.arrays["flags"], chunk.arrays["lengths"]
+    chunks = []
+    for path in dict.fromkeys(path for path, _ in rows):
+        own_rows = [row for other, row in rows if other == path]
+        chunks.append(encode_chunk(own_rows, tokenizer, path, "train", options, row_options(vars(args))))
+        problems = ProblemList(path)
+        problems.add(chunks[-1].problems)
+        problems.raise_if_any()
+    flags, lengths, num_targets = (
+        np.concatenate([np.zeros(0, dtype=int), *(chunk.arrays[name] for chunk in chunks)])
+        for name in ("flags", "lengths", "num_targets")
+    )
     keep = np.ones(len(lengths), dtype=bool) if not args.is_skip else (flags & (SRC_CUT | TGT_CUT)) == 0
     if not keep.any():
         raise ValueError(f"数据文件 {args.train_path} 里没有可用的样本（空的，或全部超长被 --is_skip 丢弃）")
@@ -78,14 +89,23 @@ def sample_data(args: Namespace, tokenizer, prompting) -> DataSample:
         num_rows=count,
         num_read=len(rows),
         lengths=lengths[keep].tolist(),
-        num_targets=chunk.arrays["num_targets"][keep].tolist(),
+        num_targets=num_targets[keep].tolist(),
         num_src_cut=int((flags[keep] & SRC_CUT > 0).sum()),
         num_tgt_cut=int((flags[keep] & TGT_CUT > 0).sum()),
         num_skipped=int((~keep).sum()),
     )
 
 
-def largest_micro_batch(args: Namespace, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:
+def weighted_rows(args: TrainOptions, generator: random.Random) -> Iterator[tuple[str, RawRow | Problem]]:
+    """训练数据的 (文件, 行)，各行按它的文件的份量出现，--val_ratio 的份额略去。"""
+    for path, weight in parse_sources(args.train_path):
+        whole, part = divmod(weight * (1 - (args.val_ratio or 0)), 1)
+        for row in iter_rows(path):
+            for _ in range(int(whole) + (part > 0 and generator.random() < part)):
+                yield path, row
+
+
+def largest_micro_batch(args: TrainOptions, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:
     """真的排出头 STEPS_SAMPLED 步（与训练同样的次序与装箱）→ (最坏的 micro batch，是否有一步含几个)。
 
     最坏的一个由 token 最多的与目标最多的合成。
@@ -108,7 +128,7 @@ def largest_micro_batch(args: Namespace, sample: DataSample, cards: int) -> tupl
 
 
 def evaluate(
-    args: Namespace,
+    args: TrainOptions,
     ds_config: dict,
     model: PlannedModel,
     sample: DataSample,
@@ -127,8 +147,7 @@ def evaluate(
         plan.host["冻结底层的缓存"] = num_tokens * model.shape.hidden * setup.element_bytes
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * cards
     steps_per_epoch = -(-round(len(sample.lengths) * sample.scale) // global_batch)
-    num_steps = steps_per_epoch * args.num_train_epochs
-    num_steps = num_steps if args.max_steps == -1 else min(num_steps, args.max_steps)
+    num_steps = total_steps(steps_per_epoch, args)
     trained_layers = len(model.layers) - model.first_trained_layer
     flops = step_flops(model.shape, sample.lengths, sum(sample.num_targets), args.train_type, trained_layers)
     flops += recompute_flops(
@@ -150,10 +169,10 @@ def utilisation(setup: Setup) -> float:
 
 
 def plan_on_cards(
-    args: Namespace, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
+    args: TrainOptions, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
 ) -> Outcome:
     """没有 GPU 的机器上，同样的参数换成每个进程一张卡；--precision auto 按直接计算 bf16 的卡。"""
-    variant = Namespace(**{**vars(args), "precision": "bf16" if args.precision == "auto" else args.precision})
+    variant = replace(args, precision="bf16" if args.precision == "auto" else args.precision)
     return evaluate(variant, ds_config, model, sample, machine._replace(device="cuda"), cards)
 
 

@@ -1,7 +1,6 @@
 """推算的正文：一行一项。"""
 
-from argparse import Namespace
-
+from finetune.cli.train_flags import TrainOptions
 from finetune.planning.activations import PlannedModel
 from finetune.planning.estimate import CARD_SIZES, DataSample, Outcome, cards_that_fit, utilisation
 from finetune.planning.machine import Machine
@@ -9,7 +8,7 @@ from finetune.planning.memory import GIB, checkpoint_bytes
 
 
 def describe(
-    args: Namespace,
+    args: TrainOptions,
     model: PlannedModel,
     sample: DataSample,
     machine: Machine,

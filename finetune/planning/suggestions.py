@@ -1,10 +1,12 @@
 """放得下的改法，以及都放不下时还能试的。"""
 
 import os
-from argparse import Namespace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+from finetune.cli.train_flags import TrainOptions
+from finetune.methods.registry import TRAIN_METHODS
 from finetune.planning.activations import QUANTIZED_BYTES, PlannedModel
 from finetune.planning.estimate import DataSample, Outcome, evaluate, fits, largest_micro_batch
 from finetune.planning.machine import Machine
@@ -15,7 +17,7 @@ OFFLOAD_FILE, NO_OFFLOAD_FILE = "ds_zero3_offload.json", "ds_zero2_no_offload.js
 
 
 def suggestions(
-    args: Namespace, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
+    args: TrainOptions, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
 ) -> list[tuple[str, Outcome]]:
     """放得下的改法：重算、micro batch、卸载、量化、加卡（没有 GPU 时减少进程）的各种组合。
 
@@ -43,9 +45,12 @@ def suggestions(
     for num_cards, ds_file, checkpointing, size, quantization in choices:
         if quantization and stages[ds_file] == 3:
             continue
-        variant = Namespace(**{**vars(args), "gradient_checkpointing": checkpointing})
-        variant.per_device_train_batch_size = size
-        variant.gradient_accumulation_steps = accumulation * (batch_size // size) * max(1, cards // num_cards)
+        variant = replace(
+            args,
+            gradient_checkpointing=checkpointing,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation * (batch_size // size) * max(1, cards // num_cards),
+        )
         more_accumulation = f" --gradient_accumulation_steps {variant.gradient_accumulation_steps}"
         if variant.gradient_accumulation_steps == accumulation:
             more_accumulation = ""
@@ -68,13 +73,9 @@ def suggestions(
     return [(label, outcome) for *_, label, outcome in found]
 
 
-def last_resorts(args: Namespace, machine: Machine, outcome: Outcome) -> str:
+def last_resorts(args: TrainOptions, machine: Machine, outcome: Outcome) -> str:
     """suggestions 一个也没有时还能试的；已经在用的不提。"""
-    ways = {"full": ["换 --train_type lora 或 freeze"], "freeze": ["少选几层或换 --train_type lora"]}.get(
-        args.train_type, []
-    )
-    ways += ["去掉 --prefix_projection"] if args.train_type == "ptuning" and args.prefix_projection else []
-    ways.append("调小 --max_len")
+    ways = [*TRAIN_METHODS[args.train_type].smaller(args), "调小 --max_len"]
     if machine.device_bytes is not None and outcome.plan.device_bytes > machine.device_bytes:
         ways.append("换更大的卡")
     if outcome.plan.host_bytes > machine.host_bytes:

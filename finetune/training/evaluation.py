@@ -1,7 +1,6 @@
 """训练中的评估：何时评、评什么、最好的是哪一步、何时停；不改动任何参数、随机状态与训练曲线。"""
 
 import math
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,48 +8,56 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from finetune.data.options import DataOptions
 from finetune.data.prompting import Prompting, encode_prompt
-from finetune.data.samples import read_samples
+from finetune.data.samples import read_samples, row_options
 from finetune.data.step_loader import StepLoader, batch_to_device
 from finetune.inference.generation import generate_batch, make_generation_config, plan_batches
 from finetune.metrics.registry import LOWER_IS_BETTER, METRICS
 from finetune.process.random_state import random_state, set_random_state
 from finetune.training.log import TrainLog
+from finetune.training.options import EvaluationOptions
 from utils import broadcast_from_rank_0, global_rank, log_rank_0, world_size, write_json
 
 BEST_FILE = "best.json"
 
 
 class Evaluation:
-    """--eval_path 的评估；没有 --eval_path 时 is_due() 总是假。
+    """--eval_path 或 --val_ratio 的评估；两者都没有时 is_due() 总是假。
 
     Args:
-        data_set: --eval_path 的数据；没有则为 None。
+        batch_size: 每批的行数。
+        data_set: 评估的数据；没有则为 None。
         sha256: 它的文件的哈希；换了数据或指标，以前的分数不可比，从头算最好的。
         state: 续训时 state() 存下的；从头开始为 None。
     """
 
     def __init__(
         self,
-        args: Namespace,
+        options: EvaluationOptions,
+        data: DataOptions,
+        batch_size: int,
         data_set,
         tokenizer,
         prompting: Prompting,
         sha256: str | None,
         state: dict | None = None,
     ):
-        self.args, self.data_set, self.tokenizer = args, data_set, tokenizer
-        self._identity = [args.eval_metric, args.eval_max_new_tokens, sha256]
+        self.options, self.data, self.batch_size = options, data, batch_size
+        self.data_set, self.tokenizer = data_set, tokenizer
+        self._identity = [options.eval_metric, options.eval_max_new_tokens, sha256]
         state = state or {"identity": self._identity, "best": None, "num_worse": 0, "is_owed": False}
         is_same = state["identity"] == self._identity
         self.best: dict | None = state["best"] if is_same else None  # best.json 的内容
         self.num_worse: int = state["num_worse"] if is_same else 0  # 连续多少次评估没有更好
         self.is_owed: bool = state["is_owed"] and data_set is not None  # 一次评估被打断，还没有做
         self._prompts, self._references = [], []
-        if data_set is not None and args.eval_metric != "nll":
-            rows = {row.line: row for row in read_samples(args.eval_path, split="predict")}
-            for row in (rows[line] for line in data_set.lines):
-                limits = {"max_src_len": args.max_src_len, **prompting._asdict()}
+        if data_set is not None and options.eval_metric != "nll":
+            how = row_options(vars(data))
+            files = {path: read_samples(path, "predict", options=how) for path in dict.fromkeys(data_set.paths)}
+            for path, number in zip(data_set.paths, data_set.rows.tolist(), strict=True):
+                row = files[path][number]
+                limits = {"max_src_len": data.max_src_len, **prompting._asdict()}
                 self._prompts.append(encode_prompt(tokenizer, row.messages, **limits))
                 self._references.append(row.references)
 
@@ -61,13 +68,13 @@ class Evaluation:
 
     def is_due(self, step: int, is_epoch_end: bool) -> bool:
         """第 step 步之后要不要评估：每轮结束、每 --eval_step 步、欠着的时候。"""
-        is_eval_step = self.args.eval_step > 0 and step % self.args.eval_step == 0
+        is_eval_step = self.options.eval_step > 0 and step % self.options.eval_step == 0
         return self.data_set is not None and (is_epoch_end or is_eval_step or self.is_owed)
 
     @property
     def has_stopped(self) -> bool:
         """连续 --early_stopping_patience 次没有更好，该停了。"""
-        return 0 < self.args.early_stopping_patience <= self.num_worse
+        return 0 < self.options.early_stopping_patience <= self.num_worse
 
     def run(self, engine, log: TrainLog, checkpoint: str, epoch: float, should_stop: Callable[[], bool]) -> bool:
         """评估一次，写进日志；返回是否比以往好：分数更好，或分数相同而 NLL 更低。集合操作。
@@ -76,11 +83,11 @@ class Evaluation:
             checkpoint: 这一步的检查点的目录名；超过以往时它就是最好的。
             should_stop: 每批之前由所有进程调用，一致地为真时放弃：返回 False，记为欠着，续训时补上。
         """
-        args, step, metric = self.args, engine.global_steps, self.args.eval_metric
+        step, metric = engine.global_steps, self.options.eval_metric
         self.is_owed = True
         scores = self._scores(engine, should_stop)
         if scores is None:
-            log_rank_0(f"评估 {args.eval_path}：被打断，续训时补上")
+            log_rank_0(f"评估 {self.data_set.path}：被打断，续训时补上")
             return False
         self.is_owed = False
         log.write({"step": step, "epoch": epoch, **{f"eval/{name}": value for name, value in scores.items()}}, step)
@@ -99,11 +106,11 @@ class Evaluation:
             return False
         if self.best is None or found["score"] == self.best["score"]:
             return self.best is None or found["nll"] < self.best["nll"]
-        return (found["score"] < self.best["score"]) is (self.args.eval_metric in LOWER_IS_BETTER)
+        return (found["score"] < self.best["score"]) is (self.options.eval_metric in LOWER_IS_BETTER)
 
     def _print(self, step: int, scores: dict[str, float], is_better: bool):
-        metric = self.args.eval_metric
-        text = f"评估 {self.args.eval_path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
+        metric = self.options.eval_metric
+        text = f"评估 {self.data_set.path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
         if metric != "nll":
             interval = f"[{scores[f'{metric}_ci_low']:.4f}, {scores[f'{metric}_ci_high']:.4f}]"
             text += f"，{metric} {scores[metric]:.4f}，95% 区间 {interval}"
@@ -114,29 +121,23 @@ class Evaluation:
 
     def _scores(self, engine, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """{指标: 分数}，总有 nll；生成的指标另有区间。放弃时为 None。"""
-        args = self.args
+        metric, data, pad_token_id = self.options.eval_metric, self.data, self.tokenizer.pad_token_id
         nll = evaluate_nll(
-            engine,
-            self.data_set,
-            args.per_device_train_batch_size,
-            args.max_len,
-            self.tokenizer.pad_token_id,
-            args.packing,
-            should_stop,
+            engine, self.data_set, self.batch_size, data.max_len, pad_token_id, data.packing, should_stop
         )
-        if nll is None or args.eval_metric == "nll":
+        if nll is None or metric == "nll":
             return None if nll is None else {"nll": nll}
         generated = generate_on_all_ranks(
-            engine, self._prompts, args.eval_max_new_tokens, args.per_device_train_batch_size, should_stop
+            engine, self._prompts, self.options.eval_max_new_tokens, self.batch_size, should_stop
         )
         if generated is None:
             return None
 
         def measure() -> dict[str, float]:
             predictions = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in generated]
-            found = METRICS[args.eval_metric](predictions, self._references)
+            found = METRICS[metric](predictions, self._references)
             names = {"score": "", "ci_low": "_ci_low", "ci_high": "_ci_high"}
-            return {f"{args.eval_metric}{suffix}": found[name] for name, suffix in names.items()}
+            return {f"{metric}{suffix}": found[name] for name, suffix in names.items()}
 
         return {"nll": nll, **broadcast_from_rank_0(measure)}
 

@@ -1,6 +1,5 @@
 """训练前后在通用文字上的 NLL 与离基座的 KL：调好的模型忘了多少。"""
 
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +14,7 @@ from finetune.data.plain_text import general_pieces
 from finetune.data.prompting import EncodedSample
 from finetune.data.step_loader import batch_to_device
 from finetune.training.evaluation import evaluating
+from finetune.training.options import ForgettingOptions
 from utils import global_rank, log_rank_0, raise_together, world_size, write_failed, write_json
 
 FORGETTING_FILE = "forgetting.json"
@@ -116,9 +116,9 @@ def _all_reduced(total: Tensor, device: torch.device) -> Tensor:
     return total.cpu()
 
 
-def open_forgetting(args: Namespace, engine, tokenizer) -> Forgetting | None:
+def open_forgetting(options: ForgettingOptions, max_len: int, engine, tokenizer) -> Forgetting | None:
     """--general_path：记下基座在通用文字上的分布；没有要求时为 None。集合操作。"""
-    if args.general_path is None:
+    if options.general_path is None:
         return None
-    pieces = general_pieces(args.general_path, tokenizer, args.max_len, args.replay_path)
-    return Forgetting(engine, pieces, tokenizer.pad_token_id, args.forgetting_threshold)
+    pieces = general_pieces(options.general_path, tokenizer, max_len, options.replay_path)
+    return Forgetting(engine, pieces, tokenizer.pad_token_id, options.forgetting_threshold)
