@@ -1,6 +1,6 @@
 """机器忙时是不是同样的位：旁边有程序占满每个核，同样的训练重复若干次，末了的权重、优化器状态与日志逐位比较。
 
-    python benchmarks/reliability/same_bits.py --output benchmarks/reliability            # 五种各 20 次
+    python benchmarks/reliability/same_bits.py --output benchmarks/reliability/results    # 五种各 20 次
     python benchmarks/reliability/same_bits.py --output /tmp/bits --runs 3 --kinds lora-2 # 小的形式
 
 pretrain 是微型预训练 200 步；其余是 train.py 的 60 步（方法-进程数）。每次都是新的进程：从已经导入了各库、还没有算过
