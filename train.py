@@ -110,6 +110,7 @@ def main() -> int:
         rank=global_rank(),
         pad_token_id=tokenizer.pad_token_id,
         packing=args.packing,
+        with_offsets=args.cache_frozen != "none",
     )
     num_steps = total_steps(loader.steps_per_epoch, args)
     if resume_from is not None and resume_from.step >= num_steps:

@@ -199,7 +199,9 @@ def make(state=None, sha256="a", **options) -> Evaluation:
     defaults = {"eval_step": 0, "eval_metric": "nll", "eval_max_new_tokens": 128, "early_stopping_patience": 2}
     data = DataOptions(eval_path=ROOT / "data" / "cls_1.json")
     chosen = EvaluationOptions(**{**defaults, **options})
-    return Evaluation(chosen, data, 4, SimpleNamespace(path="rows.json", paths=[], rows=np.zeros(0, int)), None, None, sha256, state)
+    return Evaluation(
+        chosen, data, 4, SimpleNamespace(path="rows.json", paths=[], rows=np.zeros(0, int)), None, None, sha256, state
+    )
 
 
 def test_when_an_evaluation_is_due():
