@@ -59,7 +59,7 @@ def engine_of(tiny_checkpoint):
         required = ["--train_path", "-", "--output_dir", "-", "--model_name_or_path", str(path)]
         args = parse_args([*required, "--train_type", method, *flags])
         config = load_config(path)
-        model = build_model(args, config, torch.float32, torch.device("cpu"), None)
+        model = build_model(args, config, "fp32", {})
         torch.manual_seed(3)
         with torch.no_grad():
             for parameter in model.parameters():
