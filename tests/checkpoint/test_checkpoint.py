@@ -251,8 +251,8 @@ def test_manifest_counts_tensors(saved):
 @pytest.mark.deepspeed
 def test_verify_at_the_command_line(saved):
     def verify(directory: Path):
-        command = [sys.executable, str(ROOT / "checkpoint.py"), "verify", str(directory)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-m", "finetune.checkpoint", "verify", str(directory)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     good = verify(saved)
     assert (good.returncode, good.stdout) == (0, f"{saved}：完整\n")
