@@ -52,7 +52,7 @@ class BaichuanDataSet:
         user_token_id: int = 195,
         assistant_token_id: int = 196,
         template: dict[str, str] | None = None,
-        row_options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+        row_options: RowOptions = RowOptions(),
         is_skip: bool = False,
         drop_duplicates: bool = False,
         cache_dir: str | os.PathLike | None = None,

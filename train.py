@@ -30,6 +30,7 @@ from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
+from finetune.process.arithmetic import settle_arithmetic
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.precision import choose_precision
@@ -84,6 +85,7 @@ def main() -> int:
     ds_config, config = validate_args(args)
     if args.dry_run:
         return dry_run(args, ds_config, config)
+    settle_arithmetic()
     clean_leftovers()
     skip_ops_without_compiler()
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
@@ -122,7 +124,8 @@ def main() -> int:
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")
     configs = {"ds_config.json": ds_config, "run_config.json": run_config}
-    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs)
+    reports = args.report_to.split(",")
+    log = open_log(output_dir, args.logging_dir, num_steps, args.show_loss_step, progress.get("log"), configs, reports)
     frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
@@ -271,7 +274,7 @@ def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, pr
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)
-    engine = open_engine(model, args.weight_decay, ds_config)
+    engine = open_engine(model, args.weight_decay, ds_config, saves_state=args.save_trainer_state)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
 

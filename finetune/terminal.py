@@ -1,8 +1,8 @@
-"""终端：表格按全角字符的显示宽度对齐，说明写到标准错误。"""
+"""给人看的文字：终端的表格按全角字符的显示宽度对齐，说明写到标准错误；报告的 Markdown 表。"""
 
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def note(message: str) -> None:
@@ -49,3 +49,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """表头与各行 → Markdown 的表。"""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("\n", " ") for cell in line) + " |" for line in lines)

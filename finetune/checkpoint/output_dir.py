@@ -1,13 +1,13 @@
 """output_dir 的一生：占住、上一次的结果移走、检查点的查找、轮换与清理。"""
 
-from collections.abc import Iterator
-from pathlib import Path
-from utils import log_rank_0
-import fcntl
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils import first_free, log_rank_0, try_lock
 
 CHECKPOINT_NAME = re.compile(r"^epoch-(\d+)-step-(\d+)$")
 RUN_CONFIG = "run_config.json"

@@ -12,6 +12,7 @@ import transformers
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
 from finetune.options import flags_of
+from finetune.process.arithmetic import describe_arithmetic
 from utils import file_sha256, world_size
 
 UNRECORDED = ("local_rank", "dry_run")
@@ -39,6 +40,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,
+        "arithmetic": describe_arithmetic(),
         "ds_file": ds_config,
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),
         "world_size": world_size(),

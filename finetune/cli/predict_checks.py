@@ -1,6 +1,7 @@
 """predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
 
 import os
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +10,14 @@ import torch
 from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
 from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.checkpoint.quantized import quantization_problems
-from finetune.cli.predict_flags import PredictOptions
+from finetune.cli.predict_flags import CheckpointOptions, PredictOptions
 from finetune.data.prompting import max_prompt_tokens
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
+from finetune.inference.options import ServeOptions
 from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
+from finetune.inference.serve import bind, check_installed
+from finetune.options import flags_of, problems_of
+from finetune.process.accelerator import accelerator_name, default_device, device_count
 from finetune.terminal import note
 from utils import read_json
 
@@ -23,7 +28,8 @@ class Plan(NamedTuple):
     checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
     adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
     device: torch.device
-    rows: list[Sample]  # 要预测的行；空的是对话
+    rows: list[Sample]  # 要预测的行；空的是对话或服务
+    listener: socket.socket | None = None  # --serve 占住的地址
 
 
 def option_problems(args: PredictOptions) -> list[str]:
@@ -38,7 +44,8 @@ def option_problems(args: PredictOptions) -> list[str]:
         problems.append("请给出 --model_path（一个检查点）或 --compare（两个以上），不能都不给，也不能同时给")
     for name in ("output_path", "metric", "batch_size"):
         is_html = name == "output_path" and args.compare
-        if getattr(args, name) is not None and args.test_path is None and not is_html:
+        is_served = name == "batch_size" and args.serve is not None
+        if getattr(args, name) is not None and args.test_path is None and not is_html and not is_served:
             problems.append(f"--{name} 只用于文件预测，请同时给出 --test_path")
     if args.num_gpus < 1 or (args.num_gpus > 1 and (args.test_path is None or args.compare)):
         problems.append(f"--num_gpus({args.num_gpus}) 必须是正整数，大于 1 时只用于 --test_path 的文件预测")
@@ -46,6 +53,7 @@ def option_problems(args: PredictOptions) -> list[str]:
         problems.append("几个 --adapter 只用于对话（/adapter 切换），预测请只给一个，对照请用 --compare")
     problems += quantization_problems(args)
     problems += compare_problems(args, single) if args.compare else []
+    problems += serve_problems(args)
     if any(not text for text in args.stop or ()):
         problems.append("--stop 里有空的文字，请去掉")
     labels = args.label_scores
@@ -86,24 +94,34 @@ def compare_problems(args: PredictOptions, single: bool) -> list[str]:
     return problems
 
 
-def choose_device(requested: str, num_gpus: int) -> torch.device:
-    """--device 的设备；写法不对、没有这块 GPU 或 GPU 不够 num_gpus 块时抛 ValueError。"""
-    if num_gpus > 1 and requested != "cpu" and (requested not in ("auto", "cuda") or torch.cuda.is_available()):
-        if requested not in ("auto", "cuda"):
-            raise ValueError(f"--num_gpus {num_gpus} 时 --device({requested}) 只能是 auto、cuda 或 cpu")
-        if num_gpus > torch.cuda.device_count():
-            raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {torch.cuda.device_count()} 块 GPU，请调小")
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def serve_problems(args: PredictOptions) -> list[str]:
+    """--serve 特有的问题：输入、输出与采样的设置对服务不起作用。"""
+    if args.serve is None:
+        return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
+    used = {field.name for field in (*flags_of(CheckpointOptions), *flags_of(ServeOptions))} - {"compare", "num_gpus"}
+    used |= {"precision", "batch_size", "max_new_tokens"}
+    problems = [f"--{name} 对 --serve 不起作用，请去掉它，或写在请求里" for name in args.given if name not in used]
     try:
-        device = torch.device(requested)
-    except RuntimeError as error:
-        raise ValueError(f"--device({requested}) 写法不对，可用 auto、cpu、cuda、cuda:0 等") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device({requested}) 不支持，可用 auto、cpu、cuda、cuda:0 等")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device({requested}) 不可用：本机有 {torch.cuda.device_count()} 块 GPU，请改用 auto 或 cpu")
-    return device
+        check_installed()
+    except ValueError as error:
+        problems.append(str(error))
+    return [*problems, *problems_of(args)]
+
+
+def choose_device(requested: str, num_gpus: int) -> torch.device:
+    """--device 的设备；写法不对、没有这块卡或卡不够 num_gpus 块时抛 ValueError。"""
+    if requested == "cpu":
+        return torch.device("cpu")
+    name, count = accelerator_name(), device_count()
+    kind, _, index = requested.partition(":")
+    if kind not in ("auto", name) or (index and not index.isdecimal()) or requested.startswith("auto:"):
+        known = "auto、cpu" + (f"、{name}、{name}:0 等" if count else "（本机没有加速卡）")
+        raise ValueError(f"--device({requested}) 不可用，可用 {known}")
+    if int(index or 0) >= count > 0:
+        raise ValueError(f"--device({requested}) 不可用：本机有 {count} 块卡，请改用 auto 或 cpu")
+    if num_gpus > 1 and count and (index or num_gpus > count):
+        raise ValueError(f"--num_gpus({num_gpus}) 超过了本机的 {count} 块卡，或 --device({requested}) 只指定了一块")
+    return default_device(int(index) if index else None)
 
 
 def reading_options(args: PredictOptions, checkpoints: list[Checkpoint]) -> RowOptions:
@@ -218,6 +236,7 @@ def prepare(args: PredictOptions) -> Plan:
         if args.max_new_tokens is None:
             args.max_new_tokens = min(512, shortest // 2)
         attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
+    listener = attempt(bind, args.serve) if args.serve is not None and not problems else None
     if problems:
         raise ValueError("\n".join(problems))
-    return Plan(checkpoints, adapters, device, rows)
+    return Plan(checkpoints, adapters, device, rows, listener)

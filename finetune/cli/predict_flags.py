@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from finetune.cli.parser import Parser
 from finetune.data.prompting import prompt_format_choice
 from finetune.data.samples import separator_choice
-from finetune.inference.options import GenerationOptions
+from finetune.inference.options import GenerationOptions, ServeOptions
 from finetune.options import flag
 
 
@@ -29,7 +29,7 @@ class CheckpointOptions:
         metavar="目录",
     )
     base_model_path: str | None = flag(None, "适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
-    device: str = flag("auto", "auto | cpu | cuda | cuda:N；auto 有 GPU 用 GPU")
+    device: str = flag("auto", "auto、cpu，或加速卡的种类与编号，如 cuda、cuda:1、npu:0；auto 有卡用卡")
     num_gpus: int = flag(1, "文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）")
     load_in_4bit: bool = flag(False, "基座量化成 4 位（nf4），要 bitsandbytes（缺省不量化）")
     load_in_8bit: bool = flag(False, "基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")
@@ -68,11 +68,12 @@ GROUPS = {
     "模型": (CheckpointOptions,),
     "输入与输出（都不给则在终端对话）": (InputOptions,),
     "生成（缺省贪心）": (GenerationOptions,),
+    "服务（代替输入与输出）": (ServeOptions,),
 }
 
 
 @dataclass
-class PredictOptions(GenerationOptions, InputOptions, CheckpointOptions):
+class PredictOptions(ServeOptions, GenerationOptions, InputOptions, CheckpointOptions):
     """predict.py 的全部参数；要其中一组的函数可以直接拿它。"""
 
     given: tuple[str, ...] = ()  # 命令行明确写出的参数名
@@ -80,7 +81,7 @@ class PredictOptions(GenerationOptions, InputOptions, CheckpointOptions):
 
 def build_parser() -> Parser:
     """predict.py 的解析器；结果里只有命令行写出的参数。"""
-    return Parser("predict.py", "用训练好的检查点预测、评测、对照，或在终端里对话", GROUPS)
+    return Parser("predict.py", "用训练好的检查点预测、评测、对照、在终端里对话，或开 HTTP 服务", GROUPS)
 
 
 def parse_args(argv: list[str] | None = None) -> PredictOptions:

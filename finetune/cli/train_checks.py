@@ -5,8 +5,6 @@
 
 from pathlib import Path
 
-import torch
-
 from baichuan import BaichuanConfig
 from finetune.checkpoint.base_model import checked_skeleton, load_config
 from finetune.checkpoint.quantized import quantization_problems
@@ -17,6 +15,7 @@ from finetune.data.prompting import read_template
 from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
+from finetune.process.accelerator import has_accelerator
 from finetune.training.anomaly import spike_choice
 from finetune.training.ds_config import read_ds_config
 from finetune.training.ds_config_check import fixed_numbers
@@ -74,7 +73,7 @@ def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
     problems += quantization_problems(args, ds_config)
     if args.max_src_len >= args.max_len:
         problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
-    if args.precision == "fp16" and not torch.cuda.is_available():
+    if args.precision == "fp16" and not has_accelerator():
         problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
     if args.prompt_format.endswith(".json"):
         read(read_template, args.prompt_format)

@@ -149,21 +149,10 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
         stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def longer_rows(path: Path, parts: Parts, max_input_chars: int, max_output_chars: int | None) -> list[Row]:
-    """只用于预训练的较长的行：与四份的文档都不相近，输入至多 max_input_chars 字，回答至多是四份的两倍。"""
-    rows = read_rows(path, max_input_chars, None if max_output_chars is None else 2 * max_output_chars)
-    taken = [document_text(row) for part in parts for row in part]
-    kept = set(without_near([document_text(row) for row in rows], taken))
-    return [row for row in rows if document_text(row) in kept]
-
-
 def prepare_task(task: dict[str, Any], seed: int, directory: Path) -> dict[str, int]:
     """拆一个任务，核对泄漏，写出 directory/{test,dev,pretrain,train}.json → 各份的行数与互不相近的文档总数。"""
     rows = read_rows(ROOT / task["path"], task.get("max_input_chars"), task.get("max_output_chars"))
     parts = split_by_document(rows, task["test"], task["dev"], task.get("pretrain", 0), seed)
-    if task.get("pretrain_max_input_chars"):
-        longer = longer_rows(ROOT / task["path"], parts, task["pretrain_max_input_chars"], task.get("max_output_chars"))
-        parts = parts._replace(pretrain=[*parts.pretrain, *longer])
     num_documents = check_leakage(parts._asdict(), task["name"])
     for part, part_rows in parts._asdict().items():
         write_rows(directory / f"{part}.json", part_rows)

@@ -47,7 +47,7 @@ def encode_chunk(
     path: str,
     split: str,
     options: dict[str, Any],
-    row_options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    row_options: RowOptions = RowOptions(),
 ) -> EncodedChunk:
     """解析并编码一批行；纯函数，只用到 json、sentencepiece 与 numpy，可以在 fork 出的子进程里运行。"""
     problems: list[Problem] = []
@@ -110,7 +110,7 @@ def encode_file(
     path: str,
     tokenizer,
     options: dict[str, Any],
-    row_options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    row_options: RowOptions = RowOptions(),
     is_skip: bool = False,
     drop_duplicates: bool = False,
     workers: int | None = None,

@@ -119,7 +119,7 @@ def read_samples(
     path: str | os.PathLike,
     split: str = "train",
     max_problems: int = MAX_PROBLEMS,
-    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    options: RowOptions = RowOptions(),
 ) -> list[Sample]:
     """读出文件的全部样本。
 
@@ -142,7 +142,7 @@ def read_samples(
 
 def check_first_rows(
     path: str | os.PathLike,
-    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    options: RowOptions = RowOptions(),
     max_rows: int = FIRST_ROWS,
     max_bytes: int = FIRST_BYTES,
 ):
@@ -164,7 +164,7 @@ def parse_row(
     row: RawRow | Problem,
     path: str,
     split: str = "train",
-    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    options: RowOptions = RowOptions(),
 ) -> tuple[Sample | None, list[Problem]]:
     """把一行解析成 (样本, 错误)：有错误时样本为 None。纯函数，可在子进程里调用。"""
     if split not in SPLITS:

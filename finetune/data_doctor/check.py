@@ -3,7 +3,7 @@
     python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/ --test_path data/spo_1.json
 
 退出码：0 没有问题，1 只有警告（能训练，但多半不是本意），2 有错误（训练会拒绝这份数据，或命令行、路径写错）。
-逐行流式检查，内存与文件大小无关：在途的行至多 64 MiB，最长的一行至多 64 MiB，另有摘要的缓冲（见 duplicates.py）。
+逐行流式检查：在途的行至多 64 MiB，最长的一行至多 64 MiB，另有每行 32 字节的摘要（见 duplicates.py）。
 不给 --model_name_or_path 时长度按字符数统计，不检查截断。一行的检查见 rows.py，报告的样子见 report.py。
 """
 
@@ -11,6 +11,7 @@ import argparse
 import functools
 import os
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -24,14 +25,14 @@ from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
 from finetune.data.rows import MAX_PROBLEMS, Problem, iter_rows
 from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
 from finetune.data_doctor import show as show_module
-from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, DigestStore, compare
-from finetune.data_doctor.report import draw_picture, label_findings, render, to_json
+from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, compare
+from finetune.data_doctor.report import draw_picture, render, to_json
 from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
 from utils import write_json
 
 SEVERITIES = ("note", "warning", "error")
 EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
-MAX_LABELS, MIN_LABEL_ROWS = 50, 20
+MAX_LABELS, MIN_LABEL_ROWS, UNEVEN_RATIO = 50, 20, 10
 
 
 # ---- 一个文件 ----
@@ -64,7 +65,7 @@ class FileReport:
         self.unused += chunk.unused
         columns = {"src": chunk.lengths[:, 0], "tgt": chunk.lengths[:, 1], "total": chunk.lengths.sum(axis=1)}
         for name, values in columns.items():
-            self.lengths[name].update(_quantize(values).tolist())
+            self.lengths[name].update(values.tolist())
         if self.labels is not None:
             self.labels.update(answer for answer in chunk.answers if answer is not None)
             has_long_answer = any(a is None for a in chunk.answers) and self.split != "predict"
@@ -80,22 +81,11 @@ class FileReport:
         return total >= MIN_LABEL_ROWS and distinct <= min(MAX_LABELS, total // 10)
 
 
-def _quantize(lengths: np.ndarray) -> np.ndarray:
-    """长度取整到 12 位有效二进制位：不同取值至多几万种，相对误差小于 1/2000。"""
-    shift = np.maximum(0, np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) - 11)
-    return lengths >> shift << shift
-
-
 def examine_file(
-    report: FileReport,
-    index: int,
-    encoding: Encoding | None,
-    prompts: DigestStore,
-    documents: DigestStore,
-    workers: int | None,
-    options: RowOptions,
-) -> None:
-    """流式检查一个文件，填进 report；摘要送进 prompts 与 documents，最后一起比较。"""
+    report: FileReport, index: int, encoding: Encoding | None, workers: int | None, options: RowOptions
+) -> list[np.ndarray]:
+    """流式检查一个文件，填进 report；返回各批的摘要与位置，供 compare_rows 一起比较。"""
+    digests: list[np.ndarray] = []
     path = report.path
     base = np.uint64((TEST_BIT if report.split == "predict" else 0) | index << FILE_SHIFT)
     try:
@@ -109,16 +99,15 @@ def examine_file(
         ) as bar:
             for chunk in map_chunks(examine, chunks, path, choose_workers(path, workers)):
                 report.add_chunk(chunk)
-                positions = chunk.lines | base
-                prompts.add(chunk.digests[:, 0], chunk.digests[:, 1], positions)
-                documents.add(chunk.digests[:, 2], np.zeros_like(positions), positions)
+                digests.append(np.column_stack([chunk.digests, chunk.lines | base]))
                 bar.update(chunk.num_bytes)
     except (ValueError, OSError) as error:
         what, _, remedy = str(error).partition("，请")
         report.add([Problem(path, 1, "文件", what, f"请{remedy}" if remedy else "请检查文件内容与路径", code="file")])
-        return
+        return digests
     if not report.num_rows:
         report.add([Problem(path, 1, "文件", "没有任何样本（只有空白）", "请检查文件内容", code="file")])
+    return digests
 
 
 def _file_findings(path: str) -> Iterator[Problem]:
@@ -151,9 +140,9 @@ _CROSS_ROW = {
 }
 
 
-def compare_rows(reports: list[FileReport], prompts: DigestStore, documents: DigestStore, limit: int) -> dict[str, int]:
+def compare_rows(reports: list[FileReport], digests: np.ndarray, limit: int) -> dict[str, int]:
     """重复、同一输入不同回答、训练与测试共有的行：例子记入所在文件的 findings，返回各种的总数。"""
-    totals, found = compare(prompts, documents, limit)
+    totals, found = compare(digests, limit)
 
     def locate(position: int) -> tuple[FileReport, int]:
         return reports[(position & ~TEST_BIT) >> FILE_SHIFT], position & ((1 << FILE_SHIFT) - 1)
@@ -166,6 +155,37 @@ def compare_rows(reports: list[FileReport], prompts: DigestStore, documents: Dig
             text = what.format(f"{other_report.path}:{other_line}", match.count)
             report.add([Problem(report.path, line, "行", text, remedy, severity, code)])
     return totals
+
+
+def label_findings(report: FileReport, reports: list[FileReport]) -> Iterator[Problem]:
+    """回答像分类标签的文件：只有一种、很不均匀、写法略有不同、训练集里没有的标签。"""
+    if not report.is_labelled:
+        return
+
+    def warn(code: str, what: str, remedy: str) -> Problem:
+        return Problem(report.path, 1, "output", what, remedy, "warning", code)
+
+    ranked = report.labels.most_common()
+    (most, most_count), (least, least_count) = ranked[0], ranked[-1]
+    if len(report.labels) == 1:
+        yield warn(
+            "label_balance", f"{most_count} 行的回答全是「{most[:20]}」", "模型只会学到这一个回答，请补充其他标签的行"
+        )
+    elif most_count > UNEVEN_RATIO * least_count:
+        what = f"标签很不均匀：「{most[:20]}」{most_count} 行，「{least[:20]}」只有 {least_count} 行"
+        yield warn("label_balance", what, "请补充少的一类，评估时看每类的 F1 而不只看总的准确率")
+    spellings = defaultdict(list)
+    for label in report.labels:
+        spellings["".join(unicodedata.normalize("NFKC", label).casefold().split()).rstrip("。.")].append(label)
+    for same in spellings.values():
+        if len(same) > 1:
+            yield warn("label_variant", f"{'、'.join(map(repr, same[:4]))} 像是同一个标签的不同写法", "请统一成一种")
+    trained = [other.labels for other in reports if other.split == "train"]
+    if report.split == "predict" and all(labels is not None for labels in trained):
+        unseen = [label for label in report.labels if not any(label in labels for labels in trained)]
+        if unseen:
+            what = f"训练集里没有的标签：{'、'.join(label[:20] for label in unseen[:5])}（共 {len(unseen)} 种）"
+            yield warn("label_unseen", what, "模型学不到它们，请检查写法或重新划分")
 
 
 # ---- 命令 ----
@@ -239,16 +259,16 @@ def check_files(
     encoding: Encoding | None,
     max_findings: int,
     workers: int | None = None,
-    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    options: RowOptions = RowOptions(),
 ) -> tuple[list[FileReport], dict[str, int]]:
     """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)。"""
     reports = [FileReport(str(path), "train", max_findings) for path in paths]
     if test_path is not None:
         reports.append(FileReport(str(test_path), "predict", max_findings))
-    prompts, documents = DigestStore(), DigestStore()
+    digests = [np.zeros((0, 4), dtype=np.uint64)]
     for index, report in enumerate(reports):
-        examine_file(report, index, encoding, prompts, documents, workers, options)
-    totals = compare_rows(reports, prompts, documents, max_findings)
+        digests += examine_file(report, index, encoding, workers, options)
+    totals = compare_rows(reports, np.concatenate(digests), max_findings)
     for report in reports:
         report.add(label_findings(report, reports))
     return reports, totals

@@ -54,7 +54,7 @@ def examine_rows(
     path: str,
     split: str,
     encoding: Encoding | None,
-    options: RowOptions = RowOptions(),  # noqa: B008 （不可变）
+    options: RowOptions = RowOptions(),
 ) -> ChunkReport:
     """检查一批行；纯函数，可以在子进程里运行。split="predict"（测试集）的回答可缺。"""
     findings: list[Problem] = []

@@ -26,6 +26,7 @@ from finetune.inference.options import GenerationOptions
 from finetune.inference.predictor import Predictor, Record, prediction_dtype, report_unfinished
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
+from finetune.process import accelerator
 from finetune.terminal import note
 from utils import first_free, quiet_libraries, replacing, try_lock
 
@@ -235,15 +236,11 @@ def predict_in_workers(
         yield [], []
         yield from predictor.predict_batches(rows, prompts, batches)
         return
-    context = multiprocessing.get_context("spawn")  # CUDA 不能用 fork
+    context = multiprocessing.get_context("spawn")  # 加速卡不能用 fork
     tasks, results = context.Queue(), context.Queue()
     setup = (predictor.args, predictor.base, predictor.adapters, max(1, torch.get_num_threads() // number))
-    workers = [
-        context.Process(
-            target=work, args=(*setup, torch.device("cuda", k) if device.type == "cuda" else device, tasks, results)
-        )
-        for k in range(number)
-    ]
+    devices = [accelerator.default_device(k) if accelerator.is_card(device) else device for k in range(number)]
+    workers = [context.Process(target=work, args=(*setup, place, tasks, results)) for place in devices]
     try:
         for worker in workers:
             worker.start()
@@ -295,8 +292,8 @@ def work(
     quiet_libraries()
     torch.set_num_threads(num_threads)
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if accelerator.is_card(device):
+            accelerator.use_card(device)
         predictor = Predictor(args, base, adapters)
         predictor.load_model(device)
         results.put((None, [], []))

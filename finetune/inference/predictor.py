@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
 from finetune.checkpoint.quantized import quantization_of
@@ -150,12 +151,14 @@ class Predictor:
 
     # ---- 生成 ----
 
-    def generate_batch(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-        """一批提示词的续写，用现在的适配器与停止字符串；options 原样传给 generate。"""
+    def generate_batch(
+        self, prompts: list[list[int]], config: GenerationConfig | None = None, **options: Any
+    ) -> list[list[int]]:
+        """一批提示词的续写，用现在的适配器与停止字符串；config 缺省是命令行的，options 原样传给 generate。"""
         if self.stops:
             options["stopping_criteria"] = [StopStrings(self.tokenizer, self.stops)]
         with self._with_adapter():
-            return generate_batch(self.model, prompts, self.generation_config, **options)
+            return generate_batch(self.model, prompts, config or self.generation_config, **options)
 
     def predict_batches(
         self, rows: list[Sample], prompts: list[list[int]], batches: Iterable[list[int]]
