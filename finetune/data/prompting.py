@@ -303,6 +303,11 @@ class Prompting(NamedTuple):
     assistant_token_id: int
     template: dict[str, str] | None = None  # prompt_format 为 template 时的模板，见 read_template
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """模板规定的停止文字。"""
+        return (self.template["stop"],) if self.template and "stop" in self.template else ()
+
 
 def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prompting:
     """由检查点定下提示方式：generation_config.json 里有 user_token_id 的是对话模型（chat），没有的是基座（plain）。

@@ -310,7 +310,7 @@ def test_a_template_is_plain_text_around_the_messages():
     item = encode_sample(sample_of(*messages), LetterTokenizer(), "template", 99, 90, template=TEMPLATE)
     assert spelled(item.input_ids) == "规\nHuman: 一\nAssistant: 二\n$Human: 三\nAssistant: 四\n$"
     targets = [label if label != NO else ord("·") for label in item.labels]
-    assert spelled(targets) == "·" * 21 + "二\n$" + "·" * 20 + "四\n$"
+    assert spelled(targets) == "·" * 22 + "二\n$" + "·" * 20 + "四\n$"
     prompt = encode_prompt(LetterTokenizer(), messages[:-1], "template", template=TEMPLATE)
     assert prompt == item.input_ids[: item.num_src_tokens]
     assert spelled(prompt).endswith("三\nAssistant: ")
