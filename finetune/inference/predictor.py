@@ -115,8 +115,7 @@ class Predictor:
     @property
     def stops(self) -> list[str]:
         """出现任一就停的文字：--stop 的，与模板的 stop。"""
-        template = self.checkpoint.prompting.template or {}
-        return [*(self.args.stop or ()), *([template["stop"]] if template.get("stop") else [])]
+        return [*(self.args.stop or ()), *self.checkpoint.prompting.stops]
 
     # ---- 文字 ↔ id ----
 

@@ -263,7 +263,10 @@ class Service:
         def send(chunk: Chunk) -> None:
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        job = Job(self.names[request.model], prompt, max_new_tokens, send, **request.options)
+        adapter = self.names[request.model]
+        checkpoint = self.predictor.base if adapter is None else self.predictor.adapters[adapter]
+        job = Job(adapter, prompt, max_new_tokens, send, **request.options)
+        job.stops += checkpoint.prompting.stops
         try:
             self.batcher.submit(job)
         except QueueFull:
