@@ -6,6 +6,12 @@
     没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。被打断后加 --resume auto 接着训练。
 """
 
+from finetune.cli.train_checks import refuse_early, validate_args
+from finetune.cli.train_flags import TrainOptions, parse_args
+
+if __name__ == "__main__":
+    refuse_early()  # 命令行写错了马上说：下面的库要载入好几秒
+
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,8 +27,6 @@ from finetune.checkpoint.resume import open_run
 from finetune.checkpoint.run_record import describe_run
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
-from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.plain_text import replay_pieces
 from finetune.data.prompting import Prompting, resolve_prompt_format
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device

@@ -13,7 +13,7 @@ from finetune.data.prompting import Prompting
 from finetune.options import flags_of
 from utils import file_sha256, world_size
 
-UNRECORDED = ("local_rank", "dry_run")
+UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 

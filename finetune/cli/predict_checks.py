@@ -1,28 +1,31 @@
 """predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
 
 import os
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
-from finetune.checkpoint.output_dir import RUN_CONFIG
-from finetune.checkpoint.quantized import quantization_problems
-from finetune.cli.predict_flags import PredictOptions
+from finetune.checkpoint.options import quantization_problems
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, check_directory
+from finetune.cli.predict_flags import PredictOptions, parse_args
 from finetune.data.prompting import max_prompt_tokens
-from finetune.data.samples import Sample, read_samples
-from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
+from finetune.data.samples import Sample, check_first_rows, read_samples
+from finetune.inference.options import SAMPLING_DEFAULTS
 from finetune.terminal import note
 from utils import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.checkpoint.inspection import Checkpoint
 
 
 class Plan(NamedTuple):
     """载入权重之前已经核对过的一切。"""
 
-    checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
-    adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
-    device: torch.device
+    checkpoints: "list[Checkpoint]"  # 一个；--compare 时有几个
+    adapters: "dict[str, Checkpoint]"  # --adapter：名字 → 检查点
+    device: "torch.device"
     rows: list[Sample]  # 要预测的行；空的是对话
 
 
@@ -86,8 +89,10 @@ def compare_problems(args: PredictOptions, single: bool) -> list[str]:
     return problems
 
 
-def choose_device(requested: str, num_gpus: int) -> torch.device:
+def choose_device(requested: str, num_gpus: int) -> "torch.device":
     """--device 的设备；写法不对、没有这块 GPU 或 GPU 不够 num_gpus 块时抛 ValueError。"""
+    import torch
+
     if num_gpus > 1 and requested != "cpu" and (requested not in ("auto", "cuda") or torch.cuda.is_available()):
         if requested not in ("auto", "cuda"):
             raise ValueError(f"--num_gpus {num_gpus} 时 --device({requested}) 只能是 auto、cuda 或 cpu")
@@ -104,6 +109,28 @@ def choose_device(requested: str, num_gpus: int) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device({requested}) 不可用：本机有 {torch.cuda.device_count()} 块 GPU，请改用 auto 或 cpu")
     return device
+
+
+def refuse_early(argv: list[str] | None = None) -> None:
+    """命令行有错时立即列出并以退出码 2 结束：只看不必载入 torch 就能看的，其余留给 prepare。"""
+    args = parse_args(argv)
+    problems = option_problems(args)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", args.device):
+        problems.append(f"--device({args.device}) 写法不对，可用 auto、cpu、cuda、cuda:0 等")
+    checks = [(check_directory, Path(path)) for path in args.compare or ([args.model_path] if args.model_path else [])]
+    if args.test_path is not None:
+        checks.append((lambda path: check_first_rows(path, split="predict"), args.test_path))
+    if args.model_path and args.test_path and Path(args.model_path).is_file() and Path(args.test_path).is_dir():
+        problems.append(f"--model_path {args.model_path} 是文件，--test_path {args.test_path} 是目录：两个写反了")
+        checks = []
+    for check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        note("错误：\n" + "\n".join(problems))
+        raise SystemExit(2)
 
 
 def read_test_rows(args: PredictOptions) -> list[Sample]:
@@ -129,8 +156,11 @@ def read_test_rows(args: PredictOptions) -> list[Sample]:
     return rows
 
 
-def inspect_adapters(args: PredictOptions) -> dict[str, Checkpoint]:
+def inspect_adapters(args: PredictOptions) -> "dict[str, Checkpoint]":
     """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
+    from finetune.checkpoint.inspection import base_differences, inspect_checkpoint
+    from finetune.inference.predictor import short_names
+
     adapters = {}
     for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
         if not (Path(path) / ADAPTER_CONFIG).is_file():
@@ -158,13 +188,15 @@ def label_set(args: PredictOptions, rows: list[Sample]) -> list[str]:
     return labels
 
 
-def recorded_in(adapter: Checkpoint) -> str:
+def recorded_in(adapter: "Checkpoint") -> str:
     """适配器的基座记在它的哪个文件里，括号里的一句；没有记录时为空。"""
     return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
 
 
 def prepare(args: PredictOptions) -> Plan:
     """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
+    from finetune.checkpoint.inspection import inspect_checkpoint
+
     problems = option_problems(args)
 
     def attempt(step, *arguments):

@@ -16,7 +16,9 @@ from finetune.data.rows import MAX_PROBLEMS, Problem, ProblemList, RawRow, iter_
 FIRST_ROWS, FIRST_BYTES = 1000, 16 * 2**20
 
 
-def check_first_rows(path: str | os.PathLike, max_rows: int = FIRST_ROWS, max_bytes: int = FIRST_BYTES):
+def check_first_rows(
+    path: str | os.PathLike, max_rows: int = FIRST_ROWS, max_bytes: int = FIRST_BYTES, split: str = "train"
+):
     """只检查文件开头的 max_rows 行（不分词）：多数的错误在载入模型、编译算子之前就能说出来。
 
     Raises:
@@ -24,7 +26,7 @@ def check_first_rows(path: str | os.PathLike, max_rows: int = FIRST_ROWS, max_by
     """
     problems, num_bytes = ProblemList(path), 0
     for count, row in enumerate(iter_rows(path), 1):
-        problems.add(parse_row(row, str(path), "train")[1])
+        problems.add(parse_row(row, str(path), split)[1])
         num_bytes += len(row.content) if isinstance(row, RawRow) else 0
         if count == max_rows or num_bytes >= max_bytes:
             break

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
-from finetune.options import flag
-from finetune.process.precision import PRECISIONS
+from finetune.options import PRECISIONS, flag
+
+# 采样时没有写的取这些
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
-from finetune.checkpoint.quantized import quantization_of
+from finetune.checkpoint.options import quantization_of
 from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens
 from finetune.data.samples import Sample
 from finetune.inference.generation import (
@@ -21,13 +21,12 @@ from finetune.inference.generation import (
     plan_batches,
     target_nll,
 )
-from finetune.inference.options import GenerationOptions
+from finetune.inference.options import SAMPLING_DEFAULTS, GenerationOptions
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 from finetune.terminal import note
 
 # 对话里不用任何适配器的名字
 NO_ADAPTER = "无"
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 Record = dict[str, Any]
 
 

@@ -5,8 +5,6 @@ import time
 
 import torch
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-
 
 @functools.cache
 def cpu_bf16_speedup() -> float:

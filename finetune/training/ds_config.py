@@ -5,8 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetune.training.ds_config_check import ds_config_problems
 from utils import log_rank_0, read_json
 
@@ -28,6 +26,8 @@ def read_ds_config(path: str | Path) -> dict:
 
 def has_cpp_compiler() -> bool:
     """有没有编译器：DeepSpeed 自带的 Adam 要在首次使用时编译，在 GPU 上还要 CUDA 工具包（nvcc）。"""
+    import torch
+
     compiler = os.environ.get("CXX") or "g++"
     has_host_compiler = any(shutil.which(name) for name in (compiler, "c++", "clang++"))
     if not torch.cuda.is_available():

@@ -1,11 +1,11 @@
 """训练过程、日志、评估、遗忘与重放的参数。"""
 
+import math
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
-from finetune.options import above_zero, at_least, flag, share
-from finetune.process.precision import PRECISIONS
+from finetune.options import PRECISIONS, above_zero, at_least, flag, share
 
 
 def checkpointing_choice(value: str) -> str:
@@ -64,6 +64,24 @@ def total_steps(steps_per_epoch: int, options: StepOptions) -> int:
     """一共走几个优化器步。"""
     steps = steps_per_epoch * options.num_train_epochs
     return steps if options.max_steps == -1 else min(steps, options.max_steps)
+
+
+def spike_choice(value: str) -> tuple[float, bool]:
+    """--loss_spike_factor 的取值「3」或「3,stop」→ (倍数, 是否停下)。
+
+    Raises:
+        ValueError: 倍数不是 0 或大于 1 的有限数，或逗号之后不是 stop。
+    """
+    number, comma, action = value.partition(",")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not (factor == 0 or 1 < factor < math.inf) or (comma and (action != "stop" or factor == 0)):
+        raise ValueError(
+            f"--loss_spike_factor {value!r} 应为 0（不看）、大于 1 的数（如 3），或后面加上 ,stop（如 3,stop）"
+        )
+    return factor, bool(comma)
 
 
 @dataclass
