@@ -113,9 +113,9 @@ def check_same_run(directory: Path, args, run_config: dict):
     old, new = saved["args"], run_config["args"]
     before = {field.name: old.get(field.name, field.default) for field in flags_of(type(args))}
     differences = [
-        f"--{field.name}：检查点是 {before[field.name]!r}，现在是 {new[field.name]!r}"
+        f"--{field.name}：检查点是 {before[field.name]!r}，现在是 {getattr(args, field.name)!r}"
         for field in flags_of(type(args))
-        if field.metadata["changes_training"] and before[field.name] != new[field.name]
+        if field.metadata["changes_training"] and before[field.name] != getattr(args, field.name)
     ]
     for name, what in (("train", "训练数据"), ("replay", "重放的文字")):
         if saved["data"].get(name) != run_config["data"].get(name):

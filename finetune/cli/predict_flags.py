@@ -70,7 +70,7 @@ GROUPS = {
 
 
 @dataclass
-class PredictOptions(CheckpointOptions, InputOptions, GenerationOptions):
+class PredictOptions(GenerationOptions, InputOptions, CheckpointOptions):
     """predict.py 的全部参数；要其中一组的函数可以直接拿它。"""
 
     given: tuple[str, ...] = ()  # 命令行明确写出的参数名

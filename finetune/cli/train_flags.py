@@ -38,8 +38,8 @@ GROUPS = {
 
 
 @dataclass
-class TrainOptions(*(options for group in GROUPS.values() for options in group)):
-    """train.py 的全部参数；要其中一组的函数可以直接拿它。"""
+class TrainOptions(*reversed([options for group in GROUPS.values() for options in group])):
+    """train.py 的全部参数，次序同帮助（dataclass 从末尾的基类数起）；要其中一组的函数可以直接拿它。"""
 
     given: tuple[str, ...] = ()  # 命令行明确写出的参数名
 

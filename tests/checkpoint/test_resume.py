@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -29,8 +28,10 @@ from resume_runs import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune import options as option_tables
 from finetune.checkpoint.output_dir import hold_output_dir
-from finetune.checkpoint.resume import FREE_FLAGS, check_same_run, find_resume_point
+from finetune.checkpoint.resume import check_same_run, find_resume_point
+from finetune.cli.train_flags import TrainOptions
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.process.random_state import random_state, set_random_state
 from utils import read_json, write_json
@@ -310,8 +311,8 @@ def fake_checkpoint(directory: Path, **changes) -> tuple[Path, dict]:
     return directory, json.loads(json.dumps(run_config)) | changes
 
 
-def args_of(run_config: dict) -> SimpleNamespace:
-    return SimpleNamespace(**run_config["args"], train_path="rows.json", model_name_or_path="base", ds_file="ds.json")
+def args_of(run_config: dict) -> TrainOptions:
+    return TrainOptions(**run_config["args"], train_path="rows.json", model_name_or_path="base", ds_file="ds.json")
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,14 @@ def test_another_input_is_refused(tmp_path, changes, message):
         check_same_run(directory, args_of(run_config), run_config)
 
 
+def test_a_flag_that_the_record_lacks_counts_as_its_default(tmp_path):
+    directory, run_config = fake_checkpoint(tmp_path / "epoch-1-step-3")
+    check_same_run(directory, args_of(run_config), run_config)
+    run_config["args"]["lora_dropout"] = 0.2
+    with pytest.raises(ValueError, match=r"--lora_dropout：检查点是 0\.1，现在是 0\.2"):
+        check_same_run(directory, args_of(run_config), run_config)
+
+
 def test_the_global_batch_survives_two_changes_of_ranks(tmp_path, capsys):
     """换进程数续训后存下的 run_config 仍是原来的全局 batch，再换回来时不会变成另一次训练。"""
     directory, run_config = fake_checkpoint(tmp_path / "epoch-1-step-3", global_batch_size=16)  # 两个进程时的样子
@@ -343,8 +352,9 @@ def test_the_global_batch_survives_two_changes_of_ranks(tmp_path, capsys):
 
 def test_logging_flags_are_free():
     expected = {"show_loss_step", "save_model_step", "logging_dir", "num_train_epochs", "eval_path", "output_dir"}
-    assert expected <= FREE_FLAGS
-    assert not FREE_FLAGS & {"seed", "learning_rate", "lora_dim", "max_len", "packing", "train_type"}
+    free = {field.name for field in option_tables.flags_of(TrainOptions) if not field.metadata["changes_training"]}
+    assert expected <= free
+    assert not free & {"seed", "learning_rate", "lora_dim", "max_len", "packing", "train_type"}
 
 
 @pytest.mark.parametrize("name", ["epoch-1-step-3", "wrong-name"])

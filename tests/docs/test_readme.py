@@ -18,8 +18,8 @@ from commands import user_command
 from paths import ROOT
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
+from finetune.checkpoint.options import MODEL_FAMILIES
 from finetune.cli import predict_flags, train_flags
-from finetune.cli.train_flags import MODEL_FAMILIES
 from finetune.data_doctor import check as data_doctor
 from finetune.methods.registry import TRAIN_METHODS, check_trainable
 from finetune.metrics.registry import METRICS

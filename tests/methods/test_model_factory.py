@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from baichuan import BaichuanForCausalLM
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
-from finetune.cli.train_flags import MODEL_FAMILIES, parse_args
+from finetune.checkpoint.options import MODEL_FAMILIES
+from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.methods.registry import TRAIN_METHODS, check_trainable, num_elements
 from model_factory import build_model
 
@@ -159,15 +159,7 @@ def test_freeze_lists_what_exists_when_a_name_matches_nothing(make):
 
 def test_a_dot_at_the_end_tells_layer_1_from_layer_11(tiny_checkpoint, make):
     path = tiny_checkpoint("baichuan2-7b", **{**SIZES, "layers": 12})
-    args = Namespace(
-        train_type="freeze",
-        freeze_module_name="layers.1.",
-        load_in_4bit=False,
-        load_in_8bit=False,
-        model_name_or_path=path,
-        gradient_checkpointing="none",
-        adapter_path=None,
-    )
+    args = TrainOptions(train_type="freeze", freeze_module_name="layers.1.", model_name_or_path=path)
     model = build_model(args, load_config(path), "fp32", {})
     trained = {name.split(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained == {"1"}

@@ -1,6 +1,7 @@
 """自带反向的算子（RMSNorm、SwiGLU、分块交叉熵）与写开的式子对照，前向与反向；冻结底层的缓存与选择性重算。"""
 
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -289,7 +290,7 @@ def test_nothing_to_cache_is_an_error(trained, where):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
     with pytest.raises(ValueError, match=f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层"):
-        open_frozen_cache(SimpleNamespace(cache_frozen="memory"), SimpleNamespace(module=model), None)
+        open_frozen_cache("memory", Path("output"), SimpleNamespace(module=model), None)
 
 
 @pytest.mark.parametrize("position_embedding", ["rope", "alibi"])

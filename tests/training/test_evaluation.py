@@ -14,7 +14,9 @@ from safetensors.torch import load_file
 from finetune.checkpoint.output_dir import iter_checkpoints, rotate_checkpoints
 from finetune.cli.train_checks import validate_args
 from finetune.cli.train_flags import parse_args
+from finetune.data.options import DataOptions
 from finetune.training.evaluation import Evaluation
+from finetune.training.options import EvaluationOptions
 from utils import read_json
 
 DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
@@ -194,15 +196,16 @@ def test_replay_is_deterministic_and_part_of_the_run(tiny_checkpoint, tmp_path):
 
 def make(state=None, sha256="a", lines=(), **options) -> Evaluation:
     defaults = {"eval_step": 0, "eval_metric": "nll", "eval_max_new_tokens": 128, "early_stopping_patience": 2}
-    args = SimpleNamespace(**{"eval_path": ROOT / "data" / "cls_1.json", **defaults, **options})
-    return Evaluation(args, SimpleNamespace(lines=lines), None, None, sha256, state)
+    data = DataOptions(eval_path=ROOT / "data" / "cls_1.json")
+    chosen = EvaluationOptions(**{**defaults, **options})
+    return Evaluation(chosen, data, 4, SimpleNamespace(lines=lines), None, None, sha256, state)
 
 
 def test_when_an_evaluation_is_due():
     evaluation = make(eval_step=3)
     assert [step for step in range(1, 8) if evaluation.is_due(step, step == 5)] == [3, 5, 6]
     assert not make().is_due(3, False)
-    without = Evaluation(SimpleNamespace(**vars(evaluation.args)), None, None, None, None)
+    without = Evaluation(evaluation.options, DataOptions(), 4, None, None, None, None)
     assert not without.is_due(3, True)
 
 

@@ -203,7 +203,7 @@ def test_weight_decay_is_the_flag_and_only_for_matrices(tiny_checkpoint):
     args = parse_args(flags_of(rows=Path("-"), model=path, output=Path("-"), train_type="full", weight_decay=0.03))
     model = build_model(args, load_config(path), "fp32", {})
     model.model.norm.requires_grad_(False)
-    decayed, kept = parameter_groups(model, args)
+    decayed, kept = parameter_groups(model, args.weight_decay)
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.03, 0.0)
     assert {parameter.dim() for parameter in decayed["params"]} == {2}
     assert {parameter.dim() for parameter in kept["params"]} == {1}
