@@ -8,11 +8,11 @@
     python predict.py --model_path BASE --adapter CKPT1 CKPT2             # 对话中用 /adapter 切换
 """
 
-from finetune.cli.predict_checks import Plan, prepare, refuse_early
+from finetune.cli.predict_checks import Plan, first_look, prepare
 from finetune.cli.predict_flags import PredictOptions, parse_args
 
 if __name__ == "__main__":
-    refuse_early()  # 命令行写错了马上说：下面的库要载入好几秒
+    first_look()  # 命令行写错了马上说：下面的库要载入好几秒
 
 import sys
 from pathlib import Path

@@ -6,11 +6,11 @@
     没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。被打断后加 --resume auto 接着训练。
 """
 
-from finetune.cli.train_checks import refuse_early, validate_args
+from finetune.cli.train_checks import first_look, validate_args
 from finetune.cli.train_flags import TrainOptions, parse_args
 
 if __name__ == "__main__":
-    refuse_early()  # 命令行写错了马上说：下面的库要载入好几秒
+    first_look()  # 命令行写错了马上说：下面的库要载入好几秒
 
 import sys
 import traceback

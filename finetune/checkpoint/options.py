@@ -1,6 +1,7 @@
 """基座与检查点的参数。"""
 
 import importlib.util
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +69,20 @@ def quantization_problems(args, ds_config: dict[str, Any] | None = None) -> list
         problems.append("--load_in_4bit 与 --load_in_8bit 只能给一个")
     if importlib.util.find_spec("bitsandbytes") is None:
         problems.append(
-            f"--load_in_{quantization} 需要 bitsandbytes，请先 pip install bitsandbytes=={TESTED_BITSANDBYTES}，或去掉它"
+            f"--load_in_{quantization} 需要 bitsandbytes，请先 pip install bitsandbytes=={TESTED_BITSANDBYTES}，"
+            "或去掉它"
         )
     if ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
         problems.append(
             f"--load_in_{quantization} 不能与 ZeRO-3 同用（量化的权重不能切分），请改用 ds_zero2_no_offload.json"
         )
     return problems
+
+
+def skip_bitsandbytes(args) -> None:
+    """没有要求量化时，这个进程里当作没有 bitsandbytes；须在导入 peft 之前。
+
+    peft 一导入就载入它，连带 torch 的编译器，要三秒。
+    """
+    if quantization_of(args) is None:
+        sys.modules["bitsandbytes"] = None

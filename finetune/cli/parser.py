@@ -148,17 +148,19 @@ class Parser(argparse.ArgumentParser):
             options |= {"action": JoinWords, "nargs": "+", "metavar": "名字"}
         return {**options, "type": {int: whole_number, float: number}.get(kind, kind)}
 
-    def _chooser(self, choices: Sequence[str]) -> Callable[[str], str]:
+    def _chooser(self, choices: Sequence[Any]) -> Callable[[str], Any]:
         """不分大小写地认出一个选择；认不出的，说它像哪一个，或是哪个参数的取值。"""
 
-        def choose(text: str) -> str:
+        named = {str(choice): choice for choice in choices}
+
+        def choose(text: str) -> Any:
             lowered = text.strip().lower()
-            if lowered in choices:
-                return lowered
+            if lowered in named:
+                return named[lowered]
             owners = [name for name, field in self.fields.items() if lowered in (field.metadata["choices"] or ())]
-            alike = difflib.get_close_matches(lowered, choices, n=1, cutoff=ALIKE)
+            alike = difflib.get_close_matches(lowered, named, n=1, cutoff=ALIKE)
             hint = f"，它是 --{owners[0]} 的取值" if owners else f"，是不是 {alike[0]}？" if alike else ""
-            raise argparse.ArgumentTypeError(f"应为 {'、'.join(choices)} 之一，得到 {text!r}{hint}")
+            raise argparse.ArgumentTypeError(f"应为 {'、'.join(named)} 之一，得到 {text!r}{hint}")
 
         return choose
 

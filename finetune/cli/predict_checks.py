@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from finetune.checkpoint.options import quantization_problems
+from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, check_directory
 from finetune.cli.predict_flags import PredictOptions, parse_args
 from finetune.data.prompting import max_prompt_tokens
@@ -111,7 +111,7 @@ def choose_device(requested: str, num_gpus: int) -> "torch.device":
     return device
 
 
-def refuse_early(argv: list[str] | None = None) -> None:
+def first_look(argv: list[str] | None = None) -> None:
     """命令行有错时立即列出并以退出码 2 结束：只看不必载入 torch 就能看的，其余留给 prepare。"""
     args = parse_args(argv)
     problems = option_problems(args)
@@ -131,6 +131,7 @@ def refuse_early(argv: list[str] | None = None) -> None:
     if problems:
         note("错误：\n" + "\n".join(problems))
         raise SystemExit(2)
+    skip_bitsandbytes(args)
 
 
 def read_test_rows(args: PredictOptions) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题；不必载入 torch 的先看（refuse_early）。
+"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题；不必载入 torch 的先看（first_look）。
 
 一个参数自己的检查写在它的字段上，一种方法自己的在 methods/ 里；这里是几组之间的。
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.checkpoint.config_check import check_config_file
-from finetune.checkpoint.options import quantization_problems
+from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
 from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.plain_text import read_texts
 from finetune.data.samples import check_first_rows
@@ -51,7 +51,7 @@ def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
     return problems
 
 
-def refuse_early(argv: list[str] | None = None) -> None:
+def first_look(argv: list[str] | None = None) -> None:
     """命令行有错时立即列出并以退出码 2 结束：只看不必载入 torch 就能看的，其余留给 validate_args。"""
     args = parse_args(argv)
     problems = early_problems(args)
@@ -62,6 +62,7 @@ def refuse_early(argv: list[str] | None = None) -> None:
     if problems:
         log_rank_0("错误：\n" + "\n".join(problems))
         raise SystemExit(2)
+    skip_bitsandbytes(args)
 
 
 def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
