@@ -34,6 +34,7 @@ from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
+from finetune.process.launching import process_count_note
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
 from finetune.training.anomaly import NumberWatch
@@ -91,6 +92,8 @@ def main() -> int:
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
     release_shared_memory()
     interruption = Interruption()
+    if note := process_count_note():
+        log_rank_0(note)
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     train_set, eval_set = load_data(args, tokenizer, prompting)

@@ -13,6 +13,7 @@ from finetune.data.plain_text import read_texts
 from finetune.data.samples import check_first_rows
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
+from finetune.process.launching import leave_quietly_on_interrupt
 from finetune.training.ds_config import read_ds_config
 from finetune.training.ds_config_check import fixed_numbers
 from finetune.training.options import spike_choice
@@ -53,6 +54,7 @@ def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
 
 def first_look(argv: list[str] | None = None) -> None:
     """命令行有错时立即列出并以退出码 2 结束：只看不必载入 torch 就能看的，其余留给 validate_args。"""
+    leave_quietly_on_interrupt()
     args = parse_args(argv)
     problems = early_problems(args)
     try:
@@ -63,6 +65,7 @@ def first_look(argv: list[str] | None = None) -> None:
         log_rank_0("错误：\n" + "\n".join(problems))
         raise SystemExit(2)
     skip_bitsandbytes(args)
+    log_rank_0("参数没有问题，载入 torch、transformers 与 deepspeed ……")
 
 
 def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
