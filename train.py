@@ -130,16 +130,7 @@ def main() -> int:
     frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
-    evaluation = Evaluation(
-        args,
-        args,
-        args.per_device_train_batch_size,
-        eval_set,
-        tokenizer,
-        prompting,
-        eval_sha256,
-        progress.get("evaluation"),
-    )
+    evaluation = Evaluation(args, args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
     run = Run(
         *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
         *(num_steps, log, numbers, interruption),

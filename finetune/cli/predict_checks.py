@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from finetune.checkpoint.inspection import Checkpoint
 
 
+# 只影响生成的参数
+ONLY_GENERATING = ("max_new_tokens", "stop", "do_sample", "repetition_penalty")
+
+
 class Plan(NamedTuple):
     """载入权重之前已经核对过的一切。"""
 
@@ -56,6 +60,9 @@ def option_problems(args: PredictOptions) -> list[str]:
         problems.append("--label_scores 不用于对话，请同时给出 --test_path 或 --instruction/--input")
     if labels and (len(set(labels)) < max(2, len(labels))):
         problems.append(f"--label_scores 要两个以上不同的标签，现在是 {labels}")
+    useless = [f"--{name}" for name in ONLY_GENERATING if name in args.given]
+    if labels is not None and useless:
+        problems.append(f"{'、'.join(useless)} 在 --label_scores 时不起作用（不生成，取得分最高的标签），请去掉")
     if args.max_src_len is not None and not single and args.test_path is None:
         problems.append("--max_src_len 在对话中不起作用（对话按上下文长度整轮截断），请去掉它")
     for name in SAMPLING_DEFAULTS:

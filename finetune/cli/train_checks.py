@@ -22,7 +22,8 @@ from utils import log_rank_0
 if TYPE_CHECKING:
     from baichuan import BaichuanConfig
 
-NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "early_stopping_patience")
+NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "eval_batch_size", "max_eval_samples")
+NEEDS_EVAL_PATH += ("early_stopping_patience",)
 
 
 def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:

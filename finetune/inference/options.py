@@ -37,7 +37,8 @@ class GenerationOptions:
     )
     label_scores: list[str] | None = flag(
         None,
-        "分类：各标签的得分，即模型恰好回答这个标签（连同 eos）的对数概率（nat，不除以长度），"
+        "分类：不生成，预测就是得分最高的标签；写出各标签的得分，即"
+        "模型恰好回答这个标签（连同 eos）的对数概率（nat，不除以长度），"
         "以及在各标签之间归一化的概率；不写标签时取文件里 output 出现过的全部（缺省不算）",
         nargs="*",
         metavar="标签",

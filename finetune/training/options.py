@@ -111,6 +111,12 @@ class EvaluationOptions:
         changes_training=False,
     )
     eval_max_new_tokens: int = flag(128, "生成的指标：最多生成的 token 数", check=at_least(1), changes_training=False)
+    eval_batch_size: int = flag(
+        16, "评估时每个进程一批的行数，各批按长度排好；显存不够时调小", check=at_least(1), changes_training=False
+    )
+    max_eval_samples: int | None = flag(
+        None, "只用评估数据里均匀隔开的这么多行（缺省全用）", kind=int, check=at_least(1), changes_training=False
+    )
     early_stopping_patience: int = flag(
         0, "连续多少次评估没有更好就停，0 为不停", check=at_least(0, "（0 为不用）"), changes_training=False
     )
