@@ -29,6 +29,7 @@ from baichuan.configuration_baichuan import BaichuanConfig
 from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
 from baichuan.norm_and_swiglu import RMSNormFunction, SwiGLUFunction
 from baichuan.packed_attention_cpu import PackedMatmulAttention
+from baichuan.packed_attention_gpu import layout_on_gpu
 
 logger = logging.get_logger(__name__)
 
@@ -114,6 +115,9 @@ class BaichuanAttention(nn.Module):
                 head_dim,
                 *prefix,
             )
+            return self.o_proj(take_rows(output, output_rows)), None
+        if context.layout is not None:
+            output = context.layout.attend(packed_states, context.rotary, head_dim, *prefix)
             return self.o_proj(take_rows(output, output_rows)), None
 
         if context.rotary is not None:
@@ -418,6 +422,11 @@ class BaichuanModel(BaichuanPreTrainedModel):
                 rotary = tuple(table.to(dtype) for table in rotary)
 
         if document_lengths is not None:
+            documents = document_lengths, document_parents
+            slopes = None if is_rope else alibi_slopes(self.config.num_attention_heads)
+            layout = layout_on_gpu(*documents, past_length, device, dtype, self.config.head_dim, slopes)
+            if layout is not None:
+                return AttentionContext(rotary, None, False, *documents, layout=layout)
             # 整包只需要最长样本那么大的一块偏置，各段按它的位置裁取
             longest = max(end for _, end in spans)
             needs_bias = not is_rope or past_length > 0 or max(document_parents) >= 0 or device.type == "cpu"

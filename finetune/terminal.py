@@ -1,9 +1,9 @@
-"""终端：表格按全角字符的显示宽度对齐，说明写到标准错误。"""
+"""给人看的文字：终端的表格按全角字符的显示宽度对齐，说明写到标准错误；报告的 Markdown 表。"""
 
 import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
@@ -58,6 +58,12 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(header), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
+
+
+def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """表头与各行 → Markdown 的表。"""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("\n", " ") for cell in line) + " |" for line in lines)
 
 
 class LongJob:

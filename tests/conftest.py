@@ -9,9 +9,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 from paths import LOCAL_GOLDENS, SHARED
 
 from scripts.build_tiny_model import build_tiny_model
+
+# 每例的时限只用来发现挂起：机器忙时几毫秒的例子也会慢；fuzz 供 --hypothesis-profile=fuzz，两核约一分钟
+settings.register_profile("default", deadline=30_000)
+settings.register_profile("fuzz", deadline=30_000, max_examples=1500)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.markdown import markdown_table
 from benchmarks.reliability.kill import EPOCHS, SAVE_STEP, STEPS, Line, compare
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.checkpoint.output_dir import iter_checkpoints
+from finetune.terminal import markdown_table
 from utils import read_json, write_json
 
 # 能装下多少个检查点：第一种连第一个都装不下，其余的第一个装得下、第二个写到不同的地方为止
@@ -170,14 +170,11 @@ def write_report(output: Path, rows: list[dict]):
     header = ["线", "情形", "磁盘（字节）", "装得下几个检查点", "停下的原因", "退出码", "最新的一步", "问题", "秒"]
     text = [
         "# 磁盘满",
-        "",
         "`python benchmarks/reliability/disk_full.py`：停下之后换大磁盘续训，与没有中断的一次逐位比较。"
         f"{sum(bool(row['problems']) for row in rows)}/{len(rows)} 种有问题。",
-        "",
         markdown_table(header, table),
-        "",
     ]
-    (output / "disk_full.md").write_text("\n".join(text), encoding="utf-8")
+    (output / "disk_full.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def main() -> int:

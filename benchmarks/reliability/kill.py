@@ -25,11 +25,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.markdown import markdown_table
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.process.stale_files import extensions_dir
 from finetune.process.training_process import TrainingProcess
+from finetune.terminal import markdown_table
 from scripts.build_tiny_model import build_tiny_model
 from utils import read_json, write_json
 
@@ -318,23 +318,17 @@ def write_report(args: Namespace, report: dict):
     ]  # fmt: skip
     text = [
         "# 中断战役",
-        "",
         f"`python benchmarks/reliability/kill.py --kills {args.kills} --seed {args.seed}`，{report['machine']}",
-        "",
         f"杀了 {len(hit)} 次（另有 {len(kills) - len(hit)} 次训练先走完了），丢失 {len(lost)} 次；"
         f"完成 {len(lines)}/{report['num_lines']} 条线，其中 {sum(bool(row['differences']) for row in lines)} 条与"
         "没有打断过的一次不同（权重、优化器状态、随机状态、日志逐位比较）。",
-        "",
         markdown_table(["时刻", "SIGKILL", "SIGTERM", "进程消失最多用了（秒）"], by_moment),
-        "",
         markdown_table(["方法-ZeRO-进程数", "杀的次数", "不同之处", "用时（秒）"], per_line),
-        "",
         markdown_table(
             ["线", "时刻", "当时", "信号", "发给", "那次的起点", "退出码", "消失（秒）", "之后最新的一步", "问题"], each
         ),
-        "",
     ]
-    (args.output / "kills.md").write_text("\n".join(text), encoding="utf-8")
+    (args.output / "kills.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
 
 def load_report(args: Namespace, num_lines: int, work: Path) -> dict:

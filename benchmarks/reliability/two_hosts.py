@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from benchmarks.markdown import markdown_table
 from benchmarks.reliability.kill import compare
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.process.training_process import Ended, TrainingProcess
+from finetune.terminal import markdown_table
 from scripts.build_tiny_model import build_tiny_model
 from utils import write_json
 
@@ -194,17 +194,14 @@ def main() -> int:
     write_json(args.output / "two_hosts.json", report)
     text = [
         "# 两台主机",
-        "",
         "`python benchmarks/reliability/two_hosts.py`：两个网络命名空间，各一个 CPU 进程，gloo，"
         f"DEEPSPEED_TIMEOUT={TIMEOUT_MINUTES} 分钟。{len(report['problems'])} 处问题。",
-        "",
         markdown_table(["阶段", "结果", "秒"], report["rows"]),
-        "",
     ]
-    (args.output / "two_hosts.md").write_text("\n".join(text), encoding="utf-8")
+    (args.output / "two_hosts.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     for problem in report["problems"]:
         print(problem)
-    print(text[4])
+    print(text[-1])
     return 1 if report["problems"] else 0
 
 

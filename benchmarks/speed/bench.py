@@ -1,7 +1,7 @@
 """速度的比较：本项目与 transformers、TRL、LLaMA-Factory，同样的权重、同样的样本，各载入一次，逐步交替，取中位数。
 
 python benchmarks/speed/bench.py --stage lora freeze full levers --trl_python /opt/venv-trl/bin/python \
-    --llamafactory_python /opt/venv-lf/bin/python          # CPU；结果写到 benchmarks/speed/
+    --llamafactory_python /opt/venv-lf/bin/python          # CPU；结果写到 benchmarks/speed/results/
 python benchmarks/speed/bench.py --stage correctness speed7b        # GPU，见 gpu.py
 
 每个程序一个常驻进程（protocol.py）。每轮各程序依次走一回：先走一步不计（内存与缓存重新变热），再走一步计时，
@@ -134,7 +134,9 @@ class Bench:
         print(f"\n== {stage}，词表 {vocab}：1 分钟负载 {load:.2f}，空闲时整机忙 {quiet_share:.1%}")
         baichuan, llama, files, works = self.materials(stage, vocab)
         shape, work = self.shape(stage, vocab), works["real"]
+        # 对方的环境里没有装本项目：各程序都从 PYTHONPATH 导入 benchmarks
         env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+        env["PYTHONPATH"] = str(bench_work.ROOT)
         records, workers = [], {}
         try:
             probe = {"kind": "gemm", "shape": shape, "rows": int(median(work["tokens"])), "threads": args.threads}
@@ -293,7 +295,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--llamafactory_python", help="装有 LLaMA-Factory 的环境的 python；不给则跳过并写明")
     add("--max_foreign", type=float, default=0.1, help="别的进程占 CPU 超过这个份额的一轮作废（缺省 %(default)s）")
     add("--retry", action=argparse.BooleanOptionalAction, default=True, help="作废的轮重来，至多再量一倍的轮数")
-    add("--output_dir", default=str(bench_work.ROOT / "benchmarks" / "speed"), help="结果写在哪里")
+    results = bench_work.ROOT / "benchmarks" / "speed" / "results"
+    add("--output_dir", default=str(results), help="结果写在哪里（缺省 benchmarks/speed/results）")
     add("--tag", help="结果的文件名（缺省 cpu 或 gpu 加各组的名字）")
     add("--work_dir", help="权重与样本放在哪里，可以留着再用（缺省临时目录）")
     add("--toy", action="store_true", help="极小的模型，只看能不能走通")

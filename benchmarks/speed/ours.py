@@ -7,13 +7,12 @@ import itertools
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.speed import work as bench_work
-from benchmarks.speed.protocol import Channel, StepMeter, installed_versions
+from benchmarks.speed.protocol import Channel, StepMeter, installed_versions, run_worker
 from finetune.process.training_process import free_port
 
 # 数据规模的比较：每条指令走这么多步，约合 500 行走一轮
@@ -168,27 +167,33 @@ def build(spec: dict[str, Any]):
     engine, args, _ = open_engine(spec, len(work["steps"]))
     import torch
 
-    from finetune.data.step_loader import StepLoader
     from finetune.methods.frozen_cache import open_frozen_cache
 
     rows = Rows([row for step in work["steps"] for row in step])
     cache = (
         None if spec["engine"] == "bare" else open_frozen_cache(args.cache_frozen, Path(args.output_dir), engine, rows)
     )
-    loader = StepLoader(
-        rows,
-        batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_len=args.max_len,
-        seed=None,
-        packing=args.packing,
-    )
+    loader = open_loader(rows, args, seed=None)
     if cache is not None:  # 先走完第一轮：量的是第二轮起的速度
         with torch.no_grad():
             for index in range(loader.steps_per_epoch):
                 for batch in loader.prepare(step_samples(loader, index)).micro_batches:
                     engine.module(**batch, use_cache=False)
     return engine, loader, cache
+
+
+def open_loader(data_set, args, seed: int | None):
+    """按 train.py 的参数备步。"""
+    from finetune.data.step_loader import StepLoader
+
+    return StepLoader(
+        data_set,
+        batch_size=args.per_device_train_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        max_len=args.max_len,
+        seed=seed,
+        packing=args.packing,
+    )
 
 
 def step_samples(loader, index: int) -> range:
@@ -240,19 +245,11 @@ def serve_rows(spec: dict[str, Any], channel: Channel):
     import train
     from finetune.checkpoint.base_model import load_tokenizer
     from finetune.data.prompting import resolve_prompt_format
-    from finetune.data.step_loader import StepLoader
 
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     data_set, _ = train.load_data(args, tokenizer, prompting)
-    loader = StepLoader(
-        data_set,
-        batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_len=args.max_len,
-        seed=args.seed,
-        packing=args.packing,
-    )
+    loader = open_loader(data_set, args, args.seed)
     channel.send(**describe(engine))
     last_start = max(0, loader.steps_per_epoch - WINDOW_STEPS)
     while (index := channel.wait_for_step()) is not None:
@@ -266,16 +263,5 @@ def serve_rows(spec: dict[str, Any], channel: Channel):
         channel.send(**meter.stop(), loss=loss, grad_norm=grad_norm, tokens=tokens)
 
 
-def main():
-    channel = Channel()
-    spec = json.loads(sys.argv[1])
-    try:
-        {"gemm": serve_gemm, "ours": serve_ours, "rows": serve_rows}[spec["kind"]](spec, channel)
-    except Exception as error:  # 原因交给父进程，回溯留在日志里
-        traceback.print_exc()
-        channel.send(error=f"{type(error).__name__}: {error}")
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    run_worker({"gemm": serve_gemm, "ours": serve_ours, "rows": serve_rows})

@@ -8,13 +8,11 @@
 
 import json
 import os
-import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import Any
 
-from benchmarks.speed.protocol import Channel, StepMeter, installed_versions
+from benchmarks.speed.protocol import Channel, StepMeter, installed_versions, run_worker
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -81,8 +79,8 @@ def pad_collate(rows: list[dict]) -> dict[str, Any]:
     def padded(key: str, value: int) -> Any:
         return torch.tensor([row[key] + [value] * (width - len(row[key])) for row in rows])
 
-    ones = [{"mask": [1] * len(row["input_ids"])} for row in rows]
-    mask = torch.tensor([row["mask"] + [0] * (width - len(row["mask"])) for row in ones])
+    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+    mask = (torch.arange(width) < lengths[:, None]).long()
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", IGNORE_INDEX), "attention_mask": mask}
 
 
@@ -112,7 +110,7 @@ def load_model(spec: dict[str, Any]):
 
 
 def apply_method(model, spec: dict[str, Any]):
-    """lora、freeze（末 k 层）或 full；input_grads 是先祖的做法：词嵌入的输出也要梯度。"""
+    """lora、freeze（末 k 层）或 full；input_grads 是 ChatGLM-Finetuning 的做法：词嵌入的输出也要梯度。"""
     if spec["method"] == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -269,29 +267,18 @@ def neat_pack(rows: list[dict], pack_length: int) -> list[dict]:
         pack["position_ids"] += list(range(length))
     missing = pack_length - len(pack["input_ids"])
     assert missing >= 0, "pack_length 太小，一步的样本放不进一包"
-    pack["input_ids"] += [0] * missing
-    pack["labels"] += [IGNORE_INDEX] * missing
-    pack["attention_mask"] += [0] * missing
-    pack["position_ids"] += [0] * missing
-    return [pack]
+    return [{key: ids + [IGNORE_INDEX if key == "labels" else 0] * missing for key, ids in pack.items()}]
 
 
-def main():
-    channel = Channel()
-    spec = json.loads(sys.argv[1])
-    try:
-        import torch
+def run(spec: dict[str, Any], channel: Channel):
+    import torch
 
-        torch.set_num_threads(spec["threads"])
-        with tempfile.TemporaryDirectory(prefix="bench-peer-") as output_dir:
-            {"hf": run_hf, "trl": run_trl, "lf": run_lf}[spec["kind"]](spec, channel, output_dir)
-        while channel.wait_for_step() is not None:  # 步都走完了，等父进程说结束
-            raise ValueError("样本只够这么多步")
-    except Exception as error:  # 原因交给父进程，回溯留在日志里
-        traceback.print_exc()
-        channel.send(error=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+    torch.set_num_threads(spec["threads"])
+    with tempfile.TemporaryDirectory(prefix="bench-peer-") as output_dir:
+        {"hf": run_hf, "trl": run_trl, "lf": run_lf}[spec["kind"]](spec, channel, output_dir)
+    if channel.wait_for_step() is not None:  # 步都走完了，等父进程说结束
+        raise ValueError("样本只够这么多步")
 
 
 if __name__ == "__main__":
-    main()
+    run_worker(dict.fromkeys(("hf", "trl", "lf"), run))

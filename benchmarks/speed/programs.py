@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.speed.work import MAX_LEN, MAX_SRC_LEN, ROOT, SAMPLES_PER_STEP, data_path
+from finetune.methods.registry import TRAIN_METHODS
 
 PACK_LENGTH = 2048
 TRAINED_LAYERS = 2
-LEARNING_RATES = {"lora": 2e-4, "freeze": 1e-4, "full": 1e-5, "ptuning": 5e-3}
+LEARNING_RATES = {name: method.learning_rate for name, method in TRAIN_METHODS.items()}
 OTHER_PROGRAMS = ("hf", "trl", "lf")
 
 
@@ -76,7 +77,7 @@ FREEZE = [
     ours("ours_freeze_no_sharing", "同上，共用的开头各算各的", "freeze", levers_off=["shared_prefix"]),
     ours("ours_freeze_cache", "本项目，--cache_frozen memory，第二轮起", "freeze", argv=["--cache_frozen", "memory"]),
     ours("ours_freeze_graph", "本项目，底层也进计算图", "freeze", levers_off=["graph_prefix"]),
-    ours("ours_freeze_ancestor", "本项目，各层都进计算图并重算（先祖的做法）", "freeze", **ANCESTOR),
+    ours("ours_freeze_ancestor", "本项目，各层都进计算图并重算（ChatGLM-Finetuning 的做法）", "freeze", **ANCESTOR),
     peer("hf", "hf_freeze_ancestor_bs8", "transformers，各层都进计算图并重算，batch 8", "freeze",
          checkpointing=True, input_grads=True),
     peer("hf", "hf_freeze_ancestor_bs1", "同上，batch 1 累积 8", "freeze", **ONE_BY_ONE, amp=False,
@@ -227,8 +228,9 @@ TARGETS = [
     Target("lora", None, "bf16", "任何对方最强的设置", "ours", PEERS, 1.5, 2.0),
     Target("lora", None, "fp32", "各家缺省（没有直接计算 bf16 的 CPU）", "ours", ("hf_bs8", "lf_bs8"), 2.0, 2.0),
     Target("lora", None, "fp32", "任何对方最强的设置（同上）", "ours", PEERS, 1.0, 1.0),
-    Target("freeze", None, None, "自己按先祖的做法", "ours_freeze", ("ours_freeze_ancestor",), 2.1, 2.1),
-    Target("freeze", None, None, "transformers 按先祖的做法", "ours_freeze",
+    Target("freeze", None, None, "自己按 ChatGLM-Finetuning 的做法", "ours_freeze",
+           ("ours_freeze_ancestor",), 2.1, 2.1),
+    Target("freeze", None, None, "transformers 按 ChatGLM-Finetuning 的做法", "ours_freeze",
            ("hf_freeze_ancestor_bs8", "hf_freeze_ancestor_bs1"), 2.8, 2.8),
     Target("freeze", None, None, "任何对方最强的设置", "ours_freeze", FREEZE_PEERS, 1.0, 1.0),
     Target("full", None, None, "transformers 缺省", "ours_full", ("hf_full_bs8",), 2.0, 2.0),

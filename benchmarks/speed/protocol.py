@@ -10,6 +10,8 @@ import select
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,7 @@ class StepMeter:
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
     def stop(self) -> dict[str, float]:
-        """seconds、cpu_seconds、peak_rss_mb，CUDA 上另有 peak_cuda_mb。"""
+        """seconds、cpu_seconds、peak_rss_mb，CUDA 上另有 peak_cuda_mb（在用）、peak_reserved_mb（分配器占着）。"""
         cuda = _cuda()
         if cuda is not None:
             cuda.synchronize()
@@ -68,6 +70,7 @@ class StepMeter:
         }
         if cuda is not None:
             measured["peak_cuda_mb"] = cuda.max_memory_allocated() / 2**20
+            measured["peak_reserved_mb"] = cuda.max_memory_reserved() / 2**20
         return measured
 
 
@@ -86,8 +89,16 @@ def _reset_peak_memory():
 
 def peak_memory_mb() -> float:
     """上次重置以来的常驻内存峰值，MB（2^20 字节）。"""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    return process_memory_mb("VmHWM")
+
+
+def process_memory_mb(*names: str, pid: int | str = "self") -> float:
+    """/proc/PID/status 里几项（VmHWM、RssAnon……）之和，MB（2^20 字节）；进程已结束时为 0。"""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return sum(int(line.split()[1]) for line in lines if line.partition(":")[0] in names) / 1024
 
 
 def installed_versions(*packages: str) -> dict[str, str]:
@@ -101,6 +112,17 @@ def installed_versions(*packages: str) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def run_worker(programs: dict[str, Callable[[dict[str, Any], Channel], None]]):
+    """工人的 main：命令行是一份 JSON 规格，它的 kind 决定运行哪一个；出错时原因交给父进程，回溯留在日志里。"""
+    channel, spec = Channel(), json.loads(sys.argv[1])
+    try:
+        programs[spec["kind"]](spec, channel)
+    except Exception as error:
+        traceback.print_exc()
+        channel.send(error=f"{type(error).__name__}: {error}")
+        sys.exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

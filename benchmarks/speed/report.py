@@ -6,14 +6,13 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed.programs import TARGETS
+from finetune.terminal import markdown_table
 
 # 同一函数在同一精度里，第一步的损失至多差这么多（相对）
 FIRST_LOSS_TOLERANCE = {"bf16": 1e-3, "fp32": 1e-5}
 LAST_LOSS_TOLERANCE = 0.01
 MEMORY_SHARE = 0.5
 CACHE_SHARE = 0.85
-
-
 COLUMNS = ["程序", "说明", "token/s", "最慢–最快", "÷ 第一行", "步，秒", "CPU，秒"]
 COLUMNS += ["占矩阵速率", "内存峰值，MB", "首步损失", "平均损失"]
 
@@ -127,23 +126,25 @@ def table(group: dict[str, Any]) -> list[str]:
         f"与同一步别的样本共用的开头占 {work['shared_share']:.1%}。"
         f"实测矩阵乘法 {group['gemm_flops'] / 1e9:.0f} GF/s。",
         "" if group["is_quiet"] else "\n**机器不安静（别的进程占用了 CPU）：本组的数字不作结论。**\n",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---" * len(COLUMNS) + "|",
     ]
     first = next((p["summary"]["tokens_per_second"] for p in group["programs"] if p["summary"]), None)
+    rows = []
     for program in group["programs"]:
         s = program["summary"]
-        if not s:
-            reason = program["reason"].split("\n")[0].split("；日志")[0]
-            lines.append(f"| {program['name']} | {program['text']} | 没有量到：{reason} |" + " |" * (len(COLUMNS) - 3))
-            continue
-        lines.append(
-            f"| {program['name']} | {program['text']} | **{s['tokens_per_second']:.0f}** "
-            f"| {s['slowest_tokens_per_second']:.0f}–{s['fastest_tokens_per_second']:.0f} "
-            f"| {s['tokens_per_second'] / first:.2f} | {s['seconds']:.2f} | {s['cpu_seconds']:.2f} "
-            f"| {s['gemm_share']:.0%} | {s['peak_rss_mb']:.0f} | {s['first_loss']:.4f} | {s['mean_loss']:.4f} |"
-        )
-    lines.append("")
+        if s:
+            cells = [f"**{s['tokens_per_second']:.0f}**"]
+            cells += [f"{s['slowest_tokens_per_second']:.0f}–{s['fastest_tokens_per_second']:.0f}"]
+            cells += [f"{s['tokens_per_second'] / first:.2f}", f"{s['seconds']:.2f}", f"{s['cpu_seconds']:.2f}"]
+            cells += [
+                f"{s['gemm_share']:.0%}",
+                f"{s['peak_rss_mb']:.0f}",
+                f"{s['first_loss']:.4f}",
+                f"{s['mean_loss']:.4f}",
+            ]
+        else:
+            cells = [f"没有量到：{program['reason'].split(chr(10))[0].split('；日志')[0]}", *[""] * (len(COLUMNS) - 3)]
+        rows.append([program["name"], program["text"], *cells])
+    lines += [markdown_table(COLUMNS, rows), ""]
     for verdict in group["verdicts"]:
         floor = f"，底线 {verdict['floor']:.2f}，目标 {verdict['goal']:.2f}" if "floor" in verdict else ""
         state = "达到目标" if verdict["reached"] else "过" if verdict["passed"] else "**未达到**"

@@ -65,7 +65,7 @@ class Domain:
 
 
 def read_domains(path: Path) -> list[Domain]:
-    """读 sample_data_cls.txt；行的写法见该文件开头。"""
+    """读 cls.txt；行的写法见该文件开头。"""
     domains: list[Domain] = []
     for line in read_word_lines(path):
         kind, text = line.split(" ", 1)

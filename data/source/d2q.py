@@ -1,7 +1,7 @@
 """生成问题生成任务的样例：文档 → 一个能由文档回答的问题；由 make_sample_data.py 调用。
 
-知识短文来自 sample_data_d2q_nature.txt 与 sample_data_d2q_society.txt，按篇划分训练与测试；
-应用文来自 sample_data_d2q_forms.txt，每篇的名称与数字都重新抽取。
+知识短文来自 d2q_nature.txt 与 d2q_society.txt，按篇划分训练与测试；
+应用文来自 d2q_forms.txt，每篇的名称与数字都重新抽取。
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from data.source.chooser import Chooser, read_word_lines
 
 INSTRUCTION = "请阅读下面的文档，提出一个能够由文档内容回答的问题。文档："
 MIN_LENGTH, MAX_LENGTH = 50, 600
-FACT_FILES = ["sample_data_d2q_nature.txt", "sample_data_d2q_society.txt"]
-FORM_FILE = "sample_data_d2q_forms.txt"
+FACT_FILES = ["d2q_nature.txt", "d2q_society.txt"]
+FORM_FILE = "d2q_forms.txt"
 ROWS_PER_ARTICLE = 3
 TEST_ARTICLES_PER_TOPIC = 2
 

@@ -204,7 +204,7 @@ class Report:
 
 
 def read_systems(path: Path) -> list[System]:
-    """读 sample_data_spo.txt；行的写法见该文件开头。"""
+    """读 spo.txt；行的写法见该文件开头。"""
     systems: list[System] = []
     for line in read_word_lines(path):
         line, _, group = line.partition(" ^")

@@ -19,7 +19,7 @@ from finetune.checkpoint.base_model import load_base_model, load_config, load_to
 from finetune.checkpoint.manifest import MANIFEST
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, check_directory
 from finetune.checkpoint.weights import weight_files
-from finetune.data.prompting import Prompting, resolve_prompt_format
+from finetune.data.prompting import Prompting, requested_prompting, resolve_prompt_format
 from utils import file_sha256, read_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -129,7 +129,7 @@ def find_prompting(
     """检查点的提示方式：训练时记下的；没有记录时由 generation_config.json 决定。prompt_format 不是 auto 时以它为准。"""
     recorded = {name: run_config[name] for name in Prompting._fields if name in run_config}
     prompting = resolve_prompt_format("auto", base_path, config)._replace(**recorded)
-    return prompting if prompt_format == "auto" else prompting._replace(prompt_format=prompt_format)
+    return requested_prompting(prompting, prompt_format)
 
 
 def load_checkpoint_tokenizer(checkpoint: Checkpoint) -> BaichuanTokenizer:

@@ -22,7 +22,7 @@ TRAIN_NAMES = {
     "validation_file": "--eval_path",
     "eval_file": "--eval_path",
     "test_path": "--eval_path",
-    "val_size": "--eval_path（先把一部分行分到另一个文件）",
+    "val_size": "--val_ratio",
     "cutoff_len": "--max_len",
     "max_length": "--max_len",
     "max_seq_length": "--max_len",
@@ -81,7 +81,6 @@ TRAIN_NAMES = {
     "flash_attn": "注意力总是用快的那种，" + _NOT_NEEDED,
     # 日志、保存、评估
     "logging_steps": "--show_loss_step",
-    "report_to": "--logging_dir（TensorBoard）",
     "plot_loss": "总是画 loss.png，" + _NOT_NEEDED,
     "save_steps": "--save_model_step",
     "save_strategy": "--save_model_step",

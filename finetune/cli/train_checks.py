@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from finetune.checkpoint.config_check import check_config_file
 from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
 from finetune.cli.train_flags import TrainOptions, parse_args
+from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
-from finetune.data.samples import check_first_rows
+from finetune.data.prompting import read_template
+from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
 from finetune.process.launching import leave_quietly_on_interrupt
@@ -75,9 +77,8 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     Raises:
         ValueError: 列出全部问题。
     """
-    import torch
-
     from finetune.checkpoint.base_model import load_config
+    from finetune.process.accelerator import has_accelerator
 
     problems = []
 
@@ -91,7 +92,7 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     if ds_config is not None:
         problems += settle_fixed_numbers(args, ds_config)
     problems += [*early_problems(args), *quantization_problems(args, ds_config)]
-    if args.precision == "fp16" and not torch.cuda.is_available():
+    if args.precision == "fp16" and not has_accelerator():
         problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
     config = read(load_config, args.model_name_or_path)
     if config is not None and not TRAIN_METHODS[args.train_type].problems(args) and not args.dry_run:
@@ -106,17 +107,27 @@ def early_problems(args: TrainOptions) -> list[str]:
     problems = [*problems_of(args), *method_problems(args), *file_problems(args), *evaluation_problems(args)]
     if args.max_src_len >= args.max_len:
         problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
-    checks = [(check_first_rows, path) for path in (args.train_path, args.eval_path) if path is not None]
-    checks += [(read_texts, path) for path in (args.general_path, args.replay_path) if path is not None]
-    checks += [(spike_choice, args.loss_spike_factor), (check_config_file, Path(args.model_name_or_path))]
-    if Path(args.model_name_or_path).is_file() and Path(args.train_path).is_dir():
-        swapped = f"--train_path {args.train_path} 是目录，--model_name_or_path {args.model_name_or_path} 是文件"
+    first_path = args.train_path if isinstance(args.train_path, str) else args.train_path[0]
+    if Path(args.model_name_or_path).is_file() and Path(first_path).is_dir():
+        swapped = f"--train_path {first_path} 是目录，--model_name_or_path {args.model_name_or_path} 是文件"
         return [*problems, f"{swapped}：两个写反了"]
-    for check, value in checks:
+
+    def read(function, *values):
         try:
-            check(value)
+            return function(*values)
         except ValueError as error:
             problems.append(str(error))
+
+    if args.prompt_format.endswith(".json"):
+        read(read_template, args.prompt_format)
+    for path in (*(source.path for source in read(parse_sources, args.train_path) or ()), args.eval_path):
+        if path is not None:
+            read(check_first_rows, path, row_options(vars(args)))
+    for path in (args.general_path, args.replay_path):
+        if path is not None:
+            read(read_texts, path)
+    read(spike_choice, args.loss_spike_factor)
+    read(check_config_file, Path(args.model_name_or_path))
     return problems
 
 
@@ -152,9 +163,12 @@ def file_problems(args: TrainOptions) -> list[str]:
 def evaluation_problems(args: TrainOptions) -> list[str]:
     """评估、遗忘与重放的参数里不起作用的、缺了一半的。"""
     problems = []
-    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and args.eval_path is None]
+    has_data = args.eval_path is not None or args.val_ratio is not None
+    useless = [f"--{name}" for name in NEEDS_EVAL_PATH if name in args.given and not has_data]
     if useless:
-        problems.append(f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或去掉")
+        problems.append(f"{'、'.join(useless)} 只在评估时起作用，请加上 --eval_path 或 --val_ratio，或去掉")
+    if args.eval_path is not None and args.val_ratio is not None:
+        problems.append("--val_ratio 与 --eval_path 只能有一个：前者从训练数据里留出评估集，请去掉一个")
     if "eval_max_new_tokens" in args.given and args.eval_metric == "nll":
         problems.append("--eval_max_new_tokens 在 --eval_metric nll 时不起作用，请去掉，或换一个生成的指标")
     if args.forgetting_threshold is not None and args.general_path is None:

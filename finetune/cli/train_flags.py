@@ -53,6 +53,8 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     """解析命令行，补上随方法而定的缺省。"""
     found, given = build_parser().read(argv)
     options = TrainOptions(**found, given=given)
+    if len(options.train_path) == 1:
+        [options.train_path] = options.train_path
     options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)
     if options.learning_rate is None:
         options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate

@@ -12,22 +12,23 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune.comparison.data import read_rows, shuffled_labels, take_tokens, write_rows
 from finetune.comparison.plan import Cell, task_of
+from finetune.comparison.statistics import COSTS, compact_counts
 from finetune.process.training_process import TrainingProcess
 from utils import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
 TRAIN_TIMEOUT = 24 * 3600.0
 PR_SET_PDEATHSIG = 1
 # predict.py 的 main：参数 → 退出码
 Predict = Callable[[list[str]], int]
+MEASURED = (*COSTS, "tokens")
+SCORE = ("score", "ci_low", "ci_high")
+LENGTH_FLAGS = {"max_len": 1024, "max_src_len": 768}
 TRAINABLE = re.compile(r"可训练 ([\d,]+) / ([\d,]+)")
 
 
@@ -46,44 +47,32 @@ def start_worker(work: Path):
 
 def run_cell(
     plan: dict[str, Any], cell: Cell, rate: float | None, output_dir: Path, predict: Predict
-) -> tuple[dict, dict]:
-    """做一个格子 → (results.jsonl 的一行, details.jsonl 的一行)。
+) -> dict[str, Any]:
+    """做一个格子 → 结果文件的一行（jobs 由调用者写）。
 
     每次都在全新的目录里，做完删去；训练没有走完时抛 RuntimeError，附日志的末尾。
     """
     directory = output_dir / "work" / cell.name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    evaluation_only = {"base": output_dir / "base", "untrained": output_dir / "untrained"}
     trained: dict[str, Any] = {}
-    if cell.method in evaluation_only:
-        checkpoint = base_path(plan, output_dir) if cell.method == "base" else evaluation_only[cell.method]
-    else:
+    if cell.task:
         checkpoint, trained = train(plan, cell, rate, output_dir, directory)
-    scored, other = evaluate(plan, cell, output_dir, partial(score, plan, checkpoint, directory, predict))
+    else:
+        checkpoint = base_path(plan, output_dir) if cell.method == "base" else output_dir / cell.method
+    scored, other = evaluate(plan, cell, output_dir, checkpoint, predict)
     row = {
-        "stage": cell.stage,
-        "task": cell.task,
-        "method": cell.method,
-        "seed": cell.seed,
-        "learning_rate": rate,
-        "metric": scored.get("metric"),
-        **{name: scored.get(name) for name in ("score", "ci_low", "ci_high")},
-        **{
-            name: trained.get(name)
-            for name in ("trainable_parameters", "peak_memory_mb", "seconds", "tokens_per_second", "checkpoint_bytes")
-        },
+        **{"stage": cell.stage, "task": cell.task, "method": cell.method, "seed": cell.seed, "learning_rate": rate},
+        **{name: scored.get(name) for name in ("metric", *SCORE)},
+        **{name: trained.get(name) for name in MEASURED},
         "forgetting": {**trained.get("forgetting", {}), "other_tasks": other},
     }
+    if cell.stage != "sweep" and cell.task:  # 报告由它们重写：配对自助法与损失曲线
+        row |= {"losses": trained["losses"], "per_row": compact_counts(scored["per_row"], scored["metric"])}
     if cell.check is not None:
         row["check"] = cell.check
-    detail = {
-        "cell": cell.name,
-        **{name: trained.get(name) for name in ("tokens", "losses")},
-        "per_row": scored.get("per_row"),
-    }
     shutil.rmtree(directory)
-    return row, detail
+    return row
 
 
 def base_path(plan: dict[str, Any], output_dir: Path) -> Path:
@@ -152,54 +141,42 @@ def measured(train_dir: Path, output: str, wall_seconds: float) -> tuple[Path, d
 
 
 def evaluate(
-    plan: dict[str, Any], cell: Cell, output_dir: Path, score_on: Callable[[Path, str, int], dict[str, Any]]
+    plan: dict[str, Any], cell: Cell, output_dir: Path, checkpoint: Path, predict: Predict
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """用 score_on(文件, 指标, 至多生成几个 token) 评测一个检查点 → (自己任务的结果, 各别的任务的分数)。
+    """用 predict.py 评测一个检查点 → (自己任务的结果, 各别的任务的分数)；提示词的截断与训练相同。
 
     试跑只算验证部分的 NLL；其余在测试部分生成并评分，别的任务用它们测试部分的前 other 行。
     base 与 untrained 没有自己的任务：全部任务都在整份测试部分与前 other 行上评分。
     """
-    data = output_dir / "data"
+    precision = read_json(output_dir / "data.json")["precision"]
+    max_src_len = flag_value(plan["train_flags"], "max_src_len")
+
+    def score(task: dict[str, Any], part: str, metric: str) -> dict[str, Any]:
+        output = output_dir / "work" / cell.name / f"{task['name']}-{part}.jsonl"
+        words = ["--model_path", checkpoint, "--test_path", output_dir / "data" / task["name"] / f"{part}.json"]
+        words += ["--output_path", output, "--metric", metric, "--batch_size", 64, "--precision", precision]
+        words += ["--max_new_tokens", task["max_new_tokens"], "--max_src_len", max_src_len]
+        code = predict([str(word) for word in words])
+        if code != 0:
+            raise RuntimeError(f"predict.py 评测 {checkpoint} 失败（退出码 {code}），原因在 work/ 的 worker 日志里")
+        gc.collect()
+        return read_json(output.with_suffix(".metrics.json"))
+
     if cell.stage == "sweep":
-        return score_on(data / cell.task / "dev.json", "nll", 1), {}
+        return score(task_of(plan, cell.task), "dev", "nll"), {}
     own, other = {}, {}
-    if cell.task:
-        task = task_of(plan, cell.task)
-        own = score_on(data / cell.task / "test.json", task["metric"], task["max_new_tokens"])
     for task in plan["tasks"]:
-        if task["name"] == cell.task:
+        name, metric = task["name"], task["metric"]
+        if name == cell.task:
+            own = score(task, "test", metric)
             continue
-        parts = ("other",) if cell.task else ("other", "test")
-        for part in parts:
-            found = score_on(data / task["name"] / f"{part}.json", task["metric"], task["max_new_tokens"])
-            entry = other.setdefault(task["name"], {"metric": task["metric"]})
-            prefix = "" if part == "other" else "test_"
-            entry.update({f"{prefix}{name}": found[name] for name in ("score", "ci_low", "ci_high")})
-            if part == "test":
-                entry["test_per_row"] = found["per_row"]
+        found = score(task, "other", metric)
+        other[name] = {"metric": metric, **{key: found[key] for key in SCORE}}
+        if not cell.task:
+            found = score(task, "test", metric)
+            other[name] |= {f"test_{key}": found[key] for key in SCORE}
+            other[name]["test_per_row"] = compact_counts(found["per_row"], metric)
     return own, other
-
-
-def score(
-    plan: dict[str, Any],
-    checkpoint: Path,
-    directory: Path,
-    predict: Predict,
-    test_path: Path,
-    metric: str,
-    max_new_tokens: int,
-) -> dict[str, Any]:
-    """用 predict.py 在一个文件上评测，提示词的截断与训练相同；返回 *.metrics.json 的内容。"""
-    output = directory / f"{test_path.parent.name}-{test_path.stem}.jsonl"
-    words = ["--model_path", checkpoint, "--test_path", test_path, "--output_path", output, "--metric", metric]
-    words += ["--max_new_tokens", max_new_tokens, "--batch_size", 64]
-    words += ["--precision", read_json(test_path.parents[2] / "data.json")["precision"]]
-    words += ["--max_src_len", flag_value(plan["train_flags"], "max_src_len", LENGTH_FLAGS["max_src_len"])]
-    code = predict([str(word) for word in words])
-    if code != 0:
-        raise RuntimeError(f"predict.py 评测 {checkpoint} 失败（退出码 {code}），原因在 work/ 的 worker 日志里")
-    gc.collect()
-    return read_json(output.with_suffix(".metrics.json"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,7 +195,7 @@ def choose_rows(plan: dict[str, Any], output_dir: Path) -> dict[str, dict[str, i
     base = base_path(plan, output_dir)
     config = load_config(base)
     tokenizer = load_tokenizer(base, config.vocab_size)
-    limits = {name: flag_value(plan["train_flags"], name, default) for name, default in LENGTH_FLAGS.items()}
+    limits = {name: flag_value(plan["train_flags"], name) for name in LENGTH_FLAGS}
     chosen: dict[str, dict[str, int]] = {}
     for task in plan["tasks"]:
         directory = output_dir / "data" / task["name"]
@@ -236,13 +213,10 @@ def choose_rows(plan: dict[str, Any], output_dir: Path) -> dict[str, dict[str, i
     return chosen
 
 
-LENGTH_FLAGS = {"max_len": 1024, "max_src_len": 768}
-
-
-def flag_value(flags: list, name: str, default: int) -> int:
-    """train_flags 里一个整数参数的值。"""
+def flag_value(flags: list, name: str) -> int:
+    """train_flags 里一个长度参数的值，没有写时是 train.py 的缺省。"""
     words = [str(word) for word in flags]
-    return int(words[words.index(f"--{name}") + 1]) if f"--{name}" in words else default
+    return int(words[words.index(f"--{name}") + 1]) if f"--{name}" in words else LENGTH_FLAGS[name]
 
 
 def read_rows_any(path: Path) -> list[dict[str, Any]]:

@@ -3,26 +3,23 @@
 计划的写法见 benchmarks/comparison/plan.json 与 benchmarks/comparison/README.md。
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.metrics.registry import LOWER_IS_BETTER, METRICS
+from finetune.metrics.registry import LOWER_IS_BETTER
 from utils import read_json
 
-TASKS = ("extraction", "generation", "classification")
+TASK_NAMES = {"extraction": "抽取", "generation": "生成", "classification": "分类"}
+METRIC_NAMES = {"triple_f1": "三元组 F1", "rouge": "ROUGE-L", "label_f1": "宏 F1"}
 METHODS = ("freeze", "lora", "ptuning", "full")
 CHECKS = ("repeat", "shuffled", "untrained")
 REQUIRED = ("base", "tasks", "methods", "seeds", "train_tokens", "general_path", "held_out_chars")
 OPTIONAL = {"split_seed": 1, "sweep_share": 0.25, "epochs": 1, "train_flags": [], "checks": [], "replay": None}
 TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
-TASK_OPTIONAL = {
-    **{"pretrain": 0, "pretrain_max_input_chars": None, "other": 50},
-    **{"max_input_chars": None, "max_output_chars": None},
-}
+TASK_OPTIONAL = {"pretrain": 0, "other": 50, "max_input_chars": None, "max_output_chars": None}
 TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
-# 一个格子里与训练 token 数无关的时间（启动、评测），折成一次完整训练的份额，只用来估计剩余时间
-FIXED_WEIGHT = 0.4
 
 Result = dict[str, Any]
 
@@ -39,7 +36,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """文件名与 details.jsonl 里的名字。"""
+        """它的目录名，也是给人看的名字。"""
         if self.stage == "base" or self.check == "untrained":
             return self.check or "base"
         parts = [self.check or self.stage, self.task, self.method, str(self.seed)]
@@ -63,10 +60,10 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         place = f"任务 {task.get('name')}"
         problems += [f"{place}缺少 {name}" for name in TASK_REQUIRED if name not in task]
         problems += [f"{place}不认识 {name}" for name in task if name not in known]
-        if task.get("name") not in TASKS:
-            problems.append(f"{place}：名字应为 {'、'.join(TASKS)} 之一")
-        if task.get("metric") not in METRICS or task.get("metric") == "nll":
-            problems.append(f"{place}：metric {task.get('metric')} 应为 triple_f1、label_f1、rouge 之一")
+        if task.get("name") not in TASK_NAMES:
+            problems.append(f"{place}：名字应为 {'、'.join(TASK_NAMES)} 之一")
+        if task.get("metric") not in METRIC_NAMES:
+            problems.append(f"{place}：metric {task.get('metric')} 应为 {'、'.join(METRIC_NAMES)} 之一")
     names = [task.get("name") for task in tasks]
     problems += [f"任务 {name} 写了 {names.count(name)} 次" for name in dict.fromkeys(names) if names.count(name) > 1]
     ratio = 1 if plan["replay"] is None else plan["replay"].get("ratio")
@@ -123,11 +120,10 @@ def replay_cell(plan: dict[str, Any], results: Iterable[Result]) -> Cell | None:
     finals = [row for row in results if row["stage"] == "final"]
     if plan["replay"] is None or len(finals) < len(plan["tasks"]) * len(plan["methods"]) * len(plan["seeds"]):
         return None
-    rises: dict[tuple[str, str], float] = {}
+    rises: Counter[tuple[str, str]] = Counter()
     for row in finals:
-        rise = row["forgetting"]["general_nll_after"] - row["forgetting"]["general_nll_before"]
-        key = (row["task"], row["method"])
-        rises[key] = rises.get(key, 0.0) + rise
+        lost = row["forgetting"]
+        rises[row["task"], row["method"]] += lost["general_nll_after"] - lost["general_nll_before"]
     task, method = max(rises, key=rises.__getitem__)
     return Cell("replay", task, method, plan["seeds"][0])
 
@@ -162,21 +158,3 @@ def next_cell(plan: dict[str, Any], results: list[Result], running: set[Cell]) -
         if rate is not None:
             return cell, rate
     return None
-
-
-def cell_weight(plan: dict[str, Any], cell: Cell) -> float:
-    """一个格子大约是几次完整训练的时间，估计剩余时间用。"""
-    if not cell.task:
-        return FIXED_WEIGHT
-    task = task_of(plan, cell.task)
-    share = task["sweep_share"] if cell.stage == "sweep" else 1.0
-    return share * task["train_tokens"] / plan["train_tokens"] + FIXED_WEIGHT
-
-
-def total_weight(plan: dict[str, Any], results: list[Result]) -> float:
-    """全部格子的份量；重放的任务还不知道时按第一个任务算。"""
-    cells = list_cells(plan)
-    if plan["replay"] is not None:
-        first = Cell("replay", plan["tasks"][0]["name"], next(iter(plan["methods"])), plan["seeds"][0])
-        cells.append(replay_cell(plan, results) or first)
-    return sum(cell_weight(plan, cell) for cell in cells)

@@ -1,18 +1,18 @@
-"""把比较报告的一串块写成 Markdown 与 HTML。
+"""比较的报告由 Markdown 变成自成一体的 HTML：图与字体的子集都以 data: 内嵌，不连网。
 
-report.html 自成一体：图与字体的子集都以 data: 内嵌，不连网；正文的汉字在没有装中文字体的机器上由内嵌的字体显示。
+只认报告自己写出来的几种段落：# 与 ## 标题、- 列表、| 表、![说明](figures/名字) 与下一行的说明是图；其余是正文，
+** 之间是粗体。
+正文的汉字在没有装中文字体的机器上由内嵌的字体显示。
 """
 
 import base64
 import html
+import re
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from finetune.comparison.plots import FONT
 
-# (种类, 内容)：h1、h2、p 是文字，list 是各行，table 是 (表头, 各行)，figure 是 (文件名, 说明)
-Block = tuple[str, Any]
 STYLE = """
 @font-face { font-family: "compare"; src: url(data:font/ttf;base64,@FONT@); font-display: block;
   unicode-range: U+2E80-9FFF, U+FF00-FFEF; }
@@ -23,64 +23,46 @@ table { border-collapse: collapse; margin: 1em 0; font-size: 0.92em; display: bl
 th, td { border: 1px solid #ccc; padding: 0.3em 0.7em; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { background: #f3f3f3; }
 figure { margin: 1.2em 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #444; font-size: 0.92em; }
-code { background: #f3f3f3; padding: 0 0.25em; }
 """
+FIGURE = re.compile(r"!\[(.*)\]\((.*)\)\n.*")
 
 
-def to_markdown(blocks: list[Block]) -> str:
-    """块 → Markdown；图引用 figures/。"""
-    parts = []
-    for kind, content in blocks:
-        if kind in ("h1", "h2"):
-            parts.append(f"{'#' * int(kind[1])} {content}")
-        elif kind == "p":
-            parts.append(content)
-        elif kind == "list":
-            parts.append("\n".join(f"- {line}" for line in content))
-        elif kind == "table":
-            header, rows = content
-            lines = [header, ["---"] * len(header), *rows]
-            parts.append("\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines))
-        else:
-            name, caption = content
-            parts.append(f"![{caption}](figures/{name})\n\n*{caption}*")
-    return "\n\n".join(parts) + "\n"
-
-
-def to_html(blocks: list[Block], figures: Path) -> str:
-    """块 → 自成一体的 HTML。"""
-    parts = []
-    for kind, content in blocks:
-        if kind in ("h1", "h2", "p"):
-            parts.append(f"<{kind}>{inline(content)}</{kind}>")
-        elif kind == "list":
-            parts.append("<ul>" + "".join(f"<li>{inline(line)}</li>" for line in content) + "</ul>")
-        elif kind == "table":
-            header, rows = content
-            head = "".join(f"<th>{inline(cell)}</th>" for cell in header)
-            body = "".join("<tr>" + "".join(f"<td>{inline(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-            parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-        else:
-            name, caption = content
-            picture = base64.b64encode((figures / name).read_bytes()).decode()
-            parts.append(
-                f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{picture}">'
-                f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-            )
-    text = "\n".join(parts)
-    style = STYLE.replace("@FONT@", base64.b64encode(font_subset(text)).decode())
-    title = next(content for kind, content in blocks if kind == "h1")
+def to_html(markdown: str, directory: Path) -> str:
+    """报告的 Markdown → HTML；图从 directory 读。"""
+    body = "\n".join(paragraph(text, directory) for text in markdown.strip().split("\n\n"))
+    style = STYLE.replace("@FONT@", base64.b64encode(font_subset(body)).decode())
+    title = html.escape(markdown.partition("\n")[0].removeprefix("# "))
     return (
-        f'<!DOCTYPE html>\n<html lang="zh-CN"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<!DOCTYPE html>\n<html lang="zh-CN"><head><meta charset="utf-8"><title>{title}</title>'
         f'<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">'
-        f"<style>{style}</style></head><body>\n{text}\n</body></html>\n"
+        f"<style>{style}</style></head><body>\n{body}\n</body></html>\n"
     )
 
 
-def inline(text: Any) -> str:
+def paragraph(text: str, directory: Path) -> str:
+    """一段 Markdown → HTML。"""
+    if figure := FIGURE.fullmatch(text):
+        picture = base64.b64encode((directory / figure[2]).read_bytes()).decode()
+        caption = html.escape(figure[1])
+        image = f'<img alt="{caption}" src="data:image/svg+xml;base64,{picture}">'
+        return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+    if text.startswith("#"):
+        marks, _, title = text.partition(" ")
+        return f"<h{len(marks)}>{inline(title)}</h{len(marks)}>"
+    lines = text.split("\n")
+    if text.startswith("- "):
+        return "<ul>" + "".join(f"<li>{inline(line[2:])}</li>" for line in lines) + "</ul>"
+    if text.startswith("| "):
+        head, _, *body = ([inline(cell.strip()) for cell in line.split("|")[1:-1]] for line in lines)
+        head = "".join(f"<th>{cell}</th>" for cell in head)
+        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<p>{inline(text)}</p>"
+
+
+def inline(text: str) -> str:
     """转义，并把成对的 ** 变成 <b>。"""
-    pieces = html.escape(str(text)).split("**")
-    return "".join(f"<b>{piece}</b>" if index % 2 else piece for index, piece in enumerate(pieces))
+    return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", html.escape(text))
 
 
 def font_subset(text: str) -> bytes:
@@ -97,11 +79,3 @@ def font_subset(text: str) -> bytes:
     stream = BytesIO()
     font.save(stream)
     return stream.getvalue()
-
-
-def missing_glyphs(text: str) -> set[str]:
-    """text 里自带字体没有的汉字与全角标点。"""
-    from fontTools.ttLib import TTFont
-
-    known = TTFont(FONT).getBestCmap()
-    return {char for char in text if ord(char) >= 0x2E80 and ord(char) not in known}

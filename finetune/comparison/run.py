@@ -1,5 +1,6 @@
 """逐格去做一个比较的计划：备好数据，几个格子并行，随时可以打断再接着。"""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -15,11 +16,48 @@ from tqdm import tqdm
 
 from finetune.comparison.cells import choose_rows, read_rows_any, run_cell, start_worker
 from finetune.comparison.data import prepare_task, split_text, without_near
-from finetune.comparison.plan import Cell, cell_of, cell_weight, list_cells, next_cell, replay_cell, total_weight
-from finetune.comparison.results import load_results, record, repair
-from utils import read_json, try_lock, write_json
+from finetune.comparison.plan import Cell, cell_of, list_cells, next_cell, replay_cell
+from utils import read_json, replacing, try_lock, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
+# 试跑与正式的格子在前一个文件里，基座、重放与核对在后一个里
+RESULTS, EXTRAS = "results.jsonl", "extras.jsonl"
+
+
+def load_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """读 JSON 行，略去末尾写了一半的一行（当时被杀）；repair 时把它从文件里删去，只在占住目录时可以。
+
+    Raises:
+        ValueError: 中间有坏了的行。
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if repair and len(complete) < len(content):
+        with replacing(path, "wb") as stream:
+            stream.write(complete)
+    rows = []
+    for number, line in enumerate(complete.decode("utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: 不是合法的 JSON（{error}），请删去这一行再运行") from error
+    return rows
+
+
+def load_results(output_dir: Path, repair: bool = False) -> list[dict[str, Any]]:
+    """全部做完的格子；repair 见 load_rows。"""
+    return [row for name in (RESULTS, EXTRAS) for row in load_rows(output_dir / name, repair)]
+
+
+def record(output_dir: Path, row: dict[str, Any]):
+    """记下一个做完的格子，刷到磁盘：随时被杀，至多少了末尾的一行。"""
+    path = output_dir / (RESULTS if row["stage"] in ("sweep", "final") else EXTRAS)
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -89,16 +127,9 @@ def chosen_precision(plan: dict[str, Any]) -> str:
 
 def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable[[list[str]], int]):
     """做完全部格子，jobs 个并行；一个格子失败就停下，已做完的都在。predict 是 predict.py 的 main。"""
-    repair(output_dir)
-    results = load_results(output_dir)
-    finished = {cell_of(row) for row in results}
-    bar = tqdm(
-        total=round(total_weight(plan, results), 2),
-        initial=round(sum(cell_weight(plan, cell) for cell in finished), 2),
-        desc=f"比较（做完 {len(finished)} 格）",
-        bar_format="{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}] {postfix}",
-        dynamic_ncols=True,
-    )
+    results = load_results(output_dir, repair=True)
+    num_cells = len(list_cells(plan)) + (plan["replay"] is not None)
+    bar = tqdm(total=num_cells, initial=len(results), desc="比较", unit="格", dynamic_ncols=True)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (output_dir / "work",))
     running: dict[Future, Cell] = {}
     try:
@@ -114,13 +145,10 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable
                 bar.refresh()
                 for future in done:
                     cell = running.pop(future)
-                    row, detail = future.result()
-                    record(output_dir, row, {**detail, "jobs": jobs})
-                    results.append(row)
-                    bar.total = round(total_weight(plan, results), 2)
-                    bar.update(cell_weight(plan, cell))
-                    bar.set_description_str(f"比较（做完 {len(results)} 格）")
-                    tqdm.write(describe(cell, row))
+                    results.append(future.result() | {"jobs": jobs})
+                    record(output_dir, results[-1])
+                    bar.update()
+                    tqdm.write(describe(cell, results[-1]))
     except BrokenProcessPool as error:
         raise RuntimeError(f"工作进程意外退出（多半是内存不足），请减少 --jobs（现在 {jobs}）后再次运行") from error
     finally:
@@ -137,10 +165,8 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable
 def describe(cell: Cell, row: dict[str, Any]) -> str:
     """一个做完的格子的一行说明。"""
     if row["score"] is None:
-        scores = "，".join(
-            f"{task} {entry['test_score']:.3f}" for task, entry in row["forgetting"]["other_tasks"].items()
-        )
-        return f"{cell.name}：{scores}"
+        scores = [f"{name} {entry['test_score']:.3f}" for name, entry in row["forgetting"]["other_tasks"].items()]
+        return f"{cell.name}：{'，'.join(scores)}"
     forgetting = row["forgetting"]
     return (
         f"{cell.name}：{row['metric']} {row['score']:.4f}［{row['ci_low']:.4f}，{row['ci_high']:.4f}］，"

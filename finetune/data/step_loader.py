@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from finetune.data.packing import collate, deal_step, epoch_steps
+from finetune.process.accelerator import pin_memory
 
 
 class StepBatch(NamedTuple):
@@ -70,11 +71,10 @@ class StepLoader:
         if self.packing:
             for batch, micro in zip(micro_batches, dealt, strict=True):
                 batch["document_offsets"] = [int(self.dataset.offsets[i]) for i in micro]
-        if torch.cuda.is_available():
-            micro_batches = [
-                {name: value.pin_memory() if torch.is_tensor(value) else value for name, value in batch.items()}
-                for batch in micro_batches
-            ]
+        micro_batches = [
+            {name: pin_memory(value) if torch.is_tensor(value) else value for name, value in batch.items()}
+            for batch in micro_batches
+        ]
         return StepBatch(
             micro_batches=micro_batches,
             num_target_tokens=sum(self.dataset.num_targets[i] for i in indices),

@@ -75,7 +75,8 @@ def read_model_proto(tokenizer: BaichuanTokenizer):
         ValueError: 没有安装 protobuf，或不是带字节回退的 BPE。
     """
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        # sentencepiece 自带的那份只认比生成它的更新的 protobuf，transformers 的这份不挑
+        from transformers.utils import sentencepiece_model_pb2_new as sentencepiece_model_pb2
     except ImportError as error:
         raise ValueError("导出分词器需要 protobuf，请运行 pip install protobuf") from error
     proto = sentencepiece_model_pb2.ModelProto()

@@ -1,5 +1,6 @@
-"""生成与评分的参数。"""
+"""生成、评分与服务的参数。"""
 
+import importlib.util
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
@@ -8,13 +9,35 @@ from finetune.options import PRECISIONS, flag
 # 采样时没有写的取这些
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
+DEFAULT_ADDRESS = "127.0.0.1:8000"
+
+
+@dataclass
+class ServeOptions:
+    """HTTP 服务。"""
+
+    serve: str | None = flag(
+        None,
+        "开 OpenAI 写法的 HTTP 服务，模型名是目录名，--adapter 的各是一个模型；要 uvicorn 与 starlette。"
+        f"只写 --serve 是 {DEFAULT_ADDRESS}；采样等设置写在请求里，--max_new_tokens 是请求没写 max_tokens 时的值，"
+        "--batch_size 是同时生成的请求数（缺省不开）",
+        nargs="?",
+        const=DEFAULT_ADDRESS,
+        metavar="主机:端口",
+    )
+    api_key: str | None = flag(
+        None,
+        "服务要求请求带上 Authorization: Bearer 与这个值（缺省不要求）",
+        check=lambda value: None if value.isascii() and value.isprintable() and value else "必须是不空的 ASCII 文字",
+    )
+
 
 @dataclass
 class GenerationOptions:
     """怎样生成，怎样评分。"""
 
     precision: str = flag("auto", "计算精度，auto 按设备决定", choices=PRECISIONS)
-    batch_size: int | None = flag(None, "文件预测每批的行数（缺省 8）", kind=int)
+    batch_size: int | None = flag(None, "文件预测每批的行数，服务同时生成的请求数（缺省 8）", kind=int)
     max_new_tokens: int | None = flag(
         None, "最多生成的 token 数（缺省 512，上下文不足 1024 的模型取上下文的一半）", kind=int
     )
@@ -43,3 +66,9 @@ class GenerationOptions:
         nargs="*",
         metavar="标签",
     )
+
+
+def check_installed() -> None:
+    """没有安装 uvicorn、starlette 时抛 ValueError，写明安装命令。"""
+    if not all(importlib.util.find_spec(name) for name in ("uvicorn", "starlette")):
+        raise ValueError("--serve 需要 uvicorn 与 starlette，请运行 pip install uvicorn starlette")

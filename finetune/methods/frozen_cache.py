@@ -132,7 +132,7 @@ def open_frozen_cache(cache_frozen: str, output_dir: Path, engine, train_set) ->
         )
     directory = SHM_DIRECTORY if cache_frozen == "memory" else output_dir
     port = os.environ.get("MASTER_PORT", "0")
-    name = f".tmp-frozen-{file_sha256(Path(train_set.path))[:8]}-{socket.gethostname()}-{port}"
+    name = f".tmp-frozen-{file_sha256(Path(train_set.paths[0]))[:8]}-{socket.gethostname()}-{port}"
     cache = FrozenCache(
         directory / name,
         num_layers=num_layers,

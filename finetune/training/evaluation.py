@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from finetune.data.options import DataOptions
 from finetune.data.prompting import Prompting, encode_prompt
-from finetune.data.samples import read_samples
+from finetune.data.samples import read_samples, row_options
 from finetune.data.step_loader import StepLoader, batch_to_device
 from finetune.inference.generation import generate_batch, make_generation_config, plan_batches
 from finetune.metrics.registry import LOWER_IS_BETTER, METRICS
@@ -25,10 +25,10 @@ BEST_FILE = "best.json"
 
 
 class Evaluation:
-    """--eval_path 的评估；没有 --eval_path 时 is_due() 总是假。
+    """--eval_path 或 --val_ratio 的评估；两者都没有时 is_due() 总是假。
 
     Args:
-        data_set: --eval_path 的数据；没有则为 None。
+        data_set: 评估的数据；没有则为 None。
         sha256: 它的文件的哈希；换了数据或指标，以前的分数不可比，从头算最好的。
         state: 续训时 state() 存下的；从头开始为 None。
     """
@@ -56,8 +56,10 @@ class Evaluation:
         self.is_owed: bool = state["is_owed"] and data_set is not None  # 一次评估被打断，还没有做
         self._prompts, self._references = [], []
         if data_set is not None and options.eval_metric != "nll":
-            rows = {row.line: row for row in read_samples(data.eval_path, split="predict")}
-            for row in (rows[data_set.lines[index]] for index in self.rows):
+            how = row_options(vars(data))
+            files = {path: read_samples(path, "predict", options=how) for path in dict.fromkeys(data_set.paths)}
+            for index in self.rows:
+                row = files[data_set.paths[index]][int(data_set.rows[index])]
                 limits = {"max_src_len": data.max_src_len, **prompting._asdict()}
                 self._prompts.append(encode_prompt(tokenizer, row.messages, **limits))
                 self._references.append(row.references)
@@ -91,7 +93,7 @@ class Evaluation:
         seconds = time.perf_counter() - began
         self.seconds += seconds
         if scores is None:
-            log_rank_0(f"评估 {self.data.eval_path}：被打断，续训时补上")
+            log_rank_0(f"评估 {self.data_set.path}：被打断，续训时补上")
             return False
         self.is_owed = False
         log.write({"step": step, "epoch": epoch, **{f"eval/{name}": value for name, value in scores.items()}}, step)
@@ -114,7 +116,7 @@ class Evaluation:
 
     def _print(self, step: int, scores: dict[str, float], is_better: bool, seconds: float):
         metric = self.options.eval_metric
-        text = f"评估 {self.data.eval_path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
+        text = f"评估 {self.data_set.path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
         if metric != "nll":
             interval = f"[{scores[f'{metric}_ci_low']:.4f}, {scores[f'{metric}_ci_high']:.4f}]"
             text += f"，{metric} {scores[metric]:.4f}，95% 区间 {interval}"

@@ -1,5 +1,6 @@
 """训练过程、日志、评估、遗忘与重放的参数。"""
 
+import importlib.util
 import math
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
@@ -14,6 +15,19 @@ def checkpointing_choice(value: str) -> str:
     if value not in ("none", "all", "attention") and not (value.isdecimal() and int(value) > 0):
         raise ArgumentTypeError(f"应为 none、all、attention 或正整数，得到 {value!r}")
     return value
+
+
+REPORTS = ("tensorboard", "swanlab")
+
+
+def report_requirement(value: str) -> str | None:
+    """--report_to 的要求：认识、不重复，要的库装了。"""
+    names = value.split(",")
+    if not set(names) <= set(REPORTS) or len(set(names)) < len(names):
+        return f"必须是 {'、'.join(REPORTS)} 里的几个，逗号分隔，不重复"
+    if "swanlab" in names and importlib.util.find_spec("swanlab") is None:
+        return "需要 swanlab，请运行 pip install swanlab"
+    return None
 
 
 @dataclass
@@ -94,7 +108,16 @@ class LogOptions:
         "一步的损失超过近来平均的多少倍时警告，如 3；写成 3,stop 则在更新之前停下；0 为不看",
         changes_training=False,
     )
-    logging_dir: str | None = flag(None, "TensorBoard 的目录（缺省 output_dir/runs）", changes_training=False)
+    logging_dir: str | None = flag(
+        None, "TensorBoard 的目录，SwanLab 的在它下面的 swanlab/（缺省 output_dir/runs）", changes_training=False
+    )
+    report_to: str = flag(
+        "tensorboard",
+        "曲线写成哪几种，逗号分隔：tensorboard、swanlab（离线，以后可用 swanlab sync 上传；要另装 swanlab）；"
+        "train_log.jsonl 总是写",
+        check=report_requirement,
+        changes_training=False,
+    )
 
 
 @dataclass

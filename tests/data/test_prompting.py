@@ -5,48 +5,18 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recorded_tokenizer import EOS, RECORDED, RecordedTokenizer
 
 from baichuan import BaichuanTokenizer
 from finetune.data.prompting import IGNORE_INDEX, encode_prompt, encode_sample, max_prompt_tokens
 from finetune.data.samples import Sample
 
-EOS, USER, ASSISTANT = 2, 195, 196
+USER, ASSISTANT = 195, 196
 NO = IGNORE_INDEX
-# 真正的 Baichuan2 分词器给出的编号
-RECORDED = {
-    "": [],
-    "这个评论是正面还是负面？": [1790, 6630, 92347, 15085, 2002, 16272, 68],
-    "负面。": [16272, 66],
-    "你好": [16829],
-    "你好！": [16829, 67],
-    "What is 1+1?": [3167, 1414, 92311, 92336, 62, 92336, 74],
-    "1+1=2。": [92336, 62, 92336, 64, 92338, 66],
-    "介绍一下你自己": [39817, 19262],
-    "你是一个有用的助手。": [26553, 58190, 18183, 66],
-    "一": [92342],
-    "二": [92565],
-    "三": [92514],
-    "四": [92721],
-    "五": [92791],
-    "写一首诗": [93041, 15646, 93392],
-    "春眠不觉晓，": [92937, 93837, 19373, 93708, 65],
-}
 SINGLE = [("user", "这个评论是正面还是负面？"), ("assistant", "负面。")]
 DOUBLE = [("user", "你好"), ("assistant", "你好！"), ("user", "What is 1+1?"), ("assistant", "1+1=2。")]
 SYSTEM = [("system", "你是一个有用的助手。"), ("user", "介绍一下你自己")]
 THREE = [("user", "一"), ("assistant", "二"), ("user", "三"), ("assistant", "四"), ("user", "五")]
-
-
-class RecordedTokenizer:
-    """重放 RECORDED：不需要 2 MB 的词表文件，也能逐个 id 地核对拼法。"""
-
-    eos_token_id = EOS
-
-    def encode_plain(self, text: str) -> list[int]:
-        return list(RECORDED[text])
-
-    def find_control_pieces(self, text: str) -> list[str]:
-        return []
 
 
 @pytest.fixture(scope="module", params=["recorded", "real"])
@@ -285,7 +255,7 @@ def test_user_mistakes_are_named(tokenizer):
         encode(tokenizer, SINGLE, max_src_len=48)
     with pytest.raises(ValueError, match=r"--max_src_len\(1\) 太小，连角色标记都放不下"):
         encode(tokenizer, SINGLE, max_src_len=1)
-    with pytest.raises(ValueError, match=r"prompt_format 应为 plain \| chat，实际是 'alpaca'"):
+    with pytest.raises(ValueError, match=r"prompt_format 应为 plain \| chat \| template，实际是 'alpaca'"):
         encode_prompt(tokenizer, SYSTEM, "alpaca")
     with pytest.raises(ValueError, match=r"family 应为 baichuan \| baichuan2，实际是 'llama'"):
         encode_prompt(tokenizer, SYSTEM, "chat", family="llama")

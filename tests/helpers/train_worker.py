@@ -24,6 +24,7 @@ from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
 import train
+from benchmarks.speed.protocol import process_memory_mb
 from finetune.process.interruption import leave
 from utils import global_rank
 
@@ -62,8 +63,7 @@ class MemoryMeter(threading.Thread):
 
     @staticmethod
     def now() -> float:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "RssShmem:"))) / 1024
+        return process_memory_mb("RssAnon", "RssShmem")
 
     def run(self):
         while self.running:

@@ -1,4 +1,4 @@
-"""train.py：真实的 deepspeed 进程。怎样切分都是同样的梯度；日志、检查点与错误如约；祖先的每个坑都有一个测试。"""
+"""train.py：真实的 deepspeed 进程。怎样切分都是同样的梯度；日志、检查点与错误如约。"""
 
 import json
 import math
