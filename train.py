@@ -6,6 +6,12 @@
     没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。被打断后加 --resume auto 接着训练。
 """
 
+from finetune.cli.train_checks import first_look, validate_args
+from finetune.cli.train_flags import TrainOptions, parse_args
+
+if __name__ == "__main__":
+    first_look()  # 命令行写错了马上说：下面的库要载入好几秒
+
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,8 +27,6 @@ from finetune.checkpoint.resume import open_run
 from finetune.checkpoint.run_record import describe_run
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
-from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import hold_out_rows, mix, parse_sources
 from finetune.data.plain_text import replay_pieces
 from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_format
@@ -33,6 +37,7 @@ from finetune.planning.dry_run import dry_run
 from finetune.process.arithmetic import settle_arithmetic
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
+from finetune.process.launching import process_count_note
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
 from finetune.training.anomaly import NumberWatch
@@ -91,6 +96,8 @@ def main() -> int:
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
     release_shared_memory()
     interruption = Interruption()
+    if note := process_count_note():
+        log_rank_0(note)
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
@@ -130,16 +137,7 @@ def main() -> int:
     frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
-    evaluation = Evaluation(
-        args,
-        args,
-        args.per_device_train_batch_size,
-        eval_set,
-        tokenizer,
-        prompting,
-        eval_sha256,
-        progress.get("evaluation"),
-    )
+    evaluation = Evaluation(args, args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
     run = Run(
         *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
         *(num_steps, log, numbers, interruption),
