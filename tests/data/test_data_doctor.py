@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
+from finetune.data_doctor import check as data_doctor
 from finetune.data_doctor.check import check_files, main
 from finetune.data_doctor.duplicates import TEST_BIT, compare
 from finetune.data_doctor.report import bar, histogram, percentile
