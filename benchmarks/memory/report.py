@@ -1,10 +1,9 @@
-"""推算显存的报告：总表、与公布的数对照、与 CPU 实测对照，写成 Markdown；由 plan_memory.py 使用。"""
+"""推算显存的报告：总表、各项、与 CPU 实测对照，写成 Markdown；由 plan_memory.py 使用。"""
 
 from argparse import Namespace
 
-import arguments
-
 from baichuan import BaichuanConfig
+from finetune.cli.train_flags import parse_args
 from finetune.planning.activations import MicroBatch, plan_model
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory
 from finetune.terminal import markdown_table
@@ -40,7 +39,7 @@ def config_of(size: str, vocab_size: int) -> BaichuanConfig:
 def method_args(method: str, layers: int, *flags: str) -> Namespace:
     """一种方法的参数，缺省值；freeze 训练最后四层。"""
     freeze = ",".join(f"layers.{index}." for index in range(layers - 4, layers))
-    return arguments.parse_args(
+    return parse_args(
         [
             *("--train_path", "d", "--model_name_or_path", "m", "--output_dir", "o", "--train_type", method),
             *(("--freeze_module_name", freeze) if method == "freeze" else ()),
@@ -134,9 +133,9 @@ def report(measured: dict | None) -> str:
     """整份报告，Markdown。"""
     sections = [
         "# 显存与内存的推算",
-        "由 `python benchmarks/memory/plan_memory.py` 写成；公式见 "
-        " `finetune/planning/` 的 memory.py 与 activations.py。"
-        "**没有在任何 GPU 上测过**：显存的各表全部是推算，"
+        "由 `python benchmarks/memory/plan_memory.py` 写成；"
+        "公式见 `finetune/planning/memory.py` 与 `activations.py` 的开头。"
+        "**显存的各表全部是推算**，没有与 GPU 上的实测对照过；"
         "其中碎片（5%）、CUDA 上下文（0.6 GiB）与通信缓冲（0.4 GiB）是假定。"
         "激活的公式由 `tests/planning/test_planning.py` 对照 autograd 真正保留的存储，相差不到 2%。",
         "## 总表",

@@ -21,8 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
-from finetune.data.prompting import PROMPT_FORMATS, resolve_prompt_format
+from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
 from finetune.data.rows import MAX_PROBLEMS, Problem, iter_rows
+from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
+from finetune.data_doctor import show as show_module
 from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, compare
 from finetune.data_doctor.report import draw_picture, render, to_json
 from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
@@ -45,6 +47,8 @@ class FileReport:
         self.counts: Counter[tuple[str, str]] = Counter()  # (severity, code) → 数目
         self.findings: dict[str, list[Problem]] = defaultdict(list)
         self.lengths = {"src": Counter(), "tgt": Counter(), "total": Counter()}
+        self.formats: Counter[str] = Counter()  # 写法 → 行数
+        self.unused: Counter[str] = Counter()  # 没有用上的字段 → 行数
         self.labels: Counter[str] | None = Counter()  # None：取值太多或太长，不像分类
 
     def add(self, findings: Iterable[Problem]) -> None:
@@ -57,6 +61,8 @@ class FileReport:
         self.add(chunk.findings)
         self.num_rows += chunk.num_rows
         self.num_samples += len(chunk.lines)
+        self.formats += chunk.formats
+        self.unused += chunk.unused
         columns = {"src": chunk.lengths[:, 0], "tgt": chunk.lengths[:, 1], "total": chunk.lengths.sum(axis=1)}
         for name, values in columns.items():
             self.lengths[name].update(values.tolist())
@@ -75,7 +81,9 @@ class FileReport:
         return total >= MIN_LABEL_ROWS and distinct <= min(MAX_LABELS, total // 10)
 
 
-def examine_file(report: FileReport, index: int, encoding: Encoding | None, workers: int | None) -> list[np.ndarray]:
+def examine_file(
+    report: FileReport, index: int, encoding: Encoding | None, workers: int | None, options: RowOptions
+) -> list[np.ndarray]:
     """流式检查一个文件，填进 report；返回各批的摘要与位置，供 compare_rows 一起比较。"""
     digests: list[np.ndarray] = []
     path = report.path
@@ -85,7 +93,7 @@ def examine_file(report: FileReport, index: int, encoding: Encoding | None, work
         first = next(rows, None)  # 打不开的文件在这里抛出
         report.add(_file_findings(path))
         chunks = split_chunks(chain([first] if first is not None else [], rows))
-        examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding)
+        examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding, options=options)
         with tqdm(
             total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"检查 {Path(path).name}", disable=None
         ) as bar:
@@ -184,23 +192,20 @@ def label_findings(report: FileReport, reports: list[FileReport]) -> Iterator[Pr
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_set.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    check = parser.add_subparsers(dest="command", required=True).add_parser(
-        "check", help="检查数据文件", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="data_set.py", description=f"{__doc__}\n{show_module.__doc__}", **style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="看几行怎样编码", description=show_module.__doc__, **style)
+    show.add_argument("path", metavar="FILE", help="数据文件")
+    show.add_argument("--model_name_or_path", required=True, help="检查点目录（必填）")
+    show.add_argument("--rows", type=show_module.row_numbers, help="看第几行，从 1 起，如 1,2,10-12（缺省全部）")
+    show.add_argument("--json", metavar="OUT", help="把各行写成 JSON Lines（缺省不写）")
+    add_sample_flags(show)
+    check = commands.add_parser("check", help="检查数据文件", description=__doc__, **style)
     check.add_argument("paths", nargs="+", metavar="FILE", help="训练数据，可以有几个；重复也跨文件查找")
     check.add_argument("--test_path", help="测试数据：查它与训练数据共有的行（缺省不查）；回答可缺")
     check.add_argument("--model_name_or_path", help="检查点目录：长度按它的分词器计（缺省按字符数，不检查截断）")
-    check.add_argument("--max_len", type=int, default=1024, help="同 train.py，token（缺省 %(default)s）")
-    check.add_argument("--max_src_len", type=int, default=768, help="同 train.py，token（缺省 %(default)s）")
-    check.add_argument(
-        "--prompt_format",
-        default="auto",
-        choices=["auto", *PROMPT_FORMATS],
-        help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
-    )
+    add_sample_flags(check)
     check.add_argument(
         "--max_findings", type=int, default=MAX_PROBLEMS, help="每个文件每种问题至多列几条（缺省 %(default)s）"
     )
@@ -208,6 +213,23 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", metavar="OUT", help="把全部结果写成 JSON（缺省不写）")
     check.add_argument("--picture", metavar="PNG", help="把长度与标签的分布画成图（缺省不画）")
     return parser
+
+
+def add_sample_flags(parser: argparse.ArgumentParser) -> None:
+    """决定一行怎样读、怎样编码的参数，与 train.py 的同名。"""
+    parser.add_argument("--max_len", type=int, default=1024, help="同 train.py，token（缺省 %(default)s）")
+    parser.add_argument("--max_src_len", type=int, default=768, help="同 train.py，token（缺省 %(default)s）")
+    parser.add_argument(
+        "--prompt_format",
+        default="auto",
+        type=prompt_format_choice,
+        metavar="auto|plain|chat|文件.json",
+        help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
+    )
+    parser.add_argument("--input_separator", default="", type=separator_choice, help="同 train.py（缺省为空）")
+    parser.add_argument("--ignore_fields", default="", help="同 train.py（缺省没有）")
+    parser.add_argument("--loss_turns", default="all", choices=LOSS_TURNS, help="同 train.py（缺省 %(default)s）")
+    parser.add_argument("--train_on_prompt", action="store_true", help="同 train.py（缺省不训练提示）")
 
 
 def load_encoding(args: argparse.Namespace) -> Encoding | None:
@@ -232,7 +254,12 @@ def load_encoding(args: argparse.Namespace) -> Encoding | None:
 
 
 def check_files(
-    paths: list[str], test_path: str | None, encoding: Encoding | None, max_findings: int, workers: int | None = None
+    paths: list[str],
+    test_path: str | None,
+    encoding: Encoding | None,
+    max_findings: int,
+    workers: int | None = None,
+    options: RowOptions = RowOptions(),
 ) -> tuple[list[FileReport], dict[str, int]]:
     """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)。"""
     reports = [FileReport(str(path), "train", max_findings) for path in paths]
@@ -240,7 +267,7 @@ def check_files(
         reports.append(FileReport(str(test_path), "predict", max_findings))
     digests = [np.zeros((0, 4), dtype=np.uint64)]
     for index, report in enumerate(reports):
-        digests += examine_file(report, index, encoding, workers)
+        digests += examine_file(report, index, encoding, workers, options)
     totals = compare_rows(reports, np.concatenate(digests), max_findings)
     for report in reports:
         report.add(label_findings(report, reports))
@@ -250,11 +277,14 @@ def check_files(
 def main(argv: list[str] | None = None) -> int:
     """命令行入口，返回退出码。"""
     args = build_parser().parse_args(argv)
+    options = row_options(vars(args))
     try:
+        if args.command == "show":
+            return show_module.show(args.path, load_encoding(args), options, args.rows, args.json)
         if args.max_findings < 1 or (args.workers is not None and args.workers < 1):
             raise ValueError("--max_findings 与 --workers 必须至少为 1，请改正")
         encoding = load_encoding(args)
-        reports, totals = check_files(args.paths, args.test_path, encoding, args.max_findings, args.workers)
+        reports, totals = check_files(args.paths, args.test_path, encoding, args.max_findings, args.workers, options)
         worst = max(
             (severity for report in reports for severity, _ in report.counts), key=SEVERITIES.index, default="note"
         )

@@ -94,6 +94,9 @@ def render(reports: list, totals: dict[str, int], encoding, exit_code: int) -> s
 def _render_file(report, encoding) -> str:
     kind = "测试数据" if report.split == "predict" else "训练数据"
     parts = [f"{kind} {report.path}：{report.num_rows} 行，可用的样本 {report.num_samples} 条"]
+    for name, counts in (("写法", report.formats), ("没有用上的字段", report.unused)):
+        if counts:
+            parts[0] += f"\n{name}：" + "、".join(f"{key} {count} 行" for key, count in counts.most_common(20))
     if not report.num_samples:
         return parts[0]
     cells = [
@@ -149,6 +152,8 @@ def _file_json(report) -> dict[str, Any]:
         "split": report.split,
         "num_rows": report.num_rows,
         "num_samples": report.num_samples,
+        "formats": dict(report.formats.most_common()),
+        "unused_fields": dict(report.unused.most_common()),
         "counts": [{"severity": s, "code": code, "count": n} for (s, code), n in sorted(report.counts.items())],
         "length_percentiles": {
             name: {f"p{p}": percentile(lengths, p) for p in PERCENTILES} if has_samples else {}

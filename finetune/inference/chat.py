@@ -93,7 +93,7 @@ def answer(predictor, history: list[tuple[str, str]], text: str) -> None:
     except ValueError as error:
         note(f"错误：{error}")
         return
-    streamer = TerminalStreamer(predictor.tokenizer, predictor.args.stop)
+    streamer = TerminalStreamer(predictor.tokenizer, predictor.stops)
     print("模型：", end="", flush=True)
     try:
         ids = predictor.generate_batch([prompt], streamer=streamer)[0]

@@ -131,15 +131,17 @@ def set_aside(path: Path, output_path: Path) -> None:
 def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
     """决定预测结果的全部设置；提示词（数据、分词器、提示格式、截断）与权重各取摘要。"""
     args = predictor.args
-    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "stop", "label_scores"]
+    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "label_scores"]
     if args.do_sample:
         names += ["temperature", "top_p", "top_k", "seed", "batch_size"]
     checkpoints = [predictor.base, *predictor.adapters.values()]
     return {
         **{f"--{name}": getattr(args, name) for name in names},
+        "--stop": predictor.stops,
         "--do_sample": args.do_sample,
         "--precision": str(prediction_dtype(args.precision, device)).removeprefix("torch."),
         "--metric nll": args.metric == "nll",
+        **({"预测": "得分最高的标签"} if args.label_scores else {}),
         "检查点": "、".join(str(checkpoint.path.resolve()) for checkpoint in checkpoints),
         "权重的摘要": "-".join(weights_fingerprint(checkpoint) for checkpoint in checkpoints),
         "提示词的摘要": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],

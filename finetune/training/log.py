@@ -83,6 +83,7 @@ class TrainLog:
         self._num_targets, self._num_tokens = state["targets"], state["tokens"]
         self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
         self._started = self._window_started = time.perf_counter()
+        self._paused = self._started
         self._progress = self._writers = None
         self.error: OSError | None = None
         if global_rank() == 0:
@@ -173,11 +174,15 @@ class TrainLog:
 
     def pause(self):
         """评估与保存之前调用：此后的时间不计入 tokens_per_second。"""
-        self._seconds += time.perf_counter() - self._window_started
+        self._paused = time.perf_counter()
+        self._seconds += self._paused - self._window_started
 
     def resume(self):
         """评估与保存之后调用。"""
         self._window_started = time.perf_counter()
+        if self._progress is not None and not self._progress.disable:  # 剩余时间只按训练的步推算
+            self._progress.start_t += self._window_started - self._paused
+            self._progress.last_print_t += self._window_started - self._paused
 
     def close(self) -> OSError | None:
         """画 loss.png，关闭文件；返回写不下的错误。"""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from finetune.data_doctor.check import check_files, main
+from finetune.data_doctor.check import build_parser, check_files, load_encoding, main
 from finetune.data_doctor.duplicates import TEST_BIT, compare
 from finetune.data_doctor.report import bar, histogram, percentile
 from finetune.terminal import display_width
@@ -61,11 +61,20 @@ def findings(*paths: str, test_path: str | None = None, limit: int = 20) -> list
         ("{bad", ("error:json", "rows.json:1: JSON: 不是合法的 JSON（第 2 列：")),
         ("[1]", ("error:row", "rows.json:1: 行: 应为 JSON 对象 {…}，实际是数字: ")),
         ('[{"input": "x", "output": "y"}', ("error:array", "rows.json:1: 数组: 数组没有结束的 ]，文件可能不完整: ")),
-        (b'{"input": "\xb9\xca", "output": ""}', ("error:encoding", "rows.json:1: 编码: 第 12 个字节（0xb9）起")),
+        (
+            '{"input": "故", "output": "a"}\n'.encode() + b'{"input": "\xb9\xca", "output": "b"}',
+            ("error:encoding", "rows.json:2: 编码: 第 12 个字节（0xb9）起"),
+        ),
+        (
+            b'{"input": "\xb9\xca", "output": "b"}',
+            ("error:file", "GB18030 编码: 请转成 UTF-8：iconv -f GB18030 -t UTF-8"),
+        ),
+        ([{**ROW, "tools": [1]}], ("error:field", "rows.json:1: tools: ")),
+        ([{**ROW, "id": 3}], []),
         (b'{"input": "a\0", "output": ""}', ("error:encoding", "rows.json:1: 编码: 第 13 个字符是 NUL")),
         (b" \n\n", ("error:file", "rows.json:1: 文件: 没有任何样本（只有空白）: 请检查文件内容")),
         (b"", ("error:file", "（0 字节），没有任何样本: 请检查文件内容与路径")),
-        (json.dumps(ROW).encode("utf-16"), ("error:file", "是 UTF-16 编码: 请另存为 UTF-8")),
+        (json.dumps(ROW).encode("utf-16"), ("error:file", "是 UTF-16 编码: 请转成 UTF-8：iconv -f UTF-16")),
         ([{**ROW, "output": ""}], ("warning:empty_output", "rows.json:1: output: 回答是空的: 确实没有答案可以不改")),
         ([{**ROW, "output": " \n"}], ("warning:empty_output", "rows.json:1: output: 回答只有空白: ")),
         ([{"inputs": "x", **ROW}], []),
@@ -382,3 +391,59 @@ def test_command_line(write):
     assert result.returncode == 2
     assert f"{path}:2: output: 缺少这个字段" in result.stdout
     assert result.stderr == ""
+
+
+# ---- show ----
+
+
+def test_show_prints_the_pieces_and_writes_json(write, base, capsys, tmp_path):
+    rows = [
+        ROW,
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "id": 3},
+        {**ROW, "tools": [1]},
+    ]
+    path, out = write(rows), tmp_path / "out.jsonl"
+    code = main(["show", path, "--model_name_or_path", str(base), "--rows", "2-3", "--json", str(out)])
+    printed = capsys.readouterr().out
+    second, third = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert code == 2
+    assert (second["line"], second["format"]) == (2, "messages")
+    assert second["input_ids"][0] == 195
+    assert second["labels"][-1] == second["input_ids"][-1] == 2
+    assert len(second["labels"]) == len(second["input_ids"])
+    assert [warning.endswith("id") for warning in second["warnings"]] == [True]
+    assert (third["line"], third["input_ids"], third["labels"]) == (3, None, None)
+    assert f"{path}:3: tools: " in third["warnings"][0]
+    assert "⟦答" in printed
+    assert "抽取" not in printed
+    assert main(["show", path, "--model_name_or_path", str(base), "--rows", "1"]) == 0
+    assert main(["show", path, "--model_name_or_path", str(base), "--rows", "9"]) == 2
+    with pytest.raises(SystemExit):
+        main(["show", path, "--model_name_or_path", str(base), "--rows", "0"])
+
+
+def test_show_follows_the_flags_that_shape_a_sample(write, base, tmp_path):
+    path, out = write([{**ROW, "tools": [1]}]), tmp_path / "out.jsonl"
+    labels = {}
+    for flags in (["--ignore_fields", "tools"], ["--ignore_fields", "tools", "--train_on_prompt"]):
+        flags = [*flags, "--prompt_format", "plain", "--json", str(out)]
+        assert main(["show", path, "--model_name_or_path", str(base), *flags]) == 0
+        record = json.loads(out.read_text(encoding="utf-8"))
+        labels[len(flags)] = (record["labels"] == record["input_ids"], -100 in record["labels"])
+    assert list(labels.values()) == [(False, True), (True, False)]
+
+
+def test_conversations_in_plain_are_a_counted_warning(write, base):
+    talk = [
+        {"role": "system", "content": "规"},
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答"},
+    ]
+    path = write([ROW, {"messages": talk}])
+    for prompt_format, counts in (("plain", 1), ("chat", 0)):
+        args = build_parser().parse_args(
+            ["check", path, "--model_name_or_path", str(base), "--prompt_format", prompt_format]
+        )
+        reports, _ = check_files([path], None, load_encoding(args), 20, workers=1)
+        assert reports[0].counts["warning", "plain_turns"] == counts
+        assert reports[0].formats == {"instruction/input/output": 1, "messages": 1}
