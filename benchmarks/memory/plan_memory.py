@@ -25,7 +25,7 @@ from finetune.process.training_process import free_port
 from utils import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED = ROOT / "benchmarks" / "memory" / "measured.json"
+MEASURED = ROOT / "benchmarks" / "memory" / "results" / "measured.json"
 # 与解释器和各库的约 0.5 GiB 相比看得出的大小：约四千万参数，一个 micro batch 约两千 token
 MODEL = {"layers": 12, "hidden_size": 512, "intermediate_size": 1376, "heads": 8}
 SMALLEST = {"layers": 1, "hidden_size": 32, "intermediate_size": 32, "heads": 2}
@@ -122,7 +122,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """命令行参数。"""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--measure", action="store_true", help="在 CPU 上重新实测（写 benchmarks/memory/measured.json）"
+        "--measure", action="store_true", help="在 CPU 上重新实测（写 benchmarks/memory/results/measured.json）"
     )
     parser.add_argument("--work_dir", type=Path, help="实测用的目录，放微型检查点与输出（--measure 时必填）")
     args = parser.parse_args(argv)
@@ -139,7 +139,7 @@ def main():
         write_json(MEASURED, measure(args.work_dir))
     report = plan_report.report(read_json(MEASURED) if MEASURED.is_file() else None)
     print(report)
-    (MEASURED.parent / "README.md").write_text(report, encoding="utf-8")
+    (MEASURED.parents[1] / "README.md").write_text(report, encoding="utf-8")
 
 
 if __name__ == "__main__":
