@@ -123,7 +123,7 @@ def report(measured: dict | None) -> str:
         "# 显存与内存的推算",
         "由 `python benchmarks/memory/plan_memory.py` 写成；"
         "公式见 `finetune/planning/memory.py` 与 `activations.py` 的开头。"
-        "**显存的各表全部是推算**；H200 上量过的四种（[gpu-h200](../speed/results/gpu-h200.md)：7B 的 LoRA 与 freeze、"
+        "**显存的各表全部是推算**；H200 上量过的三种（[gpu-h200](../speed/results/gpu-h200.md)：7B 的 LoRA 与 freeze、"
         "13B 的 LoRA）与推算差 2% 以内，不含碎片与上下文。"
         "其中碎片（5%）、CUDA 上下文（0.6 GiB）与通信缓冲（0.4 GiB）是假定。"
         "激活的公式由 `tests/planning/test_planning.py` 对照 autograd 真正保留的存储，相差不到 2%。",
