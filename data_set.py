@@ -3,6 +3,8 @@
 python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/      # 数据体检，见 finetune/data_doctor/
 """
 
+import copy
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +17,9 @@ from finetune.data.encoding import (
     EMPTY_OUTPUT,
     ENCODING_VERSION,
     EOS_TARGET,
+    PER_SAMPLE,
     SAME_TARGET,
+    SEVERAL_TURNS,
     SRC_CUT,
     TGT_CUT,
     encode_file,
@@ -23,6 +27,7 @@ from finetune.data.encoding import (
 )
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample
 from finetune.data.rows import check_file
+from finetune.data.samples import RowOptions
 from finetune.data.token_cache import TokenCache
 
 
@@ -46,6 +51,8 @@ class BaichuanDataSet:
         family: str = "baichuan2",
         user_token_id: int = 195,
         assistant_token_id: int = 196,
+        template: dict[str, str] | None = None,
+        row_options: RowOptions = RowOptions(),
         is_skip: bool = False,
         drop_duplicates: bool = False,
         cache_dir: str | os.PathLike | None = None,
@@ -62,19 +69,27 @@ class BaichuanDataSet:
             "family": family,
             "user_token_id": user_token_id,
             "assistant_token_id": assistant_token_id,
+            "template": template,
         }
         choices = {"is_skip": is_skip, "drop_duplicates": drop_duplicates}
         check_file(path)
         self.cache_note = "未使用"
         cached = None
         if cache_dir is not None:
-            cache = TokenCache(cache_dir, self.path, tokenizer, {"version": ENCODING_VERSION, **options, **choices})
+            settings = {"version": ENCODING_VERSION, **options, **choices, **row_options._asdict()}
+            cache = TokenCache(cache_dir, self.path, tokenizer, json.loads(json.dumps(settings)))
             cached, self.cache_note = cache.load()
         if cached is None:
-            cached = encode_file(self.path, tokenizer, options, **choices, workers=num_workers, progress=show_progress)
+            cached = encode_file(
+                *(self.path, tokenizer, options, row_options),
+                **choices,
+                workers=num_workers,
+                progress=show_progress,
+            )
             if cache_dir is not None:
                 self.cache_note += cache.save(*cached)
         arrays, self.counts = cached
+        self.prompt_format = prompt_format
         self.paths: list[str] = []
         self._set_arrays(arrays)
 
@@ -89,8 +104,35 @@ class BaichuanDataSet:
 
     def append(self, samples: Sequence[EncodedSample], path: str):
         """在末尾接上 path 里的样本（重放的通用文字）；它们与原有的一起洗牌、装箱。"""
-        added = to_arrays(samples, [0] * len(samples))
+        added = to_arrays(samples, [0] * len(samples), range(len(samples)))
         self._set_arrays({name: np.concatenate([self._arrays[name], added[name]]) for name in ARRAYS}, path)
+
+    def take(self, indices: np.ndarray) -> "BaichuanDataSet":
+        """其中的这些样本（可以重复），依 indices 的次序；自己不变。"""
+        taken = copy.copy(self)
+        begins, lengths = self.offsets[:-1][indices], self._arrays["lengths"][indices].astype(np.int64)
+        tokens = np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+        taken.paths = [self.paths[index] for index in indices]
+        taken._set_arrays(
+            {name: array[indices if name in PER_SAMPLE else tokens] for name, array in self._arrays.items()}
+        )
+        return taken
+
+    @staticmethod
+    def join(parts: Sequence["BaichuanDataSet"]) -> "BaichuanDataSet":
+        """几份首尾相接成一份；一份时就是它自己。"""
+        if len(parts) == 1:
+            return parts[0]
+        joined = copy.copy(parts[0])
+        joined.path = "、".join(part.path for part in parts)
+        joined.paths = [path for part in parts for path in part.paths]
+        joined._set_arrays({name: np.concatenate([part._arrays[name] for part in parts]) for name in ARRAYS})
+        return joined
+
+    @property
+    def rows(self) -> np.ndarray:
+        """各样本在它的文件里是第几行（从 0 起，数组则是第几个元素）。"""
+        return self._arrays["rows"]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -126,6 +168,7 @@ class BaichuanDataSet:
             "num_src_truncated": int((flags & SRC_CUT > 0).sum()),
             "num_tgt_truncated": int((flags & TGT_CUT > 0).sum()),
             "num_control_rows": int((flags & CONTROL > 0).sum()),
+            "num_conversations": int((flags & SEVERAL_TURNS > 0).sum()),
             "num_tokens": num_tokens,
             "num_target_tokens": num_targets,
             "target_share": num_targets / num_tokens,
@@ -141,6 +184,7 @@ class BaichuanDataSet:
         lines = [
             f"数据报告：{self.path}",
             f"  文件 {found['num_rows']} 行，样本 {len(self)} 条{skipped}",
+            f"  写法：{_listing(found['formats'])}",
             f"  空输出 {found['num_empty_outputs']}（目标只有 eos），{duplicates}",
             f"  截断：src {found['num_src_truncated']} 条，tgt {found['num_tgt_truncated']} 条（截短的 tgt 没有 eos）",
             f"  长度（token）：p50 {p50}，p90 {p90}，p95 {p95}，p99 {p99}，最长 {longest}（上限 {self.max_len}）",
@@ -148,7 +192,20 @@ class BaichuanDataSet:
         ]
         if found["num_control_rows"]:
             lines.append(f"  {found['num_control_rows']} 条的文本里有 <reserved_N> 之类的控制符号，已按普通文字编码")
+        if found["unused_fields"]:
+            lines.append(f"  没有用上的字段：{_listing(found['unused_fields'])}")
+        if found["num_conversations"] and self.prompt_format == "plain":
+            lines.append(
+                f"  警告：{found['num_conversations']} 条是多轮或有 system 的对话，而提示格式是 plain：各轮之间只有"
+                "回答之后的 eos，system 与用户的话直接相接；模型若是对话模型，请加 --prompt_format chat"
+            )
         return "\n".join([*lines, f"  分词缓存：{self.cache_note}"])
+
+
+def _listing(counts: dict[str, int]) -> str:
+    """{名字: 行数} → 「a 3 行、b 2 行」，多的在前，至多十项。"""
+    ranked = sorted(counts.items(), key=lambda item: -item[1])
+    return "、".join(f"{name} {count} 行" for name, count in ranked[:10]) + ("……" if len(ranked) > 10 else "")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""用训练好的检查点预测：一条样本、一个文件（可同时评测）、几个检查点的对照，或在终端里对话。
+"""用训练好的检查点预测：一条样本、一个文件（可同时评测）、几个检查点的对照、终端对话，或 HTTP 服务。
 
 启动：
     python predict.py --model_path output-baichuan/epoch-2-step-80 --instruction "……" --input "……"
@@ -6,25 +6,31 @@
     python predict.py --compare CKPT1 CKPT2 --test_path data/spo_1.json
     python predict.py --model_path CKPT                                   # 终端对话，/clear 清空，/exit 退出
     python predict.py --model_path BASE --adapter CKPT1 CKPT2             # 对话中用 /adapter 切换
+    python predict.py --model_path BASE --adapter CKPT1 CKPT2 --serve     # OpenAI 写法的 HTTP 服务，见 docs/serving.md
 """
+
+from finetune.cli.predict_checks import Plan, first_look, prepare
+from finetune.cli.predict_flags import PredictOptions, parse_args
+
+if __name__ == "__main__":
+    first_look()  # 命令行写错了马上说：下面的库要载入好几秒
 
 import sys
 from pathlib import Path
 
 import torch
 
-from finetune.cli.predict_checks import Plan, prepare
-from finetune.cli.predict_flags import PredictOptions, parse_args
 from finetune.inference.chat import chat
 from finetune.inference.predict_file import partial_path, predict_file
 from finetune.inference.predictor import Predictor
+from finetune.inference.serve import serve
 from finetune.inference.side_by_side import compare
 from finetune.terminal import format_table, note
 from utils import quiet_libraries, seed_everything
 
 
 def run(args: PredictOptions, plan: Plan) -> None:
-    """按命令行做事：对照、文件、一条样本，或对话。"""
+    """按命令行做事：对照、文件、一条样本、服务，或对话。"""
     if args.compare:
         predictors = [Predictor(args, checkpoint) for checkpoint in plan.checkpoints]
         compare(predictors, plan.rows, plan.device, Path(args.output_path))
@@ -35,6 +41,9 @@ def run(args: PredictOptions, plan: Plan) -> None:
         predict_file(predictor, plan.rows, prompts, plan.device, args.num_gpus)
         return
     predictor.load_model(plan.device)
+    if plan.listener is not None:
+        serve(predictor, plan.listener, args.api_key)
+        return
     if not plan.rows:
         chat(predictor)
         return

@@ -5,6 +5,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,7 @@ class AttentionContext:
     document_lengths: list[int] | None = None
     document_parents: list[int] | None = None
     output_attentions: bool = False
+    layout: Any = None  # 并排的各段在 GPU 上的布局，见 packed_attention_gpu；None 表示逐段算
     is_exact: bool = False  # 写开的注意力：全被遮住的填充行也要有正确的梯度（z_loss 用到它们的输出）
 
 
@@ -157,7 +159,7 @@ def packed_attention(
     prefix_key: Tensor | None = None,
     prefix_value: Tensor | None = None,
 ) -> Tensor:
-    """对并排的各段分别做因果注意力（GPU；CPU 用 packed_attention_cpu.py）。
+    """对并排的各段分别做因果注意力：packed_attention_gpu 用不了时走这里（CPU 用 packed_attention_cpu.py）。
 
     Args:
         query, key, value: [T, heads, head_dim]，T 为各段长度之和（旋转位置编码已加）。

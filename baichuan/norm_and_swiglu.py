@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from baichuan import elementwise_gpu
+from baichuan.elementwise_gpu import fused, is_worth_it, normalize
+
 
 class RMSNormFunction(torch.autograd.Function):
     """y = w · cast(x / rms(x))。
@@ -14,18 +17,29 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if is_worth_it(x):
+            y, inverse_rms = fused(elementwise_gpu.rms_norm, (x.flatten(0, -2),), weight.detach(), eps)
+            ctx.save_for_backward(x, weight, inverse_rms)
+            return y.view(x.shape)
         square_sum = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
         inverse_rms = square_sum.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse_rms)
-        return weight * _normalize(x, inverse_rms, weight)
+        return weight * normalize(x, inverse_rms, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, y_grad: Tensor):
         x, weight, inverse_rms = ctx.saved_tensors
         x_grad = weight_grad = None
+        if is_worth_it(x):
+            rows = y_grad.flatten(0, -2), x.flatten(0, -2), inverse_rms
+            if ctx.needs_input_grad[1]:
+                weight_grad = fused(elementwise_gpu.rms_norm_weight_grad, rows, weight.detach())
+            if ctx.needs_input_grad[0]:
+                x_grad = fused(elementwise_gpu.rms_norm_input_grad, rows, weight.detach()).view(x.shape)
+            return x_grad, weight_grad, None
         if ctx.needs_input_grad[1]:
-            product = y_grad * _normalize(x, inverse_rms, weight)
+            product = y_grad * normalize(x, inverse_rms, weight)
             weight_grad = product.flatten(0, -2).sum(dim=0, dtype=torch.float32).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             # d/dx (x·r) = r·(g - x·r²·mean(g·x))，g 是对归一化结果的梯度
@@ -35,22 +49,22 @@ class RMSNormFunction(torch.autograd.Function):
         return x_grad, weight_grad, None
 
 
-def _normalize(x: Tensor, inverse_rms: Tensor, weight: Tensor) -> Tensor:
-    normalized = x * inverse_rms  # 与 fp32 相乘，结果是 fp32
-    return normalized.to(weight.dtype) if weight.dtype in (torch.float16, torch.bfloat16) else normalized
-
-
 class SwiGLUFunction(torch.autograd.Function):
     """y = silu(gate) · up；反向只保留 gate 与 up，silu(gate) 重算。形状全部相同。"""
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
+        if is_worth_it(gate):
+            return fused(elementwise_gpu.swiglu, (gate.flatten(0, -2), up.flatten(0, -2))).view(gate.shape)
         return nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, y_grad: Tensor):
         gate, up = ctx.saved_tensors
+        if is_worth_it(gate):
+            grads = fused(elementwise_gpu.swiglu_grads, tuple(t.flatten(0, -2) for t in (y_grad, gate, up)))
+            return tuple(grad.view(gate.shape) for grad in grads)
         gate_grad = torch.ops.aten.silu_backward(y_grad * up, gate)
         return gate_grad, nn.functional.silu(gate).mul_(y_grad)

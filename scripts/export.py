@@ -3,7 +3,7 @@
 python scripts/export.py --model_path output-lora/epoch-3-step-240 --to llama --output_dir baichuan2-7B-llama
 
 llama：LlamaForCausalLM 目录（7B），transformers、vLLM 等直接加载；baichuan：官方布局，词表投影已归一化；
-gguf：llama.cpp 的文件（7B、13B）。
+gguf：llama.cpp 的文件（7B、13B）；gguf_lora：LoRA 检查点的适配器，配基座的 gguf，一个基座可以挂几个。
 """
 
 import argparse

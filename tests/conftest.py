@@ -6,12 +6,20 @@ from pathlib import Path
 # 测试不联网；必须在第一次 import transformers 之前设好
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# MKL 在各种 CPU 上用同样的算法：黄金值来自另一种 CPU，缺省时只有 AVX2 的 CPU 上一处的舍入超出界限（2.1e-5 对 2e-5）
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import pytest
 import torch
+from hypothesis import settings
 from paths import LOCAL_GOLDENS, SHARED
 
 from scripts.build_tiny_model import build_tiny_model
+
+# 每例的时限只用来发现挂起：机器忙时几毫秒的例子也会慢；fuzz 供 --hypothesis-profile=fuzz，两核约一分钟
+settings.register_profile("default", deadline=30_000)
+settings.register_profile("fuzz", deadline=30_000, max_examples=1500)
+settings.load_profile("default")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -150,8 +150,8 @@ def pretrain(
 ) -> dict[str, torch.Tensor]:
     """从 weights（fp32，先经 lean_to_copying）训练，返回训练后的权重（fp32）；directory 里已有 config.json 与分词器。
 
-    max_tokens 缺省为各文件恰好一遍。结果由随机种子、CPU 的种类与线程数决定，机器安静时逐位可重现；
-    两个线程与别的程序争 CPU 时偶尔差末位（见 benchmarks/comparison/README.md）。
+    max_tokens 缺省为各文件恰好一遍。结果由随机种子、CPU 的种类与 num_threads 决定，逐位可重现，
+    与环境里的线程数（OMP_NUM_THREADS）、机器忙不忙无关。
     """
     from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
     from finetune.process.precision import TORCH_DTYPES, choose_precision
@@ -162,6 +162,8 @@ def pretrain(
     precision, reason = choose_precision("auto")
     precision = "fp32" if precision == "fp16" else precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    previous_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)  # 在初值之前：它的 QR 也随线程数变
     weights = lean_to_copying(weights, seed)
     model = BaichuanForCausalLM(config)
     missing, unexpected = model.load_state_dict(
@@ -177,8 +179,6 @@ def pretrain(
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
     num_tokens = sum(len(ids) for step in steps for ids, _ in step)
     print(f"预训练：{num_tokens:,} token，{len(steps)} 步，{num_threads} 个线程，{precision}（{reason}）", flush=True)
-    previous_threads = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
     try:
         bar = tqdm(total=num_tokens, unit="token", unit_scale=True, desc="预训练", dynamic_ncols=True, mininterval=1)
         with bar:

@@ -1,6 +1,6 @@
-"""推算显存的总表（7B、13B × 四种方法 × ZeRO × 卡数），与公布的数、与小模型在 CPU 上的实测对照。
+"""推算显存的总表（7B、13B × 四种方法 × ZeRO × 卡数），与小模型在 CPU 上的实测对照。
 
-python benchmarks/memory/plan_memory.py                               # 总表写进 README.md
+python benchmarks/memory/plan_memory.py                               # 写这个目录的 README.md
 python benchmarks/memory/plan_memory.py --measure --work_dir 目录     # 先在 CPU 上真的训练 20 次（约 6 分钟）
 """
 
@@ -25,7 +25,8 @@ from finetune.process.training_process import free_port
 from utils import read_json, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-MEASURED = ROOT / "benchmarks" / "memory" / "results" / "measured.json"
+HERE = Path(__file__).resolve().parent
+MEASURED = HERE / "results" / "measured.json"
 # 与解释器和各库的约 0.5 GiB 相比看得出的大小：约四千万参数，一个 micro batch 约两千 token
 MODEL = {"layers": 12, "hidden_size": 512, "intermediate_size": 1376, "heads": 8}
 SMALLEST = {"layers": 1, "hidden_size": 32, "intermediate_size": 32, "heads": 2}
@@ -139,7 +140,7 @@ def main():
         write_json(MEASURED, measure(args.work_dir))
     report = plan_report.report(read_json(MEASURED) if MEASURED.is_file() else None)
     print(report)
-    (MEASURED.parents[1] / "README.md").write_text(report, encoding="utf-8")
+    (HERE / "README.md").write_text(report, encoding="utf-8")
 
 
 if __name__ == "__main__":

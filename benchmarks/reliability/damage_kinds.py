@@ -1,4 +1,4 @@
-"""损坏的种类：字节、整份文件、数据行、JSON 字段；由 damage_campaign.py 按种子取用。"""
+"""损坏的种类：字节、整份文件、数据行、JSON 字段；由 damage.py 按种子取用，tests/data/test_fuzz_rows.py 也用。"""
 
 import copy
 import json

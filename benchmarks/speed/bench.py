@@ -296,7 +296,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--llamafactory_python", help="装有 LLaMA-Factory 的环境的 python；不给则跳过并写明")
     add("--max_foreign", type=float, default=0.1, help="别的进程占 CPU 超过这个份额的一轮作废（缺省 %(default)s）")
     add("--retry", action=argparse.BooleanOptionalAction, default=True, help="作废的轮重来，至多再量一倍的轮数")
-    add("--output_dir", default=str(bench_work.ROOT / "benchmarks" / "speed" / "results"), help="结果写在哪里")
+    results = bench_work.ROOT / "benchmarks" / "speed" / "results"
+    add("--output_dir", default=str(results), help="结果写在哪里（缺省 benchmarks/speed/results）")
     add("--tag", help="结果的文件名（缺省 cpu 或 gpu 加各组的名字）")
     add("--work_dir", help="权重与样本放在哪里，可以留着再用（缺省临时目录）")
     add("--toy", action="store_true", help="极小的模型，只看能不能走通")

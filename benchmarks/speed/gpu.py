@@ -40,12 +40,13 @@ CHECKPOINT = ["--gradient_checkpointing", "all"]
 # 情形：方法、样本（spo 为真实长度的 64 条；数字为两条这么长、全是目标的样本）、命令行、DeepSpeed 配置及其改动
 SPEED = {
     "lora": {"method": "lora"},
+    "lora_levers_off": {"method": "lora", "levers_off": True},  # 逐段的注意力，逐句的逐元素运算
     "lora_checkpoint_4096": {"method": "lora", "rows": 4096, "batch": 1, "argv": CHECKPOINT},
+    "full_bf16_states": {"method": "full", "argv": CHECKPOINT, "ds_changes": BF16_STATES},
     "freeze4": {"method": "freeze", "trained_layers": 4},
     "lora_4096": {"method": "lora", "rows": 4096},
     "lora_checkpoint": {"method": "lora", "argv": CHECKPOINT},
     "ptuning": {"method": "ptuning"},
-    "full_bf16_states": {"method": "full", "argv": CHECKPOINT, "ds_changes": BF16_STATES},
     "full_zero2_offload": {"method": "full", "argv": CHECKPOINT, "ds_changes": OFFLOAD, "steps": 2, "warmup": 1},
     "full_zero3_offload": {
         "method": "full", "argv": CHECKPOINT, "ds_file": "ds_zero3_offload.json", "steps": 2, "warmup": 1,
@@ -82,13 +83,41 @@ def case_rows(case: dict[str, Any], vocab: int, num_steps: int, toy: bool) -> tu
 
 
 def write_config(directory: Path, arch: str, shape: bench_work.Shape):
-    """只有 config.json 的检查点目录：权重由 bench_random 现造。"""
+    """只有 config.json 的检查点目录：权重由 random_weights 现造。"""
     from scripts.build_tiny_model import model_config, write_json
 
     sizes = {"vocab_size": shape.vocab, "hidden_size": shape.hidden, "intermediate_size": shape.intermediate}
     sizes |= {"layers": shape.layers, "heads": shape.heads, "model_max_length": 4096, "dtype": "bfloat16"}
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / "config.json", model_config(arch, **sizes))
+
+
+def switch_off_levers():
+    """不用 GPU 上合成的逐元素运算与并排样本的注意力：与它们比较的一边。"""
+    from baichuan import elementwise_gpu, modeling_baichuan
+
+    elementwise_gpu.can_compile = lambda: False
+    modeling_baichuan.layout_on_gpu = lambda *_: None
+
+
+def planned_peak(args, config, ds_config: dict, loader, index: int) -> dict[str, float]:
+    """推算的显存峰值，MB：planned_mb 是在用的（不含碎片与 CUDA 上下文），planned_total_mb 是全部。"""
+    from finetune.data.packing import deal_step
+    from finetune.planning.activations import MicroBatch, plan_model
+    from finetune.planning.memory import plan_memory, setup_of
+
+    data, max_tokens = loader.dataset, loader.batch_size * loader.max_len
+    dealt = deal_step(data.lengths, step_samples(loader, index), 1, loader.batch_size, max_tokens, loader.packing)[0]
+    micro = max(dealt, key=lambda micro: sum(data.lengths[i] for i in micro))
+    batch = MicroBatch([data.lengths[i] for i in micro], sum(data.num_targets[i] for i in micro), loader.packing)
+    setup = setup_of(ds_config, args.precision, 1, 1, "cuda")
+    parts = plan_memory(plan_model(args, config), batch, setup, args.gradient_checkpointing, accumulates=len(dealt) > 1)
+    outside = sum(parts.device.get(name, 0) for name in ("碎片", "CUDA 与通信"))
+    return {
+        "planned_mb": (parts.device_bytes - outside) / 2**20,
+        "planned_total_mb": parts.device_bytes / 2**20,
+        "planned_parts_mb": {name: number / 2**20 for name, number in parts.device.items()},
+    }
 
 
 def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +137,8 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = bench_work.Shape(*spec["shape"])
     case, num_steps = spec["case"], spec["warmup"] + spec["steps"]
+    if case.get("levers_off"):
+        switch_off_levers()
     base_model.check_weights = lambda *_: None
     base_model.load_weights = lambda model, _: fill_baichuan(model, device)
     work = json.loads(Path(spec["work"]).read_text(encoding="utf-8")) if "work" in spec else None
@@ -138,7 +169,7 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
         ds_config.pop("scheduler", None)
         deepspeed.init_distributed()
         began = time.perf_counter()
-        engine, _ = train.build_engine(args, config, ds_config, args.precision, num_steps)
+        engine, ds_config = train.build_engine(args, config, ds_config, args.precision, num_steps)
         built = time.perf_counter() - began
     loader = StepLoader(
         Rows(rows),
@@ -168,8 +199,11 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
         "first_loss": steps[0]["loss"],
         "build_seconds": built,
         "peak_mb": max(step.get("peak_cuda_mb", step["peak_rss_mb"]) for step in steps),
+        "peak_reserved_mb": max(step.get("peak_reserved_mb", 0.0) for step in steps),
+        # 状态的类型改过的（bf16 的主权重与动量）推算不认得
+        **({} if "bf16" in case.get("ds_changes", {}) else planned_peak(args, config, ds_config, loader, 0)),
         "steps": steps,
-        "versions": installed_versions("torch", "transformers", "peft", "deepspeed"),
+        "versions": installed_versions("torch", "transformers", "peft", "deepspeed", "triton"),
     }
     del engine
     if device.type == "cuda":
@@ -305,19 +339,19 @@ def section_table(stage: str, results: dict[str, dict[str, Any]]) -> list[str]:
                 state = "过" if difference <= tolerance else "**不过**"
                 rows.append([f"{name}：{text}", state, f"{difference:.2e}", f"{tolerance:.0e}"])
         return ["## correctness", "", markdown_table(["检查", "结果", "差", "许"], rows)]
-    lines = [f"## {stage}", "", "| 情形 | token/s | 步，秒 | TFLOP/s | 占实测矩阵速率 | 显存峰值，GiB | 首步损失 |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    header = ["情形", "token/s", "步，秒", "TFLOP/s", "占实测矩阵速率", "显存峰值，GiB", "推算，GiB", "首步损失"]
+    rows = []
     for name, found in results.items():
         if "error" in found:
-            lines.append(f"| {name} | 没有量到：{found['error']} | | | | | |")
+            rows.append([name, f"没有量到：{found['error']}", *[""] * 6])
             continue
         flops = f"{found['model_flops'] / 1e12:.0f}" if "model_flops" in found else ""
         mfu = f"{found['mfu']:.1%}（{found['gemm_flops'] / 1e12:.0f}）" if "mfu" in found else ""
-        lines.append(
-            f"| {name} | **{found['tokens_per_second']:.0f}** | {found['seconds']:.3f} | {flops} | {mfu} "
-            f"| {found['peak_mb'] / 1024:.1f} | {found['first_loss']:.4f} |"
-        )
-    return lines
+        planned = f"{found['planned_mb'] / 1024:.1f}" if "planned_mb" in found else ""
+        speed, seconds = f"**{found['tokens_per_second']:.0f}**", f"{found['seconds']:.3f}"
+        peak, loss = f"{found['peak_mb'] / 1024:.1f}", f"{found['first_loss']:.4f}"
+        rows.append([name, speed, seconds, flops, mfu, peak, planned, loss])
+    return [f"## {stage}", "", markdown_table(header, rows)]
 
 
 if __name__ == "__main__":

@@ -100,6 +100,93 @@ def check_model(arch: str) -> dict[str, Differences]:
     }
 
 
+def check_attention(position: str) -> dict[str, Differences]:
+    """真实的头宽（128）：GPU 上的并排注意力（bf16）对逐段的写法（fp32），含父段与前缀；输出与各梯度。"""
+    import torch
+
+    from baichuan.attention import RotaryFunction, alibi_slopes, by_head, packed_attention, rotary_tables
+    from baichuan.packed_attention_gpu import layout_on_gpu, segments
+
+    place, heads, width, differences = device(), 8, 128, []
+    torch.manual_seed(0)
+    cases = {
+        "各看各的": ([300, 1, 77, 513, 128], [-1] * 5, 0),
+        "父段": ([100, 260, 50, 7, 200, 90], [-1, -1, 0, 0, 1, -1], 0),
+        "前缀与父段": ([150, 20, 300], [-1, 0, 0], 9),
+    }
+    slopes = None if position == "rope" else alibi_slopes(heads)
+    for name, (lengths, parents, num_prefix) in cases.items():
+        layout = layout_on_gpu(lengths, parents, num_prefix, place, torch.bfloat16, width, slopes)
+        if layout is None:
+            differences.append((f"{name}：这台机器用不了", 0.0, 0.0))
+            continue
+        ends = [first + rows.stop - rows.start for rows, _, first in segments(lengths, parents)]
+        starts = [first for *_, first in segments(lengths, parents)]
+        positions = torch.cat([torch.arange(*span) for span in zip(starts, ends, strict=True)])[None] + num_prefix
+        tables = None if slopes is not None else rotary_tables(positions.to(place), width)
+        distances = torch.arange(num_prefix + max(ends))[None] - (num_prefix + torch.arange(max(ends)))[:, None]
+        bias = (torch.zeros(1) if slopes is None else slopes)[:, None, None] * distances
+        bias = bias.masked_fill(distances > 0, float("-inf")).to(place)
+        states = [torch.randn(1, sum(lengths), 3 * heads * width, device=place)]
+        states += [torch.randn(heads, num_prefix, width, device=place) for _ in range(2 * bool(num_prefix))]
+        found = [state.bfloat16().requires_grad_() for state in states]
+        expected = [state.detach().float().requires_grad_() for state in found]
+        grad = torch.randn(1, sum(lengths), heads * width, device=place).bfloat16()
+        outputs = [layout.attend(found[0], tables, width, *found[1:])]
+        packed = expected[0] * 1 if tables is None else RotaryFunction.apply(expected[0] * 1, *tables)
+        prefix = expected[1:] or (None, None)
+        query_key_value = by_head(packed, width)[0].unbind(1)
+        output = packed_attention(*query_key_value, lengths, parents, bias, slopes is None, *prefix)
+        outputs.append(output.flatten(1)[None])
+        outputs[0].backward(grad)
+        outputs[1].backward(grad.float())
+        outputs = [output.detach().float() for output in outputs]
+        differences.append((f"输出，{name}", relative({0: outputs[0]}, {0: outputs[1]}), 1e-2))
+        pairs = zip(("W_pack", "前缀的键", "前缀的值"), found, expected, strict=False)
+        differences += [
+            (f"{text}的梯度，{name}", relative({0: a.grad.float()}, {0: b.grad}), 2e-2) for text, a, b in pairs
+        ]
+    return {"differences": differences}
+
+
+def check_elementwise() -> dict[str, Differences]:
+    """合成一个核的逐元素运算对逐句执行（bf16，真实的宽度）。"""
+    import torch
+
+    from baichuan import elementwise_gpu
+    from baichuan.attention import rotary_tables
+
+    place = device()
+    torch.manual_seed(0)
+
+    def new(*shape):
+        return torch.randn(*shape, device=place).bfloat16()
+
+    rows, width = 1000, 4096
+    x, y_grad, weight = new(rows, width), new(rows, width), new(width)
+    inverse_rms = elementwise_gpu.rms_norm(x, weight, 1e-6)[1]
+    gate, up, swiglu_grad = (new(rows, 11008) for _ in range(3))
+    tables = [table[0] for table in rotary_tables(torch.arange(rows, device=place)[None], 128)]
+    heads = [new(rows, 32, 128) for _ in range(3)]
+    cases = {
+        "rms_norm": ((x,), weight, 1e-6),
+        "rms_norm_input_grad": ((y_grad, x, inverse_rms), weight),
+        "rms_norm_weight_grad": ((y_grad, x, inverse_rms), weight),
+        "swiglu": ((gate, up),),
+        "swiglu_grads": ((swiglu_grad, gate, up),),
+        "rotary_split": ((new(rows, 3 * width), *tables),),
+        "rotary_join": ((*heads, *tables),),
+    }
+    differences = []
+    for name, (by_row, *shared) in cases.items():
+        function = getattr(elementwise_gpu, name)
+        found, expected = elementwise_gpu.fused(function, by_row, *shared), function(*by_row, *shared)
+        pairs = [(found, expected)] if torch.is_tensor(found) else zip(found, expected, strict=True)
+        worst = max(relative({0: a.float()}, {0: b.float()}) for a, b in pairs)
+        differences.append((name, worst, 2e-3))
+    return {"differences": differences}
+
+
 def check_loss() -> dict[str, Differences]:
     """分块的损失对普通写法：冻结与可训练的词表投影，有无 NormHead。"""
     import torch
@@ -170,6 +257,8 @@ def check_method(method: str, ds_file: str) -> dict[str, Differences]:
 
 CHECKS = {
     "loss": check_loss,
+    "elementwise": check_elementwise,
+    **{f"attention {position}": partial(check_attention, position) for position in ("rope", "alibi")},
     **{arch: partial(check_model, arch) for arch in ARCHITECTURES},
     **{
         f"{method} {'zero3_offload' if 'zero3' in ds_file else 'zero2'}": partial(check_method, method, ds_file)

@@ -194,6 +194,7 @@ def open_loader(data_set, args, seed: int | None):
         max_len=args.max_len,
         seed=seed,
         packing=args.packing,
+        with_offsets=args.cache_frozen != "none",
     )
 
 

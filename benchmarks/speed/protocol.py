@@ -59,7 +59,7 @@ class StepMeter:
         self._cpu, self._wall = time.process_time(), time.perf_counter()
 
     def stop(self) -> dict[str, float]:
-        """seconds、cpu_seconds、peak_rss_mb，CUDA 上另有 peak_cuda_mb。"""
+        """seconds、cpu_seconds、peak_rss_mb，CUDA 上另有 peak_cuda_mb（在用）、peak_reserved_mb（分配器占着）。"""
         cuda = _cuda()
         if cuda is not None:
             cuda.synchronize()
@@ -70,6 +70,7 @@ class StepMeter:
         }
         if cuda is not None:
             measured["peak_cuda_mb"] = cuda.max_memory_allocated() / 2**20
+            measured["peak_reserved_mb"] = cuda.max_memory_reserved() / 2**20
         return measured
 
 

@@ -17,12 +17,11 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
 from finetune.checkpoint.manifest import MANIFEST
-from finetune.checkpoint.output_dir import RUN_CONFIG, TEMPORARY_PREFIX, iter_checkpoints
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, check_directory
 from finetune.checkpoint.weights import weight_files
-from finetune.data.prompting import Prompting, resolve_prompt_format
+from finetune.data.prompting import Prompting, requested_prompting, resolve_prompt_format
 from utils import file_sha256, read_json
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILE = re.compile(r"\.(bin|safetensors)(\.index\.json)?$")
 
@@ -81,19 +80,6 @@ def inspect_checkpoint(
     return Checkpoint(path, base_path, is_adapter, run_config, config, prompting)
 
 
-def check_directory(path: Path) -> None:
-    """检查点必须是目录，且有 config.json 或适配器配置；否则抛 ValueError，说明应该给什么。"""
-    if not path.is_dir():
-        what = "不是目录" if path.exists() else "不存在"
-        raise ValueError(f"检查点 {path} {what}，请给出检查点目录，例如 output/epoch-1-step-40")
-    if path.resolve().name.startswith(TEMPORARY_PREFIX):
-        raise ValueError(f"检查点 {path} 是没有写完的检查点，请换一个名字不以 {TEMPORARY_PREFIX} 开头的目录")
-    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        inside = next((checkpoint for _, _, checkpoint in iter_checkpoints(path)), None)
-        hint = f"它是训练的输出目录，请给出其中的检查点，例如 {inside}" if inside else "请给出检查点目录"
-        raise ValueError(f"检查点 {path} 里没有 config.json，也没有 {ADAPTER_CONFIG}；{hint}")
-
-
 def find_base_model(path: Path, run_config: dict[str, Any], base_model_path: str | Path | None) -> Path:
     """适配器的基座目录：先 --base_model_path，再训练时给的路径，再它的绝对路径；都没有时抛 ValueError。"""
     recorded = run_config.get("base_model") or {}
@@ -143,7 +129,7 @@ def find_prompting(
     """检查点的提示方式：训练时记下的；没有记录时由 generation_config.json 决定。prompt_format 不是 auto 时以它为准。"""
     recorded = {name: run_config[name] for name in Prompting._fields if name in run_config}
     prompting = resolve_prompt_format("auto", base_path, config)._replace(**recorded)
-    return prompting if prompt_format == "auto" else prompting._replace(prompt_format=prompt_format)
+    return requested_prompting(prompting, prompt_format)
 
 
 def load_checkpoint_tokenizer(checkpoint: Checkpoint) -> BaichuanTokenizer:

@@ -11,6 +11,7 @@ from utils import first_free, log_rank_0, try_lock
 
 CHECKPOINT_NAME = re.compile(r"^epoch-(\d+)-step-(\d+)$")
 RUN_CONFIG = "run_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 TEMPORARY_PREFIX = ".tmp-"
 # 一次训练留在 output_dir 里的东西：再次运行时移走的只有这些
 RUN_RESULTS = ("train_log.jsonl", "loss.png", RUN_CONFIG, "ds_config.json", "runs", "bad_steps")
@@ -30,6 +31,19 @@ def iter_checkpoints(output_dir: Path) -> Iterator[tuple[int, int, Path]]:
         if match and path.is_dir():
             found.append((int(match[2]), int(match[1]), path))
     yield from sorted(found, reverse=True)
+
+
+def check_directory(path: Path) -> None:
+    """检查点必须是目录，且有 config.json 或适配器配置；否则抛 ValueError，说明应该给什么。"""
+    if not path.is_dir():
+        what = "不是目录" if path.exists() else "不存在"
+        raise ValueError(f"检查点 {path} {what}，请给出检查点目录，例如 output/epoch-1-step-40")
+    if path.resolve().name.startswith(TEMPORARY_PREFIX):
+        raise ValueError(f"检查点 {path} 是没有写完的检查点，请换一个名字不以 {TEMPORARY_PREFIX} 开头的目录")
+    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        inside = next((checkpoint for _, _, checkpoint in iter_checkpoints(path)), None)
+        hint = f"它是训练的输出目录，请给出其中的检查点，例如 {inside}" if inside else "请给出检查点目录"
+        raise ValueError(f"检查点 {path} 里没有 config.json，也没有 {ADAPTER_CONFIG}；{hint}")
 
 
 def remove_leftovers(output_dir: Path):

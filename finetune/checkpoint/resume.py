@@ -16,6 +16,7 @@ from finetune.checkpoint.output_dir import (
 )
 from finetune.checkpoint.trainer_state import STATE_DIR
 from finetune.options import flags_of
+from finetune.process.arithmetic import adopt_arithmetic
 from utils import broadcast_from_rank_0, log_rank_0, raise_together, read_json, world_size
 
 
@@ -63,6 +64,9 @@ def open_run(args, run_config: dict) -> ResumePoint | None:
     except ValueError as raised:  # 别的机器看不到这个目录：output_dir 须在共享的文件系统上
         error = raised
     raise_together(error)
+    differences = adopt_arithmetic(read_json(directory / RUN_CONFIG), run_config)
+    if differences:
+        log_rank_0("resume: 接着训练，但与没有打断过的一次不再逐位相同：" + "；".join(differences))
     return ResumePoint(directory, step_of(directory))
 
 
@@ -117,6 +121,8 @@ def check_same_run(directory: Path, args, run_config: dict):
         for field in flags_of(type(args))
         if field.metadata["changes_training"] and before[field.name] != getattr(args, field.name)
     ]
+    if saved.get("template") != run_config.get("template"):
+        differences.append(f"--prompt_format {args.prompt_format} 的模板变了")
     for name, what in (("train", "训练数据"), ("replay", "重放的文字")):
         if saved["data"].get(name) != run_config["data"].get(name):
             differences.append(f"{what} {getattr(args, f'{name}_path')} 的内容变了")

@@ -9,11 +9,13 @@ import peft
 import torch
 import transformers
 
+from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
 from finetune.options import flags_of
+from finetune.process.arithmetic import describe_arithmetic
 from utils import file_sha256, world_size
 
-UNRECORDED = ("local_rank", "dry_run")
+UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 
@@ -26,7 +28,11 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
     hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
-    data = {name: getattr(args, f"{name}_path") for name in ("train", "eval", "general", "replay")}
+    paths = {name: getattr(args, f"{name}_path") for name in ("eval", "general", "replay")}
+    data = {name: file_sha256(Path(path)) for name, path in paths.items() if path is not None}
+    data["train"] = describe_sources(parse_sources(args.train_path), lambda path: file_sha256(Path(path)))
+    if args.val_ratio is not None:
+        data["eval"] = [data["train"], args.val_ratio, args.seed]  # 评估集由它们决定
     return {
         "args": {
             field.name: getattr(args, field.name) for field in flags_of(type(args)) if field.name not in UNRECORDED
@@ -34,11 +40,12 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,
+        "arithmetic": describe_arithmetic(),
         "ds_file": ds_config,
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),
         "world_size": world_size(),
         "base_model": {"path": args.model_name_or_path, "absolute_path": str(base.resolve()), "hashes": hashes},
-        "data": {name: file_sha256(Path(path)) for name, path in data.items() if path is not None},
+        "data": data,
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }

@@ -8,16 +8,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune.checkpoint.optimizer_state import (
-    iter_optimizer_state,
-    load_optimizer_state,
-    optimizer_scalars,
-    read_flat_slice,
-)
-from finetune.checkpoint.weights import ShardedWriter, weight_map
+from finetune.checkpoint.optimizer_state import iter_optimizer_state, load_optimizer_state, optimizer_scalars
+from finetune.checkpoint.weights import ShardedWriter, WeightFile, weight_map
 from finetune.process.random_state import random_state, set_random_state
 from utils import global_rank, log_rank_0, raise_together, read_json, world_size, write_json
 
@@ -69,7 +63,7 @@ def load_trainer_state(engine, directory: Path, num_steps: int) -> dict:
     """
     state_dir = directory / STATE_DIR
     state = locations = error = None
-    files = {}
+    files: dict[Path, WeightFile] = {}
     try:
         state = read_json(state_dir / "state.json")
         locations = weight_map(state_dir, stem="optimizer")
@@ -80,8 +74,8 @@ def load_trainer_state(engine, directory: Path, num_steps: int) -> dict:
     def read_slice(name: str, start: int, stop: int) -> torch.Tensor:
         path = locations[name]
         if path not in files:
-            files[path] = safe_open(path, framework="pt")
-        return read_flat_slice(files[path].get_slice(name), start, stop)
+            files[path] = WeightFile(path)
+        return files[path].read_flat(name, start, stop)
 
     same_schedule = state["progress"]["num_steps"] == num_steps
     if not same_schedule:

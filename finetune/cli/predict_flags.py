@@ -2,16 +2,22 @@
 
 from dataclasses import dataclass
 
+from finetune.cli.other_names import PREDICT_NAMES
 from finetune.cli.parser import Parser
-from finetune.data.prompting import PROMPT_FORMATS
-from finetune.inference.options import GenerationOptions
-from finetune.options import flag
+from finetune.data.prompting import prompt_format_choice
+from finetune.data.samples import separator_choice
+from finetune.inference.options import GenerationOptions, ServeOptions
+from finetune.options import flag, split_words
 
 
 @dataclass
 class CheckpointOptions:
     """哪个模型。"""
 
+    config: str | None = flag(
+        None,
+        "参数写在这个文件里：YAML 或 JSON；命令行胜过它（缺省没有）",
+    )
     model_path: str | None = flag(
         None, "检查点目录：训练器写的、合并后的，或官方布局的基座（必填，除非用 --compare；缺省没有）"
     )
@@ -28,14 +34,15 @@ class CheckpointOptions:
         metavar="目录",
     )
     base_model_path: str | None = flag(None, "适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
-    device: str = flag("auto", "auto | cpu | cuda | cuda:N；auto 有 GPU 用 GPU")
+    device: str = flag("auto", "auto、cpu，或加速卡的种类与编号，如 cuda、cuda:1、npu:0；auto 有卡用卡")
     num_gpus: int = flag(1, "文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）")
     load_in_4bit: bool = flag(False, "基座量化成 4 位（nf4），要 bitsandbytes（缺省不量化）")
     load_in_8bit: bool = flag(False, "基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")
     prompt_format: str = flag(
         "auto",
-        "提示格式，auto 取训练时的格式，基座看 generation_config.json",
-        choices=("auto", *PROMPT_FORMATS),
+        "提示格式，auto 取训练时的格式，基座看 generation_config.json；也可以是一个模板文件，见 docs/data.md",
+        kind=prompt_format_choice,
+        metavar="auto|plain|chat|文件.json",
     )
 
 
@@ -44,10 +51,15 @@ class InputOptions:
     """预测什么，写到哪里。"""
 
     instruction: str | None = flag(None, "一条样本的指令（缺省没有）")
-    input: str | None = flag(None, "一条样本的输入，直接接在指令之后（缺省没有）")
-    test_path: str | None = flag(
-        None, "要预测的文件：JSON 行或 JSON 数组，字段同训练文件，output 可缺，也可是列表（缺省没有）"
+    input: str | None = flag(None, "一条样本的输入，接在指令之后（缺省没有）")
+    test_path: str | None = flag(None, "要预测的文件：写法同训练文件，回答可缺，也可是列表（缺省没有）")
+    input_separator: str | None = flag(
+        None,
+        r"instruction 与 input 之间的文字，\n 是换行（缺省取训练时的值，没有则直接相接）",
+        kind=separator_choice,
+        metavar="文字",
     )
+    ignore_fields: str | None = flag(None, "当作没有的字段，逗号分隔（缺省取训练时的值）")
     output_path: str | None = flag(
         None,
         "预测结果（JSON 行，次序同输入，加 prediction 字段；缺省为 测试文件名.predictions.jsonl）；"
@@ -61,11 +73,12 @@ GROUPS = {
     "模型": (CheckpointOptions,),
     "输入与输出（都不给则在终端对话）": (InputOptions,),
     "生成（缺省贪心）": (GenerationOptions,),
+    "服务（代替输入与输出）": (ServeOptions,),
 }
 
 
 @dataclass
-class PredictOptions(GenerationOptions, InputOptions, CheckpointOptions):
+class PredictOptions(ServeOptions, GenerationOptions, InputOptions, CheckpointOptions):
     """predict.py 的全部参数；要其中一组的函数可以直接拿它。"""
 
     given: tuple[str, ...] = ()  # 命令行明确写出的参数名
@@ -73,10 +86,13 @@ class PredictOptions(GenerationOptions, InputOptions, CheckpointOptions):
 
 def build_parser() -> Parser:
     """predict.py 的解析器；结果里只有命令行写出的参数。"""
-    return Parser("predict.py", "用训练好的检查点预测、评测、对照，或在终端里对话", GROUPS)
+    return Parser("predict.py", "用训练好的检查点预测、评测、对照、在终端里对话，或开 HTTP 服务", GROUPS, PREDICT_NAMES)
 
 
 def parse_args(argv: list[str] | None = None) -> PredictOptions:
     """解析命令行。"""
-    found = vars(build_parser().parse_args(argv))
-    return PredictOptions(**found, given=tuple(sorted(found)))
+    found, given = build_parser().read(argv)
+    for name in ("compare", "label_scores"):  # 只有一个没有意义：那是逗号分开的几个
+        if len(found.get(name) or ()) == 1:
+            found[name] = split_words(found[name][0])
+    return PredictOptions(**found, given=given)

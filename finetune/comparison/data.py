@@ -3,20 +3,16 @@
 import json
 import random
 import sys
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.data.documents import near_groups, plain_text
 from finetune.data.samples import read_samples
 from utils import replacing
 
 ROOT = Path(__file__).resolve().parents[2]
-# 两个文档相近：字数较少的一个的 SHINGLE 字片段，有 NEAR_SHARE 以上也在另一个里
-SHINGLE = 12
-NEAR_SHARE = 0.5
 Row = dict[str, Any]
 
 
@@ -34,35 +30,6 @@ def document_text(row: Row) -> str:
     return plain_text(row.get("input") or row.get("instruction") or "")
 
 
-def plain_text(text: str) -> str:
-    return "".join(unicodedata.normalize("NFKC", text).split())
-
-
-def near_groups(texts: Iterable[str]) -> list[int]:
-    """各文档所属的组，组号是组里最前一个文档的下标；相同与相近的同组，可以传递。texts 须是 plain_text 的结果。"""
-    groups: list[int] = []
-    shingles: list[set[str]] = []
-    holders: defaultdict[str, list[int]] = defaultdict(list)
-
-    def first_of(index: int) -> int:
-        while groups[index] != index:
-            index = groups[index] = groups[groups[index]]
-        return index
-
-    for index, text in enumerate(texts):
-        own = {text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1))}
-        shared = Counter(other for shingle in own for other in holders[shingle])
-        groups.append(index)
-        for other, count in shared.items():
-            if count > NEAR_SHARE * min(len(own), len(shingles[other])):
-                first, second = sorted((first_of(other), first_of(index)))
-                groups[second] = first
-        for shingle in own:
-            holders[shingle].append(index)
-        shingles.append(own)
-    return [first_of(index) for index in range(len(groups))]
-
-
 def read_rows(path: Path, max_input_chars: int | None = None, max_output_chars: int | None = None) -> list[Row]:
     """读出 instruction / input / output 的行，略去太长的与空回答的；不合要求时抛 ValueError。"""
     rows = [sample.raw for sample in read_samples(path, split="predict")]
@@ -70,10 +37,10 @@ def read_rows(path: Path, max_input_chars: int | None = None, max_output_chars: 
     if strange:
         raise ValueError(f"{path} 第 {strange[0]} 行没有字符串的 output；比较只用 instruction/input/output 的行")
     kept = [
-        {name: row.get(name, "") for name in ("instruction", "input", "output")}
+        {name: row.get(name) or "" for name in ("instruction", "input", "output")}
         for row in rows
         if row["output"]
-        and len(row.get("input", "")) <= (max_input_chars or sys.maxsize)
+        and len(row.get("input") or "") <= (max_input_chars or sys.maxsize)
         and len(row["output"]) <= (max_output_chars or sys.maxsize)
     ]
     if not kept:

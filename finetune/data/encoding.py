@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,18 @@ from tqdm import tqdm
 from finetune.data.parallel import choose_workers, map_chunks, num_bytes_of, split_chunks
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_sample
 from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
-from finetune.data.samples import parse_row
+from finetune.data.samples import RowOptions, parse_row
 
 # 编码规则改变时加一，旧缓存随之作废
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 PROGRESS_ROWS_BYTES = 2**20
-SRC_CUT, TGT_CUT, CONTROL, EMPTY_OUTPUT = 1, 2, 4, 8
+SRC_CUT, TGT_CUT, CONTROL, EMPTY_OUTPUT, SEVERAL_TURNS = 1, 2, 4, 8, 16
 # labels 只有三种取值，每个 token 存一字节：不作目标、就是 input_ids 本身、eos（chat 的用户标记处）
 NO_TARGET, SAME_TARGET, EOS_TARGET = 0, 1, 2
-PER_SAMPLE = {"lengths": "<i4", "src_lengths": "<i4", "num_targets": "<i4", "flags": "|u1", "lines": "<i8"}
+PER_SAMPLE = {
+    **{"lengths": "<i4", "src_lengths": "<i4", "num_targets": "<i4", "flags": "|u1"},
+    **{"lines": "<i8", "rows": "<i8"},  # 行号（从 1 起），第几行（从 0 起；一行的数组里各元素的行号相同）
+}
 ARRAYS = {"input_ids": "<i4", "target_kinds": "|u1", **PER_SAMPLE}
 
 
@@ -33,21 +37,34 @@ class EncodedChunk(NamedTuple):
     problems: list[Problem]
     num_rows: int
     num_bytes: int
+    formats: Counter[str]  # 各种写法的行数
+    unused: Counter[str]  # 没有用上的字段各在几行里
 
 
 def encode_chunk(
-    rows: Sequence[RawRow | Problem], tokenizer, path: str, split: str, options: dict[str, Any]
+    rows: Sequence[RawRow | Problem],
+    tokenizer,
+    path: str,
+    split: str,
+    options: dict[str, Any],
+    row_options: RowOptions = RowOptions(),
 ) -> EncodedChunk:
     """解析并编码一批行；纯函数，只用到 json、sentencepiece 与 numpy，可以在 fork 出的子进程里运行。"""
     problems: list[Problem] = []
     encoded: list[EncodedSample] = []
     digests: list[bytes] = []
     flags: list[int] = []
-    for row in rows:
-        sample, broken = parse_row(row, path, split)
+    places: list[int] = []
+    formats: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    for place, row in enumerate(rows):
+        sample, broken = parse_row(row, path, split, row_options)
         problems += broken
         if sample is None:
             continue
+        formats[sample.format] += 1
+        if sample.unused:
+            unused.update(sample.unused)
         try:
             item = encode_sample(sample, tokenizer, **options)
         except ValueError as error:
@@ -58,17 +75,21 @@ def encode_chunk(
             problems.append(Problem(path, sample.line, "output", what, "请检查这一行的内容是否全是空白"))
             continue
         encoded.append(item)
-        digests.append(hashlib.blake2b(repr(sample.messages).encode(), digest_size=16).digest())
+        places.append(place)
+        content = repr(sample.messages if sample.trained is None else (sample.messages, sample.trained))
+        digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
         flags.append(
             SRC_CUT * item.src_truncated
             + TGT_CUT * item.tgt_truncated
             + CONTROL * item.has_control_pieces
             + EMPTY_OUTPUT * (sample.messages[-1][1] == "")
+            + SEVERAL_TURNS * (len(sample.messages) > 2)
         )
-    return EncodedChunk(to_arrays(encoded, flags), digests, problems, len(rows), num_bytes_of(rows))
+    arrays = to_arrays(encoded, flags, places)
+    return EncodedChunk(arrays, digests, problems, len(rows), num_bytes_of(rows), formats, unused)
 
 
-def to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[str, np.ndarray]:
+def to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int], rows: Sequence[int]) -> dict[str, np.ndarray]:
     ids = np.array([token for item in encoded for token in item.input_ids], dtype="<i4")
     labels = np.array([label for item in encoded for label in item.labels], dtype="<i4")
     kinds = np.where(labels == IGNORE_INDEX, NO_TARGET, np.where(labels == ids, SAME_TARGET, EOS_TARGET))
@@ -80,6 +101,7 @@ def to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int]) -> dict[st
         "num_targets": [item.num_targets for item in encoded],
         "flags": flags,
         "lines": [item.line for item in encoded],
+        "rows": rows,
     }
     return {name: np.asarray(columns[name], dtype=dtype) for name, dtype in ARRAYS.items()}
 
@@ -88,15 +110,18 @@ def encode_file(
     path: str,
     tokenizer,
     options: dict[str, Any],
+    row_options: RowOptions = RowOptions(),
     is_skip: bool = False,
     drop_duplicates: bool = False,
     workers: int | None = None,
     progress: bool = False,
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """读取并编码整个文件，返回 (各数组, 行数统计)。"""
     problems = ProblemList(path)
     seen: set[bytes] = set()
     counts = {"num_rows": 0, "num_duplicates": 0, "num_skipped": 0, "duplicates_dropped": drop_duplicates}
+    formats: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     kept: list[dict[str, np.ndarray]] = []
     file_bytes = os.path.getsize(path)
     bar = tqdm(
@@ -107,10 +132,15 @@ def encode_file(
         disable=True if not progress or file_bytes < PROGRESS_ROWS_BYTES else None,  # None：不是终端时不显示
     )
     with bar:
-        encode = partial(encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options)
+        encode = partial(
+            encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options, row_options=row_options
+        )
         for chunk in map_chunks(encode, split_chunks(iter_rows(path)), path, choose_workers(path, workers)):
             bar.update(chunk.num_bytes)
+            chunk.arrays["rows"] += counts["num_rows"]
             counts["num_rows"] += chunk.num_rows
+            formats += chunk.formats
+            unused += chunk.unused
             problems.add(chunk.problems)
             keep = np.ones(len(chunk.digests), dtype=bool)
             for i, digest in enumerate(chunk.digests):
@@ -130,7 +160,7 @@ def encode_file(
     arrays = {name: np.concatenate([part[name] for part in kept]) for name in ARRAYS}
     if not len(arrays["lengths"]):
         raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")
-    return arrays, counts
+    return arrays, {**counts, "formats": dict(formats), "unused_fields": dict(unused)}
 
 
 def _select(arrays: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:

@@ -14,8 +14,8 @@ import torch
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample
 
 Dealt = list[list[list[int]]]  # [rank][micro batch][样本下标]
-# 共用的开头至少要有这么多 token，一共至少省下这么大的份额，才合并：每多一段，注意力就多一组小的矩阵乘法；
-# GPU 上有了接在别段之后的段，注意力要带偏置，用不了 flash
+# 共用的开头至少要有这么多 token，一共至少省下这么大的份额，才合并：每多一段，CPU 上注意力就多一组小的矩阵乘法，
+# GPU 上要把父段的键再抄一份
 MIN_SHARED_TOKENS, MIN_SAVED_SHARE = 16, 0.05
 
 

@@ -4,6 +4,10 @@ plain（基座模型）：src = instruction + input，tgt = output + eos。
   多轮对话的各轮依次相接，每个回答都是目标并以 eos 收尾；system 文本放在最前，不作目标。
 chat（对话模型）：用户消息前是 user_token_id，回答前是 assistant_token_id，system 只有文本、没有角色 id。
   标签与官方 fine-tune.py 一致：上一轮回答的 eos 是「下一个用户标记」处的标签，input_ids 中只有最末尾才有 eos。
+template（--prompt_format 文件.json）：每条消息填进自己的一句模板，模板的文字只是普通文字；其余同 plain。
+
+目标是各个回答，除非 Sample.trained 另有规定。作目标的消息连同它的结尾：回答的结尾是 eos，用户与 system 的结尾是
+其后的角色标记；不作目标的回答，它的 eos 也不是目标。
 
 角色 id 只由 id 拼入，绝不编码角色字符串；用户文本一律经 tokenizer.encode_plain 编码，
 文本里的 <reserved_106>、</s> 之类因此只是普通文字。
@@ -12,6 +16,7 @@ src 的截断（max_src_len，训练与预测相同，且与回答无关）：�
 仍然超长则截去最后一条用户消息的尾部（指令与输入的开头保留），再不够才截 system 的尾部；角色 id 从不截去。
 """
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +26,57 @@ from utils import shown
 
 IGNORE_INDEX = -100
 PROMPT_FORMATS = ("plain", "chat")
+TEMPLATE = "template"  # 用户自己的模板；由文件指定
 PROMPT_FAMILIES = ("baichuan", "baichuan2")
 Message = tuple[str, str]  # (role, text)，role ∈ system | user | assistant
-Turn = tuple[str, list[int]]  # (role, 正文的 token id)
+
+
+class Turn(NamedTuple):
+    """编码后的一条消息。"""
+
+    role: str
+    head: list[int]  # 正文之前的角色 id（chat）或文字（template 的回答），从不截去
+    ids: list[int]
+    text: str
+    is_trained: bool = False
+    has_control_pieces: bool = False
+    is_cut: bool = False  # 截短了：不训练它的结尾
+
+
+class _Layout:
+    """一种提示格式怎样编码一条消息、怎样截短它。"""
+
+    def __init__(self, tokenizer, prompt_format: str, user_id: int, assistant_id: int, template: dict | None):
+        _check_choice("prompt_format", prompt_format, (*PROMPT_FORMATS, TEMPLATE))
+        self.encode, self.eos = tokenizer.encode_user_text, tokenizer.eos_token_id
+        self.is_chat = prompt_format == "chat"
+        self.template = template if prompt_format == TEMPLATE else None
+        self.heads = {"user": [user_id], "assistant": [assistant_id]} if self.is_chat else {}
+        if self.template is not None:
+            self.heads = {"assistant": self.encode(self.template["assistant"].partition("{text}")[0])[0]}
+
+    def turn(self, role: str, text: str, is_trained: bool = False) -> Turn:
+        ids, has_control_pieces = self.encode(text if self.template is None else self._fill(role, text))
+        return Turn(role, self.heads.get(role, []), ids, text, is_trained, has_control_pieces)
+
+    def _fill(self, role: str, text: str) -> str:
+        """模板里的一条消息；回答之前的文字在 head 里，另行编码：生成时提示词就到那里为止。"""
+        if not self.template.get(role):
+            raise ValueError(f"--prompt_format 的模板没有 {role}，却有 {role} 的消息，请在模板文件里补上")
+        before, _, after = self.template[role].partition("{text}")
+        return f"{'' if role == 'assistant' else before}{text}{after}"
+
+    def shorten(self, turn: Turn, size: int) -> Turn:
+        """正文截到 size 个 token；模板的文字不截，只截用户的话。"""
+        size = max(0, size)
+        if self.template is None:
+            return turn._replace(ids=turn.ids[:size], is_cut=True)
+        low, high = 0, len(turn.text)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = len(self.encode(self._fill(turn.role, turn.text[:middle]))[0]) <= size
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return self.turn(turn.role, turn.text[:low], turn.is_trained)._replace(is_cut=True)
 
 
 class EncodedSample(NamedTuple):
@@ -61,6 +114,7 @@ def encode_prompt(
     max_input_tokens: int | None = None,
     user_token_id: int = 195,
     assistant_token_id: int = 196,
+    template: dict[str, str] | None = None,
 ) -> list[int]:
     """把对话编成等待回答的提示词 id。
 
@@ -70,20 +124,20 @@ def encode_prompt(
     family="baichuan"（Baichuan-13B-Chat）没有 system 角色，出现即 ValueError；第一条用户消息之前的回答不用。
     来源：v2 为 generation_utils.build_chat_input，v1 为 2023-08 之后的 _build_chat_input。
     """
-    _check_choice("prompt_format", prompt_format, PROMPT_FORMATS)
     _check_choice("family", family, PROMPT_FAMILIES)
     if not messages:
         raise ValueError("对话为空，至少要有一条用户消息")
-    turns = [(role, tokenizer.encode_plain(text)) for role, text in messages]
-    markers = {"user": user_token_id, "assistant": assistant_token_id} if prompt_format == "chat" else {}
-    if prompt_format == "plain":
+    layout = _Layout(tokenizer, prompt_format, user_token_id, assistant_token_id, template)
+    turns = [layout.turn(role, text) for role, text in messages]
+    if not layout.is_chat:
         limits = [limit for limit in (max_src_len, max_input_tokens) if limit is not None]
-        turns, _ = _fit_turns(turns, min(limits, default=None), markers)
-        return _lay_out(turns, markers, tokenizer.eos_token_id)[0]
+        turns, _ = _fit_turns(turns, min(limits, default=None), layout)
+        ending = layout.heads.get("assistant", []) if turns[-1].role != "assistant" else []
+        return _lay_out(turns, layout)[0] + ending
     if max_src_len is not None:
         _reject_system(turns, family)
-        turns, _ = _fit_turns(turns, max_src_len, markers)
-    return _chat_prompt(turns, markers, family, max_input_tokens)
+        turns, _ = _fit_turns(turns, max_src_len, layout)
+    return _chat_prompt(turns, layout, family, max_input_tokens)
 
 
 def encode_sample(
@@ -96,35 +150,31 @@ def encode_sample(
     family: str = "baichuan2",
     user_token_id: int = 195,
     assistant_token_id: int = 196,
+    template: dict[str, str] | None = None,
 ) -> EncodedSample:
     """把一条训练样本编成 input_ids 与 labels；纯函数，不读文件，不改 sample。
 
     sample.messages 的最后一条必须是回答。src 截到 max_src_len，tgt（回答 + eos）截到 max_len - len(src)，
     截短的 tgt 没有 eos。labels 未移位，移位只发生在模型里。
     """
-    _check_choice("prompt_format", prompt_format, PROMPT_FORMATS)
     _check_choice("family", family, PROMPT_FAMILIES)
     if max_src_len >= max_len:
         raise ValueError(f"--max_src_len({max_src_len}) 必须小于 --max_len({max_len})，请调小前者")
-    *context, (last_role, answer) = sample.messages
-    assert last_role == "assistant", "训练样本的最后一条必须是回答，由 data_check 保证"
-
-    markers = {"user": user_token_id, "assistant": assistant_token_id} if prompt_format == "chat" else {}
-    turns = [(role, tokenizer.encode_plain(text)) for role, text in context]
-    if prompt_format == "chat":
-        _reject_system(turns, family)
-    turns, src_truncated = _fit_turns(turns, max_src_len, markers)
-    eos = tokenizer.eos_token_id
-    input_ids, labels = _lay_out(turns, markers, eos)
-    if markers:
-        input_ids.append(assistant_token_id)
-        labels.append(IGNORE_INDEX)
+    layout = _Layout(tokenizer, prompt_format, user_token_id, assistant_token_id, template)
+    trained = sample.trained or [role == "assistant" for role, _ in sample.messages]
+    *context, answer = [layout.turn(*message, flag) for message, flag in zip(sample.messages, trained, strict=True)]
+    assert answer.role == "assistant", "训练样本的最后一条必须是回答，由 data/samples 保证"
+    has_control_pieces = answer.has_control_pieces or any(turn.has_control_pieces for turn in context)
+    if layout.is_chat:
+        _reject_system(context, family)
+    context, src_truncated = _fit_turns(context, max_src_len, layout)
+    input_ids, labels = _lay_out([*context, answer._replace(ids=[])], layout)
     num_src_tokens = len(input_ids)
 
-    target = [*tokenizer.encode_plain(answer), eos]
+    target = [*answer.ids, layout.eos]
     budget = max_len - num_src_tokens
     input_ids += target[:budget]
-    labels += target[:budget]
+    labels += target[:budget] if answer.is_trained else [IGNORE_INDEX] * len(target[:budget])
     return EncodedSample(
         input_ids=input_ids,
         labels=labels,
@@ -132,56 +182,69 @@ def encode_sample(
         num_src_tokens=num_src_tokens,
         src_truncated=src_truncated,
         tgt_truncated=len(target) > budget,
-        has_control_pieces=any(tokenizer.find_control_pieces(text) for _, text in sample.messages),
+        has_control_pieces=has_control_pieces,
         line=sample.line,
     )
 
 
-def _lay_out(turns: Sequence[Turn], markers: dict[str, int], eos: int) -> tuple[list[int], list[int]]:
-    """把各轮依次拼成 (input_ids, labels)；markers 为空是 plain，否则是 chat。末尾的回答留待续写，不加 eos。"""
+def _lay_out(turns: Sequence[Turn], layout: _Layout) -> tuple[list[int], list[int]]:
+    """把各轮依次拼成 (input_ids, labels)。末尾的回答留待续写，不加 eos。"""
     input_ids: list[int] = []
     labels: list[int] = []
-    for position, (role, ids) in enumerate(turns):
-        supervised = role == "assistant"
-        if role in markers:
-            input_ids.append(markers[role])
-            # 用户标记处的标签是上一轮回答的 eos；样本首位同官方代码（移位后不起作用）；紧跟 system 的不作目标
-            after_system = position > 0 and turns[position - 1][0] == "system"
-            labels.append(eos if role == "user" and not after_system else IGNORE_INDEX)
-        input_ids += ids
-        labels += ids if supervised else [IGNORE_INDEX] * len(ids)
-        if supervised and not markers and position < len(turns) - 1:
-            input_ids.append(eos)
-            labels.append(eos)
+    previous = None
+    for position, turn in enumerate(turns):
+        input_ids += turn.head
+        labels += _head_labels(previous, turn, layout)
+        input_ids += turn.ids
+        labels += turn.ids if turn.is_trained else [IGNORE_INDEX] * len(turn.ids)
+        if turn.role == "assistant" and not layout.is_chat and position < len(turns) - 1:
+            input_ids.append(layout.eos)
+            labels.append(layout.eos if turn.is_trained else IGNORE_INDEX)
+        previous = turn
     return input_ids, labels
+
+
+def _head_labels(previous: Turn | None, turn: Turn, layout: _Layout) -> list[int]:
+    """角色标记处的标签：上一条消息的结尾，它作目标时才有。
+
+    chat 的用户标记处是上一轮回答的 eos；样本首位同官方代码也是 eos（移位后不起作用）。
+    """
+    if previous is None:
+        return [layout.eos] if layout.is_chat and turn.role == "user" else [IGNORE_INDEX] * len(turn.head)
+    if not previous.is_trained or previous.is_cut:
+        return [IGNORE_INDEX] * len(turn.head)
+    if previous.role == "assistant":
+        return [layout.eos] if layout.is_chat else [IGNORE_INDEX] * len(turn.head)
+    return turn.head
 
 
 def _split_rounds(turns: Sequence[Turn]) -> tuple[list[Turn], list[list[Turn]]]:
     """拆成开头的 system 与各轮；每条用户消息开始新的一轮，第一轮可能没有用户消息。"""
-    system = list(turns[:1]) if turns and turns[0][0] == "system" else []
+    system = list(turns[:1]) if turns and turns[0].role == "system" else []
     rounds: list[list[Turn]] = []
-    for role, ids in turns[len(system) :]:
-        if role == "system":
+    for turn in turns[len(system) :]:
+        if turn.role == "system":
             raise ValueError("system 只能是第一条消息，请把它移到对话开头")
-        if role not in ("user", "assistant"):
-            raise ValueError(f"不认识的角色 {role!r}，可用 system、user、assistant")
-        if role == "user" or not rounds:
+        if turn.role not in ("user", "assistant"):
+            raise ValueError(f"不认识的角色 {turn.role!r}，可用 system、user、assistant")
+        if turn.role == "user" or not rounds:
             rounds.append([])
-        rounds[-1].append((role, ids))
+        rounds[-1].append(turn)
     return system, rounds
 
 
-def _fit_turns(turns: list[Turn], limit: int | None, markers: dict[str, int]) -> tuple[list[Turn], bool]:
-    """按训练规则截到 limit 个 token（含角色 id、历史回答的 eos、末尾的回答标记），返回 (各轮, 是否截过)。"""
+def _fit_turns(turns: list[Turn], limit: int | None, layout: _Layout) -> tuple[list[Turn], bool]:
+    """按训练规则截到 limit 个 token（含角色标记、历史回答的 eos、末尾的回答标记），返回 (各轮, 是否截过)。"""
     system, rounds = _split_rounds(turns)
     if limit is None:
         return turns, False
 
     def size() -> int:
         kept = [*system, *(turn for round_ in rounds for turn in round_)]
-        # chat 的末尾标记与 plain 的 eos 各占一位
-        closing = 1 if markers else sum(role == "assistant" for role, _ in kept[:-1])
-        return closing + sum(len(ids) + (role in markers) for role, ids in kept)
+        closing = len(layout.heads.get("assistant", []))
+        if not layout.is_chat:
+            closing += sum(turn.role == "assistant" for turn in kept[:-1])  # 各占一个 eos
+        return closing + sum(len(turn.head) + len(turn.ids) for turn in kept)
 
     excess = size() - limit
     if excess <= 0:
@@ -189,29 +252,27 @@ def _fit_turns(turns: list[Turn], limit: int | None, markers: dict[str, int]) ->
     while excess > 0 and len(rounds) > 1:
         rounds.pop(0)
         excess = size() - limit
-    if excess > 0 and rounds and rounds[0][0][0] == "user":
-        user_ids = rounds[0][0][1]
-        rounds[0][0] = ("user", user_ids[: max(0, len(user_ids) - excess)])
+    if excess > 0 and rounds and rounds[0][0].role == "user":
+        rounds[0][0] = layout.shorten(rounds[0][0], len(rounds[0][0].ids) - excess)
         excess = size() - limit
     if excess > 0 and system:
-        system_ids = system[0][1]
-        system[0] = ("system", system_ids[: max(0, len(system_ids) - excess)])
+        system[0] = layout.shorten(system[0], len(system[0].ids) - excess)
         excess = size() - limit
     if excess > 0:
         raise ValueError(f"--max_src_len({limit}) 太小，连角色标记都放不下，请至少调大 {excess}")
     return [*system, *(turn for round_ in rounds for turn in round_)], True
 
 
-def _chat_prompt(turns: list[Turn], markers: dict[str, int], family: str, limit: int | None) -> list[int]:
+def _chat_prompt(turns: list[Turn], layout: _Layout, family: str, limit: int | None) -> list[int]:
     """官方对话代码的拼法与截断：从最新一轮往前整轮保留，再从左边截到 limit。"""
     system, rounds = _split_rounds(turns)
     old_style = family == "baichuan"
-    system_ids = system[0][1] if system and not old_style else []
+    system_ids = system[0].ids if system and not old_style else []
     kept: list[int] = []
     for round_ in reversed(rounds):
-        if old_style and round_[0][0] != "user":
+        if old_style and round_[0].role != "user":
             continue  # v1 不用第一条用户消息之前的回答
-        round_ids = [token for role, ids in round_ for token in (markers[role], *ids)]
+        round_ids = [token for turn in round_ for token in (*turn.head, *turn.ids)]
         if limit is not None and kept and len(system_ids) + len(kept) + len(round_ids) > limit:
             break
         kept = round_ids + kept
@@ -221,7 +282,7 @@ def _chat_prompt(turns: list[Turn], markers: dict[str, int], family: str, limit:
             _reject_system(turns, family)
 
     prompt = system_ids + kept
-    ending = [markers["assistant"]] if old_style or turns[-1][0] != "assistant" else []
+    ending = layout.heads["assistant"] if old_style or turns[-1].role != "assistant" else []
     if old_style:
         return (prompt if limit is None else prompt[-limit:]) + ending  # v1 的标记不占 limit
     prompt += ending
@@ -229,30 +290,30 @@ def _chat_prompt(turns: list[Turn], markers: dict[str, int], family: str, limit:
 
 
 def _reject_system(turns: Sequence[Turn], family: str) -> None:
-    if family == "baichuan" and any(role == "system" for role, _ in turns):
+    if family == "baichuan" and any(turn.role == "system" for turn in turns):
         raise ValueError("Baichuan-13B-Chat（v1）的对话格式没有 system 角色，请把它的内容并入第一条用户消息")
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} 应为 {' | '.join(choices)}，实际是 {value!r}")
-
-
 class Prompting(NamedTuple):
-    """一个检查点的提示方式；四项就是 encode_prompt 与 encode_sample 的同名参数，存在 run_config.json 里。"""
+    """一个检查点的提示方式；各项就是 encode_prompt 与 encode_sample 的同名参数，存在 run_config.json 里。"""
 
     prompt_format: str
     family: str
     user_token_id: int
     assistant_token_id: int
+    template: dict[str, str] | None = None  # prompt_format 为 template 时的模板，见 read_template
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """模板规定的停止文字。"""
+        return (self.template["stop"],) if self.template and "stop" in self.template else ()
 
 
 def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prompting:
     """由检查点定下提示方式：generation_config.json 里有 user_token_id 的是对话模型（chat），没有的是基座（plain）。
 
-    requested：auto 或指定的格式；config：BaichuanConfig（norm_head 区分 Baichuan 与 Baichuan2）。
+    requested：auto、指定的格式，或模板文件；config：BaichuanConfig（norm_head 区分 Baichuan 与 Baichuan2）。
     """
-    _check_choice("prompt_format", requested, ("auto", *PROMPT_FORMATS))
     path = Path(directory) / "generation_config.json"
     try:
         generation = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -261,13 +322,72 @@ def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prom
     problems = generation_config_problems(generation, config.vocab_size)
     if problems:
         raise ValueError(f"{path} 损坏，请重新下载：{'；'.join(problems)}")
-    is_chat = "user_token_id" in generation
-    return Prompting(
-        prompt_format=("chat" if is_chat else "plain") if requested == "auto" else requested,
+    prompting = Prompting(
+        prompt_format="chat" if "user_token_id" in generation else "plain",
         family="baichuan2" if config.norm_head else "baichuan",
         user_token_id=generation.get("user_token_id", 195),
         assistant_token_id=generation.get("assistant_token_id", 196),
     )
+    return requested_prompting(prompting, requested)
+
+
+def requested_prompting(prompting: Prompting, requested: str) -> Prompting:
+    """--prompt_format 改过的提示方式：auto 不改。"""
+    if requested == "auto":
+        return prompting
+    if requested.endswith(".json"):
+        return prompting._replace(prompt_format=TEMPLATE, template=read_template(requested))
+    _check_choice("prompt_format", requested, ("auto", *PROMPT_FORMATS))
+    return prompting._replace(prompt_format=requested, template=None)
+
+
+def prompt_format_choice(value: str) -> str:
+    """--prompt_format 的取值：auto、plain、chat，或一个 .json 的模板文件。"""
+    if value not in ("auto", *PROMPT_FORMATS) and not value.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"应为 auto、{'、'.join(PROMPT_FORMATS)} 或一个 .json 的模板文件，得到 {value!r}"
+        )
+    return value
+
+
+def read_template(path: str | Path) -> dict[str, str]:
+    """--prompt_format 的模板文件：user、assistant 必有，system、stop 可缺；除 stop 外都含一个 {text}。
+
+    stop 是出现了就停止生成的文字，predict.py 照用；回答之后总有 eos，stop 不必是它。
+    """
+    try:
+        template = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ValueError(f"--prompt_format {path} 读不了（{error.strerror}），请检查路径") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--prompt_format {path} 不是合法的 UTF-8 JSON（{error}），请改正") from error
+    roles = ("system", "user", "assistant")
+    if not isinstance(template, dict) or not set(template) <= {*roles, "stop"}:
+        found = "、".join(map(str, template)) if isinstance(template, dict) else type(template).__name__
+        raise ValueError(f"--prompt_format {path} 应是有 system、user、assistant、stop 的对象，实际是 {found}，请改正")
+    for name, value in template.items():
+        if not isinstance(value, str):
+            raise ValueError(f"--prompt_format {path} 的 {name} 应为字符串，实际是 {value!r}，请改正")
+    problems = [name for name in ("user", "assistant") if not template.get(name)]
+    problems += [name for name in roles if template.get(name) and template[name].count("{text}") != 1]
+    if problems:
+        raise ValueError(f"--prompt_format {path} 的 {'、'.join(problems)} 里要恰好有一个 {{text}}，请补上")
+    return {name: value for name, value in template.items() if value}
+
+
+def prompting_reason(prompting: Prompting, requested: str) -> str:
+    """用哪种提示格式、为什么：一句话。"""
+    if requested != "auto":
+        return f"{prompting.prompt_format}（--prompt_format {requested}）"
+    if prompting.prompt_format == "chat":
+        return "chat（检查点的 generation_config.json 里有 user_token_id）"
+    reason = "检查点的 generation_config.json 里没有 user_token_id，当作基座模型；是对话模型请加 --prompt_format chat"
+    return f"{prompting.prompt_format}（{reason}）"
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} 应为 {' | '.join(choices)}，实际是 {value!r}")
 
 
 ROLE_TOKENS = ("user_token_id", "assistant_token_id")

@@ -1,16 +1,31 @@
-"""数据文件 → 一行行的原始内容：JSON Lines 或 JSON 数组，逐行（数组则逐个元素）读取，内存里不存整份文件。"""
+"""数据文件 → 行：JSON Lines、JSON 数组、CSV 与 TSV（首行是列名）、Parquet，前四种可用 gzip 压缩；不解析行的内容。
 
+逐行（数组则逐个元素）产出，内存里不存整份文件。表格的一行写成一个 JSON 对象，此后与 JSON Lines 的一行无异。
+不是 UTF-8、不是这几种文件、一个对象跨了多行，都是一句话的错误，并给出转换的命令。
+"""
+
+import csv
+import gzip
+import io
+import json
+import math
 import os
 import re
+import shlex
 import stat
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 MAX_ROW_BYTES = 64 * 2**20
 MAX_PROBLEMS = 20
-_READ_BYTES = 2**20
+# 先看这么多开头来认种类与编码；此后每次读这么多
+_HEAD_BYTES = _READ_BYTES = 2**20
 _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+_GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\x03\x04"
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class Problem(NamedTuple):
@@ -55,20 +70,120 @@ class ProblemList:
         raise ValueError(f"数据文件 {self.path} 有 {self.total} 处错误{rest}，请改正后重试：\n{listing}")
 
 
+# ---- 打开 ----
+
+
 def iter_rows(path: str | os.PathLike) -> Iterator[RawRow | Problem]:
-    """逐行（数组则逐个元素）产出内容，不解析；切不出来的地方产出 Problem；根本不能读的文件抛 ValueError。"""
+    """逐行（数组则逐个元素）产出内容，不解析；切不出来的地方产出 Problem。
+
+    Raises:
+        ValueError: 根本不能读的文件：没有、不是 UTF-8、不认识的种类、压缩损坏、一个对象跨了多行。
+    """
     check_file(path)
-    with open(path, "rb") as stream:
-        head = stream.read(3)
-        if head[:2] in _UTF16_BOMS:
-            raise ValueError(f"数据文件 {path} 是 UTF-16 编码，请另存为 UTF-8")
-        stream.seek(3 if head == _UTF8_BOM else 0)
-        start = stream.tell()
-        first = b""
-        while not first and (block := stream.read(_READ_BYTES)):
-            first = block.lstrip()[:1]
+    path = str(path)
+    with open(path, "rb") as raw:
+        magic = raw.read(4)
+        raw.seek(0)
+        if magic == _PARQUET:
+            yield from _iter_parquet(path)
+            return
+        if magic == _ZIP:
+            raise ValueError(f"数据文件 {path} 是 zip 或 xlsx，请解压，或在表格软件里另存为 CSV（UTF-8）")
+        try:
+            yield from _iter_stream(gzip.GzipFile(fileobj=raw) if magic[:2] == _GZIP else raw, path)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"数据文件 {path} 的 gzip 压缩已损坏或不完整（{error}），请重新下载") from error
+
+
+def _iter_stream(stream: BinaryIO, path: str) -> Iterator[RawRow | Problem]:
+    head = stream.read(_HEAD_BYTES)
+    encoding = found_encoding(head)
+    if encoding is not None:
+        raise ValueError(f"数据文件 {path} 是 {encoding} 编码，请转成 UTF-8：{conversion(path, encoding)}")
+    start = 3 if head[:3] == _UTF8_BOM else 0
+    delimiter = _DELIMITERS.get(Path(path[:-3] if path.endswith(".gz") else path).suffix.lower())
+    if delimiter is not None:
         stream.seek(start)
-        yield from (_iter_array(stream, str(path)) if first == b"[" else _iter_lines(stream, str(path)))
+        yield from _iter_table(stream, path, delimiter)
+        return
+    first = head[start:].lstrip()[:1]
+    stream.seek(start)
+    while not first and (block := stream.read(_READ_BYTES)):
+        first = block.lstrip()[:1]
+    stream.seek(start)
+    if first == b"{":
+        _refuse_pretty_printed(head[start:], path)
+    yield from (_iter_array(stream, path) if first == b"[" else _iter_lines(stream, path))
+
+
+def found_encoding(head: bytes) -> str | None:
+    """文件的开头不是 UTF-8 时，它像是哪种编码：UTF-16（没有 BOM 的分 LE、BE）、GB18030；是 UTF-8 或说不准时为 None。
+
+    有一行带汉字的 UTF-8，就当作 UTF-8 文件里有几行坏了：UTF-8 的字节也常能按 GB18030 解出字来。
+    """
+    if head[:2] in _UTF16_BOMS:
+        return "UTF-16"
+    lines = head.split(b"\n")
+    lines = lines[:-1] if len(head) >= _HEAD_BYTES and len(lines) > 1 else lines
+    strange = [line for line in lines if not line.isascii()]
+    zeros = {"UTF-16BE": head[::2].count(0), "UTF-16LE": head[1::2].count(0)}
+    if min(zeros.values()) == 0 and max(zeros.values()) * 20 > len(head):
+        return max(zeros, key=zeros.get)
+    if not strange or any(_decodes(line, "utf-8") for line in strange):
+        return None
+    return "GB18030" if all(_decodes(line, "gb18030") for line in strange) else None
+
+
+def _decodes(content: bytes, encoding: str) -> bool:
+    try:
+        content.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def conversion(path: str, encoding: str) -> str:
+    """把文件转成 UTF-8 的一条命令；写到旁边的新文件，不动原来的。"""
+    name = Path(path).name
+    stem, *suffixes = name.split(".")
+    suffixes = [suffix for suffix in suffixes if suffix != "gz"]
+    target = Path(path).with_name(".".join([stem, "utf8", *suffixes]))
+    unpack = f"gzip -dc {shlex.quote(path)} | " if path.endswith(".gz") else ""
+    source = "" if unpack else f"{shlex.quote(path)} "
+    return f"{unpack}iconv -f {encoding} -t UTF-8 {source}> {shlex.quote(str(target))}"
+
+
+def _refuse_pretty_printed(head: bytes, path: str) -> None:
+    """一个 JSON 对象写成了多行（缩进过的，或外面包着 {"data": [...]}）：说一句，不逐行报错。"""
+    text = head.decode("utf-8", errors="replace").lstrip()
+    decoder = json.JSONDecoder()
+    try:
+        first_line = text.split("\n", 1)[0]
+        if decoder.raw_decode(first_line):
+            return
+    except (ValueError, RecursionError):
+        pass
+    try:
+        value, end = decoder.raw_decode(text)
+    except (ValueError, RecursionError) as error:
+        # 开头的 1 MiB 里没有写完：缩进过的大文件，错误在末尾
+        if len(head) < _HEAD_BYTES or getattr(error, "pos", 0) < 0.9 * len(text):
+            return
+        value, end = {}, len(text)
+    if "\n" not in text[:end]:
+        return
+    rows = next((name for name, item in value.items() if isinstance(item, list) and _are_rows(item)), None)
+    rows = None if rows in ("conversations", "messages", "conversation") else rows
+    query = f".{rows}[]" if rows else "."
+    target = Path(path).with_suffix(".jsonl")
+    raise ValueError(
+        f"数据文件 {path} 里一个 JSON 对象写成了多行，请改成每行一个对象："
+        f"jq -c {shlex.quote(query)} {shlex.quote(path)} > {shlex.quote(str(target))}"
+    )
+
+
+def _are_rows(items: list[Any]) -> bool:
+    return bool(items) and all(isinstance(item, dict) for item in items)
 
 
 def check_file(path: str | os.PathLike) -> None:
@@ -85,6 +200,9 @@ def check_file(path: str | os.PathLike) -> None:
         raise ValueError(f"数据文件 {path} 是空的（0 字节），没有任何样本")
     if not os.access(path, os.R_OK):
         raise ValueError(f"没有读取数据文件 {path} 的权限，请检查文件权限")
+
+
+# ---- 行 ----
 
 
 def _too_long(path: str, line: int) -> Problem:
@@ -162,3 +280,67 @@ def _iter_array(stream, path: str) -> Iterator[RawRow | Problem]:
         yield cut()
     what = "引号没有配对，到文件末尾仍在字符串里" if in_string else "数组没有结束的 ]，文件可能不完整"
     yield Problem(path, line, "数组", what, "请检查文件末尾，或重新导出")
+
+
+# ---- 表格 ----
+
+
+def _iter_table(stream: BinaryIO, path: str, delimiter: str) -> Iterator[RawRow | Problem]:
+    """CSV 与 TSV：首行是列名，引号按 CSV 的规则（含分隔符、换行的内容要用双引号括起）；行号是这一行开头的行。"""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    line = 1
+    try:
+        header: list[str] | None = None
+        for cells in reader:
+            if header is None:
+                header = [name.strip() for name in cells]
+                if len(set(header)) < len(header) or not all(header):
+                    yield Problem(path, line, "表头", f"列名有空的或重复的：{header}", "请给每列一个不同的名字")
+                    return
+            elif cells:
+                yield _table_row(path, line, header, cells)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        yield Problem(path, line, "行", f"CSV 格式有误（{error}）", "请检查这一行起的引号是否配对")
+
+
+def _table_row(path: str, line: int, header: list[str], cells: list[str]) -> RawRow | Problem:
+    if len(cells) != len(header):
+        what = f"应有 {len(header)} 列（{'、'.join(header)}），实际是 {len(cells)} 列"
+        return Problem(path, line, "行", what, "请检查分隔符；内容含分隔符时要用双引号括起")
+    try:
+        content = json.dumps(dict(zip(header, cells, strict=True)), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return Problem(path, line, "编码", "不是合法的 UTF-8 文本", "请把文件转成 UTF-8（常见的原因是 GBK 编码）")
+    return RawRow(line, content) if len(content) <= MAX_ROW_BYTES else _too_long(path, line)
+
+
+def _iter_parquet(path: str) -> Iterator[RawRow | Problem]:
+    """Parquet：一行一个对象，行号从 1 起；缺失的值是 null。要 pyarrow。"""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(
+            f"读 Parquet 文件 {path} 要 pyarrow，请运行 pip install pyarrow，或另存为 JSON Lines"
+        ) from error
+    line = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for fields in batch.to_pylist():
+                    line += 1
+                    content = json.dumps(_plain_value(fields), ensure_ascii=False, default=str).encode()
+                    yield RawRow(line, content) if len(content) <= MAX_ROW_BYTES else _too_long(path, line)
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"Parquet 文件 {path} 已损坏或不完整（{error}），请重新下载") from error
+
+
+def _plain_value(value: Any) -> Any:
+    """Parquet 里的 NaN 也是缺失，写成 null。"""
+    if isinstance(value, dict):
+        return {name: _plain_value(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_value(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -21,7 +21,7 @@ class TokenCache:
 
     def __init__(self, cache_dir: str | os.PathLike, path: str, tokenizer, settings: dict[str, Any]):
         self.identity = {
-            "data_sha256": file_sha256(path),
+            "data_sha256": file_sha256(Path(path)),
             "tokenizer_sha256": _tokenizer_sha256(tokenizer),
             "settings": settings,
         }

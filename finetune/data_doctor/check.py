@@ -3,7 +3,7 @@
     python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/ --test_path data/spo_1.json
 
 退出码：0 没有问题，1 只有警告（能训练，但多半不是本意），2 有错误（训练会拒绝这份数据，或命令行、路径写错）。
-逐行流式检查，内存与文件大小无关：在途的行至多 64 MiB，最长的一行至多 64 MiB，另有摘要的缓冲（见 duplicates.py）。
+逐行流式检查：在途的行至多 64 MiB，最长的一行至多 64 MiB，另有每行 32 字节的摘要（见 duplicates.py）。
 不给 --model_name_or_path 时长度按字符数统计，不检查截断。一行的检查见 rows.py，报告的样子见 report.py。
 """
 
@@ -11,6 +11,7 @@ import argparse
 import functools
 import os
 import sys
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -20,16 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
-from finetune.data.prompting import PROMPT_FORMATS, resolve_prompt_format
+from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
 from finetune.data.rows import MAX_PROBLEMS, Problem, iter_rows
-from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, DigestStore, compare
-from finetune.data_doctor.report import draw_picture, label_findings, render, to_json
+from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
+from finetune.data_doctor import show as show_module
+from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, compare
+from finetune.data_doctor.report import draw_picture, render, to_json
 from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
 from utils import write_json
 
 SEVERITIES = ("note", "warning", "error")
 EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
-MAX_LABELS, MIN_LABEL_ROWS = 50, 20
+MAX_LABELS, MIN_LABEL_ROWS, UNEVEN_RATIO = 50, 20, 10
 
 
 # ---- 一个文件 ----
@@ -44,6 +47,8 @@ class FileReport:
         self.counts: Counter[tuple[str, str]] = Counter()  # (severity, code) → 数目
         self.findings: dict[str, list[Problem]] = defaultdict(list)
         self.lengths = {"src": Counter(), "tgt": Counter(), "total": Counter()}
+        self.formats: Counter[str] = Counter()  # 写法 → 行数
+        self.unused: Counter[str] = Counter()  # 没有用上的字段 → 行数
         self.labels: Counter[str] | None = Counter()  # None：取值太多或太长，不像分类
 
     def add(self, findings: Iterable[Problem]) -> None:
@@ -56,9 +61,11 @@ class FileReport:
         self.add(chunk.findings)
         self.num_rows += chunk.num_rows
         self.num_samples += len(chunk.lines)
+        self.formats += chunk.formats
+        self.unused += chunk.unused
         columns = {"src": chunk.lengths[:, 0], "tgt": chunk.lengths[:, 1], "total": chunk.lengths.sum(axis=1)}
         for name, values in columns.items():
-            self.lengths[name].update(_quantize(values).tolist())
+            self.lengths[name].update(values.tolist())
         if self.labels is not None:
             self.labels.update(answer for answer in chunk.answers if answer is not None)
             has_long_answer = any(a is None for a in chunk.answers) and self.split != "predict"
@@ -74,21 +81,11 @@ class FileReport:
         return total >= MIN_LABEL_ROWS and distinct <= min(MAX_LABELS, total // 10)
 
 
-def _quantize(lengths: np.ndarray) -> np.ndarray:
-    """长度取整到 12 位有效二进制位：不同取值至多几万种，相对误差小于 1/2000。"""
-    shift = np.maximum(0, np.floor(np.log2(np.maximum(lengths, 1))).astype(np.int64) - 11)
-    return lengths >> shift << shift
-
-
 def examine_file(
-    report: FileReport,
-    index: int,
-    encoding: Encoding | None,
-    prompts: DigestStore,
-    documents: DigestStore,
-    workers: int | None,
-) -> None:
-    """流式检查一个文件，填进 report；摘要送进 prompts 与 documents，最后一起比较。"""
+    report: FileReport, index: int, encoding: Encoding | None, workers: int | None, options: RowOptions
+) -> list[np.ndarray]:
+    """流式检查一个文件，填进 report；返回各批的摘要与位置，供 compare_rows 一起比较。"""
+    digests: list[np.ndarray] = []
     path = report.path
     base = np.uint64((TEST_BIT if report.split == "predict" else 0) | index << FILE_SHIFT)
     try:
@@ -96,22 +93,21 @@ def examine_file(
         first = next(rows, None)  # 打不开的文件在这里抛出
         report.add(_file_findings(path))
         chunks = split_chunks(chain([first] if first is not None else [], rows))
-        examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding)
+        examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding, options=options)
         with tqdm(
             total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"检查 {Path(path).name}", disable=None
         ) as bar:
             for chunk in map_chunks(examine, chunks, path, choose_workers(path, workers)):
                 report.add_chunk(chunk)
-                positions = chunk.lines | base
-                prompts.add(chunk.digests[:, 0], chunk.digests[:, 1], positions)
-                documents.add(chunk.digests[:, 2], np.zeros_like(positions), positions)
+                digests.append(np.column_stack([chunk.digests, chunk.lines | base]))
                 bar.update(chunk.num_bytes)
     except (ValueError, OSError) as error:
         what, _, remedy = str(error).partition("，请")
         report.add([Problem(path, 1, "文件", what, f"请{remedy}" if remedy else "请检查文件内容与路径", code="file")])
-        return
+        return digests
     if not report.num_rows:
         report.add([Problem(path, 1, "文件", "没有任何样本（只有空白）", "请检查文件内容", code="file")])
+    return digests
 
 
 def _file_findings(path: str) -> Iterator[Problem]:
@@ -144,9 +140,9 @@ _CROSS_ROW = {
 }
 
 
-def compare_rows(reports: list[FileReport], prompts: DigestStore, documents: DigestStore, limit: int) -> dict[str, int]:
+def compare_rows(reports: list[FileReport], digests: np.ndarray, limit: int) -> dict[str, int]:
     """重复、同一输入不同回答、训练与测试共有的行：例子记入所在文件的 findings，返回各种的总数。"""
-    totals, found = compare(prompts, documents, limit)
+    totals, found = compare(digests, limit)
 
     def locate(position: int) -> tuple[FileReport, int]:
         return reports[(position & ~TEST_BIT) >> FILE_SHIFT], position & ((1 << FILE_SHIFT) - 1)
@@ -161,27 +157,55 @@ def compare_rows(reports: list[FileReport], prompts: DigestStore, documents: Dig
     return totals
 
 
+def label_findings(report: FileReport, reports: list[FileReport]) -> Iterator[Problem]:
+    """回答像分类标签的文件：只有一种、很不均匀、写法略有不同、训练集里没有的标签。"""
+    if not report.is_labelled:
+        return
+
+    def warn(code: str, what: str, remedy: str) -> Problem:
+        return Problem(report.path, 1, "output", what, remedy, "warning", code)
+
+    ranked = report.labels.most_common()
+    (most, most_count), (least, least_count) = ranked[0], ranked[-1]
+    if len(report.labels) == 1:
+        yield warn(
+            "label_balance", f"{most_count} 行的回答全是「{most[:20]}」", "模型只会学到这一个回答，请补充其他标签的行"
+        )
+    elif most_count > UNEVEN_RATIO * least_count:
+        what = f"标签很不均匀：「{most[:20]}」{most_count} 行，「{least[:20]}」只有 {least_count} 行"
+        yield warn("label_balance", what, "请补充少的一类，评估时看每类的 F1 而不只看总的准确率")
+    spellings = defaultdict(list)
+    for label in report.labels:
+        spellings["".join(unicodedata.normalize("NFKC", label).casefold().split()).rstrip("。.")].append(label)
+    for same in spellings.values():
+        if len(same) > 1:
+            yield warn("label_variant", f"{'、'.join(map(repr, same[:4]))} 像是同一个标签的不同写法", "请统一成一种")
+    trained = [other.labels for other in reports if other.split == "train"]
+    if report.split == "predict" and all(labels is not None for labels in trained):
+        unseen = [label for label in report.labels if not any(label in labels for labels in trained)]
+        if unseen:
+            what = f"训练集里没有的标签：{'、'.join(label[:20] for label in unseen[:5])}（共 {len(unseen)} 种）"
+            yield warn("label_unseen", what, "模型学不到它们，请检查写法或重新划分")
+
+
 # ---- 命令 ----
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="data_set.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    check = parser.add_subparsers(dest="command", required=True).add_parser(
-        "check", help="检查数据文件", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(prog="data_set.py", description=f"{__doc__}\n{show_module.__doc__}", **style)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="看几行怎样编码", description=show_module.__doc__, **style)
+    show.add_argument("path", metavar="FILE", help="数据文件")
+    show.add_argument("--model_name_or_path", required=True, help="检查点目录（必填）")
+    show.add_argument("--rows", type=show_module.row_numbers, help="看第几行，从 1 起，如 1,2,10-12（缺省全部）")
+    show.add_argument("--json", metavar="OUT", help="把各行写成 JSON Lines（缺省不写）")
+    add_sample_flags(show)
+    check = commands.add_parser("check", help="检查数据文件", description=__doc__, **style)
     check.add_argument("paths", nargs="+", metavar="FILE", help="训练数据，可以有几个；重复也跨文件查找")
     check.add_argument("--test_path", help="测试数据：查它与训练数据共有的行（缺省不查）；回答可缺")
     check.add_argument("--model_name_or_path", help="检查点目录：长度按它的分词器计（缺省按字符数，不检查截断）")
-    check.add_argument("--max_len", type=int, default=1024, help="同 train.py，token（缺省 %(default)s）")
-    check.add_argument("--max_src_len", type=int, default=768, help="同 train.py，token（缺省 %(default)s）")
-    check.add_argument(
-        "--prompt_format",
-        default="auto",
-        choices=["auto", *PROMPT_FORMATS],
-        help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
-    )
+    add_sample_flags(check)
     check.add_argument(
         "--max_findings", type=int, default=MAX_PROBLEMS, help="每个文件每种问题至多列几条（缺省 %(default)s）"
     )
@@ -189,6 +213,23 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", metavar="OUT", help="把全部结果写成 JSON（缺省不写）")
     check.add_argument("--picture", metavar="PNG", help="把长度与标签的分布画成图（缺省不画）")
     return parser
+
+
+def add_sample_flags(parser: argparse.ArgumentParser) -> None:
+    """决定一行怎样读、怎样编码的参数，与 train.py 的同名。"""
+    parser.add_argument("--max_len", type=int, default=1024, help="同 train.py，token（缺省 %(default)s）")
+    parser.add_argument("--max_src_len", type=int, default=768, help="同 train.py，token（缺省 %(default)s）")
+    parser.add_argument(
+        "--prompt_format",
+        default="auto",
+        type=prompt_format_choice,
+        metavar="auto|plain|chat|文件.json",
+        help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
+    )
+    parser.add_argument("--input_separator", default="", type=separator_choice, help="同 train.py（缺省为空）")
+    parser.add_argument("--ignore_fields", default="", help="同 train.py（缺省没有）")
+    parser.add_argument("--loss_turns", default="all", choices=LOSS_TURNS, help="同 train.py（缺省 %(default)s）")
+    parser.add_argument("--train_on_prompt", action="store_true", help="同 train.py（缺省不训练提示）")
 
 
 def load_encoding(args: argparse.Namespace) -> Encoding | None:
@@ -213,16 +254,21 @@ def load_encoding(args: argparse.Namespace) -> Encoding | None:
 
 
 def check_files(
-    paths: list[str], test_path: str | None, encoding: Encoding | None, max_findings: int, workers: int | None = None
+    paths: list[str],
+    test_path: str | None,
+    encoding: Encoding | None,
+    max_findings: int,
+    workers: int | None = None,
+    options: RowOptions = RowOptions(),
 ) -> tuple[list[FileReport], dict[str, int]]:
     """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)。"""
     reports = [FileReport(str(path), "train", max_findings) for path in paths]
     if test_path is not None:
         reports.append(FileReport(str(test_path), "predict", max_findings))
-    prompts, documents = DigestStore(), DigestStore()
+    digests = [np.zeros((0, 4), dtype=np.uint64)]
     for index, report in enumerate(reports):
-        examine_file(report, index, encoding, prompts, documents, workers)
-    totals = compare_rows(reports, prompts, documents, max_findings)
+        digests += examine_file(report, index, encoding, workers, options)
+    totals = compare_rows(reports, np.concatenate(digests), max_findings)
     for report in reports:
         report.add(label_findings(report, reports))
     return reports, totals
@@ -231,11 +277,14 @@ def check_files(
 def main(argv: list[str] | None = None) -> int:
     """命令行入口，返回退出码。"""
     args = build_parser().parse_args(argv)
+    options = row_options(vars(args))
     try:
+        if args.command == "show":
+            return show_module.show(args.path, load_encoding(args), options, args.rows, args.json)
         if args.max_findings < 1 or (args.workers is not None and args.workers < 1):
             raise ValueError("--max_findings 与 --workers 必须至少为 1，请改正")
         encoding = load_encoding(args)
-        reports, totals = check_files(args.paths, args.test_path, encoding, args.max_findings, args.workers)
+        reports, totals = check_files(args.paths, args.test_path, encoding, args.max_findings, args.workers, options)
         worst = max(
             (severity for report in reports for severity, _ in report.counts), key=SEVERITIES.index, default="note"
         )

@@ -1,56 +1,18 @@
-"""数据体检的报告：终端里的文字与直方图、给程序读的 JSON、图片，以及由整个文件的标签分布得出的警告。"""
+"""数据体检的报告：终端里的文字与直方图、给程序读的 JSON、图片。"""
 
-import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from finetune.data.rows import Problem
 from finetune.terminal import format_table
 
 PERCENTILES = (50, 90, 95, 99, 100)
-UNEVEN_RATIO = 10
 NUM_BINS, BAR_COLUMNS = 16, 40
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _VERDICTS = {0: "没有问题", 1: "有警告：能训练，但请看看是否是本意", 2: "有错误：训练会拒绝这份数据，请先改正"}
 _SEVERITY_NAMES = {"error": "错误", "warning": "警告", "note": "说明"}
 _LENGTH_NAMES = {"src": "提示", "tgt": "回答", "total": "全长"}
-
-
-# ---- 标签 ----
-
-
-def label_findings(report, reports: list) -> Iterator[Problem]:
-    """回答像分类标签的文件：只有一种、很不均匀、写法略有不同、训练集里没有的标签。"""
-    if not report.is_labelled:
-        return
-
-    def warn(code: str, what: str, remedy: str) -> Problem:
-        return Problem(report.path, 1, "output", what, remedy, "warning", code)
-
-    ranked = report.labels.most_common()
-    (most, most_count), (least, least_count) = ranked[0], ranked[-1]
-    if len(report.labels) == 1:
-        yield warn(
-            "label_balance", f"{most_count} 行的回答全是「{most[:20]}」", "模型只会学到这一个回答，请补充其他标签的行"
-        )
-    elif most_count > UNEVEN_RATIO * least_count:
-        what = f"标签很不均匀：「{most[:20]}」{most_count} 行，「{least[:20]}」只有 {least_count} 行"
-        yield warn("label_balance", what, "请补充少的一类，评估时看每类的 F1 而不只看总的准确率")
-    spellings = defaultdict(list)
-    for label in report.labels:
-        spellings["".join(unicodedata.normalize("NFKC", label).casefold().split()).rstrip("。.")].append(label)
-    for same in spellings.values():
-        if len(same) > 1:
-            yield warn("label_variant", f"{'、'.join(map(repr, same[:4]))} 像是同一个标签的不同写法", "请统一成一种")
-    trained = [other.labels for other in reports if other.split == "train"]
-    if report.split == "predict" and all(labels is not None for labels in trained):
-        unseen = [label for label in report.labels if not any(label in labels for labels in trained)]
-        if unseen:
-            what = f"训练集里没有的标签：{'、'.join(label[:20] for label in unseen[:5])}（共 {len(unseen)} 种）"
-            yield warn("label_unseen", what, "模型学不到它们，请检查写法或重新划分")
 
 
 # ---- 长度 ----
@@ -132,6 +94,9 @@ def render(reports: list, totals: dict[str, int], encoding, exit_code: int) -> s
 def _render_file(report, encoding) -> str:
     kind = "测试数据" if report.split == "predict" else "训练数据"
     parts = [f"{kind} {report.path}：{report.num_rows} 行，可用的样本 {report.num_samples} 条"]
+    for name, counts in (("写法", report.formats), ("没有用上的字段", report.unused)):
+        if counts:
+            parts[0] += f"\n{name}：" + "、".join(f"{key} {count} 行" for key, count in counts.most_common(20))
     if not report.num_samples:
         return parts[0]
     cells = [
@@ -187,6 +152,8 @@ def _file_json(report) -> dict[str, Any]:
         "split": report.split,
         "num_rows": report.num_rows,
         "num_samples": report.num_samples,
+        "formats": dict(report.formats.most_common()),
+        "unused_fields": dict(report.unused.most_common()),
         "counts": [{"severity": s, "code": code, "count": n} for (s, code), n in sorted(report.counts.items())],
         "length_percentiles": {
             name: {f"p{p}": percentile(lengths, p) for p in PERCENTILES} if has_samples else {}

@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ import numpy as np
 
 from finetune.data.prompting import encode_sample
 from finetune.data.rows import Problem, RawRow
-from finetune.data.samples import Sample, parse_row
+from finetune.data.samples import FORMATS, RowOptions, Sample, parse_row
 from finetune.data_doctor.duplicates import digest
 
 MAX_LABEL_CHARS = 64
 _UNLIMITED = 2**40
-_KNOWN_FIELDS = ("instruction", "input", "output", "conversations")
+_FIELDS = {kind.name: kind.fields for kind in FORMATS}
+_KNOWN_FIELDS = sorted({name for fields in _FIELDS.values() for name in fields})
 _CONTROL_TEXT = re.compile(r"<reserved_\d+>|</?s>|<unk>|<pad>")
 # C0 控制字符、零宽与双向控制字符、字节序标记、替换字符；零宽连接符是表情的一部分，不算
 _ODD_CHARACTER = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u200e\u200f\u202a-\u202e\ufeff\ufffd]")
@@ -43,24 +45,38 @@ class ChunkReport(NamedTuple):
     answers: list[str | None]  # 没有回答，或太长而不像标签的，是 None
     num_rows: int
     num_bytes: int
+    formats: Counter[str]  # 各种写法的行数
+    unused: Counter[str]  # 没有用上的字段各在几行里
 
 
-def examine_rows(rows: list[RawRow | Problem], path: str, split: str, encoding: Encoding | None) -> ChunkReport:
+def examine_rows(
+    rows: list[RawRow | Problem],
+    path: str,
+    split: str,
+    encoding: Encoding | None,
+    options: RowOptions = RowOptions(),
+) -> ChunkReport:
     """检查一批行；纯函数，可以在子进程里运行。split="predict"（测试集）的回答可缺。"""
     findings: list[Problem] = []
     lengths, digests, lines, answers = [], [], [], []
+    formats: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
+    is_plain = encoding is not None and encoding.options["prompt_format"] == "plain"
     for row in rows:
-        sample, broken = parse_row(row, path, split)
+        sample, broken = parse_row(row, path, split, options)
         findings += [problem._replace(code=_READER_CODES.get(problem.field, "field")) for problem in broken]
         if sample is None:
             continue
+        formats[sample.format] += 1
+        unused.update(sample.unused)
         fields = json.loads(row.content.decode())
+        fields = {name: value for name, value in fields.items() if name not in options.ignore_fields}
         prompt = sample.messages if split == "predict" else sample.messages[:-1]
         answer = sample.messages[-1][1] if split != "predict" else (sample.references or (None,))[0]
-        findings += _field_findings(fields, sample, answer)
-        whole = Sample((*prompt, ("assistant", answer or "")), sample.line, path)
+        findings += _field_findings(fields, sample, answer, is_plain)
+        whole = Sample((*prompt, ("assistant", answer or "")), sample.line, path, trained=sample.trained)
         lengths.append(_measure(whole, answer is not None, split, encoding, findings))
-        digests.append((digest(repr(prompt)), digest(answer or ""), digest(_document(fields, prompt))))
+        digests.append((digest(repr(prompt)), digest(answer or ""), digest(_document(sample))))
         lines.append(sample.line)
         answers.append(answer if answer is not None and len(answer) <= MAX_LABEL_CHARS else None)
     return ChunkReport(
@@ -71,27 +87,33 @@ def examine_rows(rows: list[RawRow | Problem], path: str, split: str, encoding: 
         answers,
         len(rows),
         sum(len(row.content) for row in rows if isinstance(row, RawRow)),
+        formats,
+        unused,
     )
 
 
-def _texts(fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """(字段, 文字) 的列表；多轮对话的字段写成 conversations[i]。"""
-    if "conversations" in fields:
-        turns = enumerate(fields["conversations"])
-        return [(f"conversations[{i}]", turn.get("content", turn.get("value", ""))) for i, turn in turns]
-    output = fields.get("output") or ""
-    outputs = output if isinstance(output, list) else [output]
-    return [*((name, fields.get(name, "")) for name in ("instruction", "input")), *(("output", t) for t in outputs)]
+def _texts(fields: dict[str, Any], sample: Sample) -> Iterator[tuple[str, str]]:
+    """这一行用上的 (字段, 文字)；数组的各项写成 conversations[i]。"""
+    for name in _FIELDS[sample.format]:
+        value = fields.get(name)
+        if isinstance(value, list):
+            yield from ((f"{name}[{i}]", text) for i, item in enumerate(value) for text in _strings(item))
+        elif isinstance(value, str):
+            yield name, value
 
 
-def _document(fields: dict[str, Any], prompt: tuple) -> str:
-    """这一行讲的文档：input（空则 instruction），对话取第一条用户消息；忽略空白、全半角与大小写。"""
-    if "conversations" in fields:
-        text = next(text for role, text in prompt if role == "user")
-    else:
-        text = fields.get("input", "")
-        text = text if text.strip() else fields.get("instruction", "")
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+def _strings(value: Any) -> Iterator[str]:
+    """value 里的全部字符串。"""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _document(sample: Sample) -> str:
+    """这一行讲的文档，忽略空白、全半角与大小写。"""
+    return "".join(unicodedata.normalize("NFKC", sample.document).casefold().split())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -101,7 +123,7 @@ def _meant_field(name: str) -> str | None:
     return close[0] if close else None
 
 
-def _field_findings(fields: dict[str, Any], sample: Sample, answer: str | None) -> Iterator[Problem]:
+def _field_findings(fields: dict[str, Any], sample: Sample, answer: str | None, is_plain: bool) -> Iterator[Problem]:
     """内容上的警告：空回答、写错的字段名、控制符号、不可见或损坏的字符。"""
 
     def warn(code: str, field: str, what: str, remedy: str) -> Problem:
@@ -110,13 +132,16 @@ def _field_findings(fields: dict[str, Any], sample: Sample, answer: str | None) 
     if answer is not None and not answer.strip():
         what = "回答是空的" if answer == "" else "回答只有空白"
         yield warn("empty_output", "output", what, "确实没有答案可以不改（目标只有结束符），否则请补上或删去这一行")
-    for name in fields:
-        meant = None if name in _KNOWN_FIELDS else _meant_field(name)
-        if meant and meant not in fields:
+    for name in sample.unused:
+        meant = _meant_field(name)
+        if meant in _FIELDS[sample.format] and meant not in fields:
             yield warn(
                 "field_name", name[:40], f"不认识的字段，没有用上；像是 {meant} 写错了", f"请改名为 {meant}，或删去"
             )
-    for field, text in _texts(fields):
+    if is_plain and (len(sample.messages) > 2 or sample.messages[0][0] == "system"):
+        what = "多轮或有 system 的对话，而提示格式是 plain：各轮之间只有回答之后的 eos"
+        yield warn("plain_turns", "提示", what, "模型若是对话模型，请加 --prompt_format chat")
+    for field, text in _texts(fields, sample):
         if pieces := _CONTROL_TEXT.findall(text):
             what = f"文字里有控制符号 {'、'.join(sorted(set(pieces))[:5])}（共 {len(pieces)} 处）"
             yield warn("control_token", field, what, "训练时只当普通文字；若是导出时混入的，请删去")

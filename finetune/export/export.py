@@ -1,4 +1,4 @@
-"""把训练器的任何检查点导出成别的工具能直接加载的格式；LoRA 当场合并。"""
+"""把训练器的任何检查点导出成别的工具能直接加载的格式；LoRA 当场合并，gguf_lora 只写适配器。"""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from finetune.checkpoint.inspection import load_checkpoint_tokenizer
 from finetune.checkpoint.manifest import write_manifest
 from finetune.export.check import Comparison, check_export, encode_check_prompts
 from finetune.export.gguf import GGUF_TYPES, GgufFile, check_gguf, write_gguf
+from finetune.export.gguf_lora import check_gguf_lora, check_lora, write_gguf_lora
 from finetune.export.llama import LlamaDirectory, write_llama
 from finetune.export.model_card import model_card
 from finetune.export.tensors import (
@@ -20,7 +21,7 @@ from finetune.export.tensors import (
 )
 from finetune.process.precision import NAMED_DTYPES
 
-TARGETS = ("llama", "baichuan", "gguf")
+TARGETS = ("llama", "baichuan", "gguf", "gguf_lora")
 
 
 def export(
@@ -48,14 +49,17 @@ def export(
             f"{model_path} 用 ALiBi 位置编码（13B），Llama 没有这种结构，不能导出成 llama；"
             "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎用）"
         )
-    if to == "gguf":
+    if to in ("gguf", "gguf_lora"):
         check_gguf(config, gguf_type)
     tokenizer = load_checkpoint_tokenizer(checkpoint)
     prompts = encode_check_prompts(checkpoint, tokenizer, check_prompt)
     source = TensorSource(checkpoint)
+    if to == "gguf_lora":
+        check_lora(source, model_path)
     target_dtype = resolve_dtype(dtype, source)
-    kind = GGUF_TYPES[gguf_type] if to == "gguf" else dtype_name(target_dtype)
+    kind = dtype_name(target_dtype) if gguf_type is None else GGUF_TYPES[gguf_type]
     exported_config = BaichuanConfig.from_dict({**config.to_dict(), "norm_head": False})
+    name = Path(output_dir).resolve().name
     with staged_directory(output_dir) as directory:
         if to == "llama":
             write_llama(checkpoint, source, tokenizer, directory, target_dtype)
@@ -63,13 +67,17 @@ def export(
         elif to == "baichuan":
             write_baichuan(checkpoint, source, directory, target_dtype, normalize=True)
             reader = WeightDirectory(directory)
-        else:
-            name = Path(output_dir).resolve().name
+        elif to == "gguf":
             path = directory / f"{name}-{gguf_type}.gguf"
             write_gguf(source, tokenizer, checkpoint.prompting, path, gguf_type, name)
             reader = GgufFile(path, config.num_attention_heads)
-        vector_kind = "float32" if to == "gguf" else kind
-        comparison = check_export(source, exported_config, reader.read, prompts, kind, vector_kind)
+        if to == "gguf_lora":
+            path = directory / f"{name}-lora.gguf"
+            write_gguf_lora(source, path, name)
+            comparison = check_gguf_lora(source, path, prompts)
+        else:
+            vector_kind = "float32" if to == "gguf" else kind
+            comparison = check_export(source, exported_config, reader.read, prompts, kind, vector_kind)
         (directory / "README.md").write_text(model_card(checkpoint, to, kind, comparison), encoding="utf-8")
         write_manifest(directory, checkpoint.run_config.get("global_step", 0))
     return comparison
@@ -81,6 +89,10 @@ def resolve_gguf_type(to: str, dtype: str, gguf_type: str | None) -> str | None:
     Raises:
         ValueError: 给了不起作用或互相矛盾的选项。
     """
+    if to == "gguf_lora":
+        if gguf_type is not None or dtype != "auto":
+            raise ValueError("--to gguf_lora 总是 f32，请去掉 --gguf_type 与 --dtype")
+        return "f32"
     if to != "gguf":
         if gguf_type is not None:
             raise ValueError(f"--gguf_type 只对 --to gguf 起作用，对 {to} 请用 --dtype")

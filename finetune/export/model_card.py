@@ -15,12 +15,15 @@ def model_card(checkpoint: Checkpoint, to: str, kind: str, comparison: Compariso
     prompting = checkpoint.prompting
     is_chat = prompting.prompt_format == "chat"
     role_ids = f"，角色 id {prompting.user_token_id}/{prompting.assistant_token_id}" if is_chat else ""
+    merging = ""
+    if checkpoint.is_adapter:
+        merging = "，只有适配器，与基座的 GGUF 同用" if to == "gguf_lora" else "，适配器已合并"
     lines = [
         f"# {checkpoint.path.resolve().name}（{to}，{kind}）",
         "",
         f"- 来源：`{checkpoint.path}`" + (f"，第 {run['global_step']} 步" if run.get("global_step") else ""),
         f"- 基座：`{base.get('path', checkpoint.base_path)}`",
-        f"- 方法：{run.get('train_type', '没有训练记录')}" + ("，适配器已合并" if checkpoint.is_adapter else ""),
+        f"- 方法：{run.get('train_type', '没有训练记录')}" + merging,
         f"- 提示词格式：{prompting.prompt_format}（{prompting.family}）{role_ids}",
         f"- 核对：与来源相比，{comparison}",
     ]
@@ -55,7 +58,7 @@ def tokenizer_notes(checkpoint: Checkpoint, to: str) -> list[str]:
     notes = []
     if to == "llama":
         notes.append("文本里的保留片段（如角色片段）按其编号编码，请先从不可信的文本里去掉；`</s>` 等按普通文字编码")
-    if to == "gguf" and checkpoint.prompting.family == "baichuan":
+    if to in ("gguf", "gguf_lora") and checkpoint.prompting.family == "baichuan":
         notes.append(
             "llama.cpp 不做 NFKC 规范化，不合并空格，不认多个字符的自定义片段（如 <h2>），遇到它们时编号与来源不同"
         )

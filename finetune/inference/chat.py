@@ -7,21 +7,15 @@ from collections.abc import Sequence
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from finetune.inference.generation import cut_at_stop
+from finetune.inference.generation import cut_at_stop, settled_text
 from finetune.inference.predictor import NO_ADAPTER
 from finetune.terminal import note
 
 COMMANDS = "/clear 清空历史，/adapter 名字 换适配器，/exit 退出"
 
 
-def held_back(text: str, stops: Sequence[str]) -> int:
-    """末尾有几个字可能是某个停止字符串的开头，先不能打印。"""
-    sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-    return max(sizes, default=0)
-
-
 class TerminalStreamer(BaseStreamer):
-    """边生成边打印；凑不成完整字符的字节片段、可能是停止字符串开头的字先留着，停止字符串不打印。"""
+    """边生成边打印不会再变的部分。"""
 
     def __init__(self, tokenizer, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
@@ -35,9 +29,7 @@ class TerminalStreamer(BaseStreamer):
             self.seen_prompt = True
             return
         self.ids += value.flatten().tolist()
-        text, is_stopped = cut_at_stop(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stops)
-        text = text.rstrip("\ufffd")
-        self._print(text if is_stopped else text[: len(text) - held_back(text, self.stops)])
+        self._print(settled_text(self.tokenizer.decode(self.ids, skip_special_tokens=True), self.stops)[0])
 
     def end(self) -> None:
         """打印剩下的，换行。"""
@@ -101,7 +93,7 @@ def answer(predictor, history: list[tuple[str, str]], text: str) -> None:
     except ValueError as error:
         note(f"错误：{error}")
         return
-    streamer = TerminalStreamer(predictor.tokenizer, predictor.args.stop)
+    streamer = TerminalStreamer(predictor.tokenizer, predictor.stops)
     print("模型：", end="", flush=True)
     try:
         ids = predictor.generate_batch([prompt], streamer=streamer)[0]

@@ -76,6 +76,22 @@ def cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (text[: min(places)], True) if places else (text, False)
 
 
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """末尾有几个字可能是某个停止字符串的开头，先不能打印。"""
+    sizes = (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
+    return max(sizes, default=0)
+
+
+def settled_text(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """生成到一半的文字 → (不会再变的部分, 是否遇到了停止字符串)。
+
+    凑不成完整字符的字节片段、可能是停止字符串开头的字先留着，停止字符串不在其内。
+    """
+    text, is_stopped = cut_at_stop(text, stops)
+    text = text.rstrip("\ufffd")
+    return (text if is_stopped else text[: len(text) - held_back(text, stops)]), is_stopped
+
+
 class StopStrings(StoppingCriteria):
     """一行新生成的文字里出现任一停止字符串，这一行就停下；每次 generate 用一个新的。"""
 

@@ -26,6 +26,7 @@ from finetune.inference.options import GenerationOptions
 from finetune.inference.predictor import Predictor, Record, prediction_dtype, report_unfinished
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
+from finetune.process import accelerator
 from finetune.terminal import note
 from utils import first_free, quiet_libraries, replacing, try_lock
 
@@ -130,15 +131,17 @@ def set_aside(path: Path, output_path: Path) -> None:
 def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
     """决定预测结果的全部设置；提示词（数据、分词器、提示格式、截断）与权重各取摘要。"""
     args = predictor.args
-    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "stop", "label_scores"]
+    names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "label_scores"]
     if args.do_sample:
         names += ["temperature", "top_p", "top_k", "seed", "batch_size"]
     checkpoints = [predictor.base, *predictor.adapters.values()]
     return {
         **{f"--{name}": getattr(args, name) for name in names},
+        "--stop": predictor.stops,
         "--do_sample": args.do_sample,
         "--precision": str(prediction_dtype(args.precision, device)).removeprefix("torch."),
         "--metric nll": args.metric == "nll",
+        **({"预测": "得分最高的标签"} if args.label_scores else {}),
         "检查点": "、".join(str(checkpoint.path.resolve()) for checkpoint in checkpoints),
         "权重的摘要": "-".join(weights_fingerprint(checkpoint) for checkpoint in checkpoints),
         "提示词的摘要": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
@@ -234,15 +237,11 @@ def predict_in_workers(
         yield [], []
         yield from predictor.predict_batches(rows, prompts, batches)
         return
-    context = multiprocessing.get_context("spawn")  # CUDA 不能用 fork
+    context = multiprocessing.get_context("spawn")  # 加速卡不能用 fork
     tasks, results = context.Queue(), context.Queue()
     setup = (predictor.args, predictor.base, predictor.adapters, max(1, torch.get_num_threads() // number))
-    workers = [
-        context.Process(
-            target=work, args=(*setup, torch.device("cuda", k) if device.type == "cuda" else device, tasks, results)
-        )
-        for k in range(number)
-    ]
+    devices = [accelerator.default_device(k) if accelerator.is_card(device) else device for k in range(number)]
+    workers = [context.Process(target=work, args=(*setup, place, tasks, results)) for place in devices]
     try:
         for worker in workers:
             worker.start()
@@ -294,8 +293,8 @@ def work(
     quiet_libraries()
     torch.set_num_threads(num_threads)
     try:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if accelerator.is_card(device):
+            accelerator.use_card(device)
         predictor = Predictor(args, base, adapters)
         predictor.load_model(device)
         results.put((None, [], []))

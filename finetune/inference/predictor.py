@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
-from finetune.checkpoint.quantized import quantization_of
-from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens
+from finetune.checkpoint.options import quantization_of
+from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens, prompting_reason
 from finetune.data.samples import Sample
 from finetune.inference.generation import (
     StopStrings,
@@ -21,13 +22,12 @@ from finetune.inference.generation import (
     plan_batches,
     target_nll,
 )
-from finetune.inference.options import GenerationOptions
+from finetune.inference.options import SAMPLING_DEFAULTS, GenerationOptions
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 from finetune.terminal import note
 
 # 对话里不用任何适配器的名字
 NO_ADAPTER = "无"
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 Record = dict[str, Any]
 
 
@@ -101,7 +101,20 @@ class Predictor:
         self.generation_config = make_generation_config(self.model, self.args.max_new_tokens, **options)
         kind = f"适配器，基座 {self.base.base_path}" if self.base.is_adapter else "完整模型"
         loaded = f"{self.base.path}（{kind}）" + (f"与适配器 {'、'.join(self.adapters)}" if self.adapters else "")
-        note(f"已载入 {loaded}；{device}，{dtype}，提示词格式 {self.checkpoint.prompting.prompt_format}")
+        note(f"已载入 {loaded}；{device}，{dtype}，提示格式 {self.prompting_reason}")
+
+    @property
+    def prompting_reason(self) -> str:
+        """用哪种提示格式、为什么。"""
+        prompting, recorded = self.checkpoint.prompting, self.checkpoint.run_config.get("prompt_format")
+        if self.args.prompt_format == "auto" and recorded is not None:
+            return f"{recorded}（训练时的）"
+        return prompting_reason(prompting, self.args.prompt_format)
+
+    @property
+    def stops(self) -> list[str]:
+        """出现任一就停的文字：--stop 的，与模板的 stop。"""
+        return [*(self.args.stop or ()), *self.checkpoint.prompting.stops]
 
     # ---- 文字 ↔ id ----
 
@@ -111,13 +124,18 @@ class Predictor:
 
     def decode(self, ids: list[int]) -> str:
         """生成的 id → 文字，不含特殊符号，截到停止字符串之前。"""
-        return cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.args.stop)[0]
+        return cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)[0]
 
     def encode_rows(self, rows: list[Sample]) -> list[list[int]]:
         """各行的提示词，截断规则同训练；报告截断了多少行。对话格式不合要求时抛 ValueError，带行号。"""
         max_src_len = self.args.max_src_len or self.checkpoint.run_config.get("args", {}).get("max_src_len")
         limits = {"max_src_len": max_src_len, "max_input_tokens": self.max_input_tokens}
         prompts, num_cut = [], 0
+        if self.checkpoint.prompting.prompt_format == "plain" and any(len(row.messages) > 1 for row in rows):
+            note(
+                "注意：有多轮或有 system 的对话，而提示格式是 plain（各轮之间只有回答之后的 eos）；"
+                "模型若是对话模型，请加 --prompt_format chat"
+            )
         for row in rows:
             try:
                 prompts.append(self.encode(row.messages, **limits))
@@ -131,12 +149,14 @@ class Predictor:
 
     # ---- 生成 ----
 
-    def generate_batch(self, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-        """一批提示词的续写，用现在的适配器与停止字符串；options 原样传给 generate。"""
-        if self.args.stop:
-            options["stopping_criteria"] = [StopStrings(self.tokenizer, self.args.stop)]
+    def generate_batch(
+        self, prompts: list[list[int]], config: GenerationConfig | None = None, **options: Any
+    ) -> list[list[int]]:
+        """一批提示词的续写，用现在的适配器与停止字符串；config 缺省是命令行的，options 原样传给 generate。"""
+        if self.stops:
+            options["stopping_criteria"] = [StopStrings(self.tokenizer, self.stops)]
         with self._with_adapter():
-            return generate_batch(self.model, prompts, self.generation_config, **options)
+            return generate_batch(self.model, prompts, config or self.generation_config, **options)
 
     def predict_batches(
         self, rows: list[Sample], prompts: list[list[int]], batches: Iterable[list[int]]
@@ -150,17 +170,28 @@ class Predictor:
             yield batch, self.predict_batch([rows[index] for index in batch], [prompts[index] for index in batch])
 
     def predict_batch(self, rows: list[Sample], prompts: list[list[int]]) -> list[Record]:
-        """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。"""
-        records = []
-        for ids in self.generate_batch(prompts):
-            text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.args.stop)
-            records.append({"prediction": text, "is_cut": len(ids) >= self.args.max_new_tokens and not is_stopped})
+        """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。
+
+        要求 label_scores 时不生成，prediction 是得分最高的标签。
+        """
         if self.args.label_scores:
-            for record, scores in zip(records, self.label_scores(prompts), strict=True):
-                record["label_scores"] = scores
+            records = [
+                {"prediction": next(iter(scores)), "is_cut": False, "label_scores": scores}
+                for scores in self.label_scores(prompts)
+            ]
+        else:
+            records = self.generated_records(prompts)
         if self.args.metric == "nll":
             for record, row in zip(records, rows, strict=True):
                 record["nll"] = self.reference_nll(row)
+        return records
+
+    def generated_records(self, prompts: list[list[int]]) -> list[Record]:
+        """生成的记录：prediction，is_cut。"""
+        records = []
+        for ids in self.generate_batch(prompts):
+            text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)
+            records.append({"prediction": text, "is_cut": len(ids) >= self.args.max_new_tokens and not is_stopped})
         return records
 
     def predict(self, rows: list[Sample], prompts: list[list[int]], title: str = "预测") -> list[Record]:

@@ -11,6 +11,7 @@ import torch
 
 from finetune.data.samples import Sample
 from finetune.inference.predictor import Predictor, prediction_dtype, sampling_options, short_names
+from finetune.process.accelerator import empty_cache, is_card
 from finetune.terminal import display_width, note, visible
 
 MIN_COLUMN = 20
@@ -37,8 +38,8 @@ def compare(predictors: Sequence[Predictor], rows: list[Sample], device: torch.d
         answers.append([record["prediction"] for record in predictor.predict(rows, encoded, title=name)])
         predictor.model = None
         gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        if is_card(device):
+            empty_cache()
     print(comparison_text(names, rows, answers, shutil.get_terminal_size().columns))
     heads = [(name, column_details(predictor)) for name, predictor in zip(names, predictors, strict=True)]
     settings = comparison_settings(predictors[0], device)

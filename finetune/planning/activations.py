@@ -11,7 +11,7 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
 from baichuan.packed_attention_cpu import MAX_SAVED_SCORES, query_blocks
-from finetune.checkpoint.quantized import quantization_of
+from finetune.checkpoint.options import quantization_of
 from finetune.cli.train_flags import TrainOptions
 from finetune.methods.registry import TRAIN_METHODS, num_elements
 from finetune.planning.flops import Shape
@@ -196,6 +196,12 @@ def _attention_activations(
         short = [n for n in lengths if n * (prefix + n) <= MAX_SAVED_SCORES]
         saved = [(end - begin, prefix + end) for n in short for begin, end in query_blocks(n)]
         return (3 * tokens * width + heads * sum(rows * keys for rows, keys in saved)) * element_bytes
+    if packing and element_bytes == 2:  # packed_attention_gpu；共用的开头另抄的键不计：它们省下的更多
+        if model.is_alibi:  # q、k、v 是 W_pack 输出的视图；有前缀时 k、v 另有一份
+            elements = (4 * tokens + 2 * (tokens + prefix) * bool(prefix)) * width
+        else:  # 各段的键前面都抄一份前缀
+            elements = (4 * tokens + 2 * len(lengths) * prefix) * width
+        return elements * element_bytes + 4 * heads * tokens
     # W_pack 的输出是一块，q、k、v 是它的视图：只要还有一个在用，整块都在；有前缀时 k、v 另有一份
     with_prefix = (tokens + len(lengths) * prefix) * bool(prefix)
     elements = (3 * tokens + 2 * with_prefix) * width
@@ -254,8 +260,9 @@ def rotary_bytes(model: PlannedModel, tokens: int, element_bytes: int) -> int:
 
 
 def bias_bytes(model: PlannedModel, batch: MicroBatch, element_bytes: int, on_cpu: bool) -> int:
-    """各层共用的偏置与掩码：ALiBi 的是 [头, 长, 前缀 + 长]；GPU 上旋转位置、并排、没有前缀时不需要。"""
-    if not (model.is_alibi or model.prefix_length or on_cpu or not batch.packing):
+    """各层共用的偏置与掩码：ALiBi 的是 [头, 长, 前缀 + 长]；GPU 上 16 位、并排时不需要。"""
+    on_gpu_packed = batch.packing and not on_cpu
+    if on_gpu_packed and (element_bytes == 2 or not (model.is_alibi or model.prefix_length)):
         return 0
     longest = max(batch.lengths) + model.prompt_length
     rows = (1 if batch.packing else len(batch.lengths)) * (model.shape.heads if model.is_alibi else 1)

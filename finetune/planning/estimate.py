@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ import numpy as np
 
 from finetune.cli.train_flags import TrainOptions
 from finetune.data.encoding import SRC_CUT, TGT_CUT, encode_chunk
+from finetune.data.mixture import parse_sources
 from finetune.data.packing import deal_step, epoch_steps
-from finetune.data.rows import ProblemList, iter_rows
+from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
+from finetune.data.samples import row_options
 from finetune.planning.activations import MicroBatch, PlannedModel, checkpointed_layers
 from finetune.planning.flops import recompute_flops, step_flops
 from finetune.planning.machine import Machine
@@ -61,18 +64,24 @@ def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
         ValueError: 抽到的行有错，或全部超长而被 --is_skip 丢弃。
     """
     generator, rows, count = random.Random(args.seed), [], 0
-    for row in iter_rows(args.train_path):
+    for path, row in weighted_rows(args, generator):
         count += 1
         if len(rows) < ROWS_SAMPLED:
-            rows.append(row)
+            rows.append((path, row))
         elif (place := generator.randrange(count)) < ROWS_SAMPLED:
-            rows[place] = row
+            rows[place] = path, row
     options = {"max_len": args.max_len, "max_src_len": args.max_src_len, **prompting._asdict()}
-    chunk = encode_chunk(rows, tokenizer, str(args.train_path), "train", options)
-    problems = ProblemList(args.train_path)
-    problems.add(chunk.problems)
-    problems.raise_if_any()
-    flags, lengths = chunk.arrays["flags"], chunk.arrays["lengths"]
+    chunks = []
+    for path in dict.fromkeys(path for path, _ in rows):
+        own_rows = [row for other, row in rows if other == path]
+        chunks.append(encode_chunk(own_rows, tokenizer, path, "train", options, row_options(vars(args))))
+        problems = ProblemList(path)
+        problems.add(chunks[-1].problems)
+        problems.raise_if_any()
+    flags, lengths, num_targets = (
+        np.concatenate([np.zeros(0, dtype=int), *(chunk.arrays[name] for chunk in chunks)])
+        for name in ("flags", "lengths", "num_targets")
+    )
     keep = np.ones(len(lengths), dtype=bool) if not args.is_skip else (flags & (SRC_CUT | TGT_CUT)) == 0
     if not keep.any():
         raise ValueError(f"数据文件 {args.train_path} 里没有可用的样本（空的，或全部超长被 --is_skip 丢弃）")
@@ -80,11 +89,20 @@ def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
         num_rows=count,
         num_read=len(rows),
         lengths=lengths[keep].tolist(),
-        num_targets=chunk.arrays["num_targets"][keep].tolist(),
+        num_targets=num_targets[keep].tolist(),
         num_src_cut=int((flags[keep] & SRC_CUT > 0).sum()),
         num_tgt_cut=int((flags[keep] & TGT_CUT > 0).sum()),
         num_skipped=int((~keep).sum()),
     )
+
+
+def weighted_rows(args: TrainOptions, generator: random.Random) -> Iterator[tuple[str, RawRow | Problem]]:
+    """训练数据的 (文件, 行)，各行按它的文件的份量出现，--val_ratio 的份额略去。"""
+    for path, weight in parse_sources(args.train_path):
+        whole, part = divmod(weight * (1 - (args.val_ratio or 0)), 1)
+        for row in iter_rows(path):
+            for _ in range(int(whole) + (part > 0 and generator.random() < part)):
+                yield path, row
 
 
 def largest_micro_batch(args: TrainOptions, sample: DataSample, cards: int) -> tuple[MicroBatch, bool]:

@@ -15,8 +15,9 @@ cache_frozen 的第二轮起，前向的 L 也换成 k。MFU = 公式 / 秒 / �
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from finetune.process import accelerator
 from finetune.process.precision import TORCH_DTYPES
 
 # 稠密 bf16（V100、T4 是 fp16）矩阵乘法的标称速率，FLOP/s；厂家数据，按设备名里的片段查找，长的先查
@@ -99,14 +100,15 @@ def nominal_rate(device_name: str) -> float | None:
     return next((NOMINAL_RATES[name] for name in names if name in device_name), None)
 
 
-def gemm_rate(shape: Shape, rows: int, dtype: str, device: str = "cpu", seconds: float = 1.0) -> float:
+def gemm_rate(shape: Shape, rows: int, dtype: str, device: Any = "cpu", seconds: float = 1.0) -> float:
     """这台机器矩阵乘法的速率，FLOP/s：模型自己的四种形状与 2048（GPU 上 8192）的方阵，取最快的一种。
 
     dtype 是 bf16、fp16 或 fp32；seconds 是总共量多久。
     """
     import torch
 
-    side = 8192 if device == "cuda" else 2048
+    on_card = torch.device(device).type != "cpu"
+    side = 8192 if on_card else 2048
     shapes = [
         (rows, shape.hidden, 3 * shape.hidden),
         (rows, shape.hidden, shape.hidden),
@@ -121,11 +123,11 @@ def gemm_rate(shape: Shape, rows: int, dtype: str, device: str = "cpu", seconds:
         left @ right
         count, began = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - began) < seconds / len(shapes) or count < 2:
-            for _ in range(10 if device == "cuda" else 1):
+            for _ in range(10 if on_card else 1):
                 left @ right
                 count += 1
-            if device == "cuda":
-                torch.cuda.synchronize()
+            if on_card:
+                accelerator.synchronize()
         elapsed = time.perf_counter() - began
         best = max(best, 2.0 * m * k * n * count / elapsed)
     return best

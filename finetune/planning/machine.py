@@ -4,10 +4,9 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from finetune.planning.activations import PlannedModel
 from finetune.planning.flops import gemm_rate, nominal_rate
+from finetune.process import accelerator
 
 FP32_SLOWDOWN = 16  # GPU 上 fp32 比 16 位慢的倍数，按标称
 
@@ -29,19 +28,19 @@ def find_machine(model: PlannedModel, precision: str) -> Machine:
     limit = Path("/sys/fs/cgroup/memory.max")  # 容器的上限
     if limit.is_file() and limit.read_text().strip().isdecimal():
         host_bytes = min(host_bytes, int(limit.read_text()))
-    if not torch.cuda.is_available():
+    if not accelerator.has_accelerator():
         rate = gemm_rate(model.shape._replace(hidden=1024, intermediate=1024), 256, precision, seconds=0.5)
         return Machine("cpu", "CPU", None, host_bytes, rate, "刚刚量得的矩阵乘法")
-    found = torch.cuda.get_device_properties(0)
-    rate = nominal_rate(found.name)
+    name, total_bytes = accelerator.card_name(), accelerator.total_card_bytes()
+    rate = nominal_rate(name)
     if rate is None:
         return Machine(
             "cuda",
-            found.name,
-            found.total_memory,
+            name,
+            total_bytes,
             host_bytes,
-            gemm_rate(model.shape, 4096, precision, "cuda"),
+            gemm_rate(model.shape, 4096, precision, accelerator.default_device()),
             "刚刚量得的矩阵乘法",
         )
     rate = rate / FP32_SLOWDOWN if precision == "fp32" else rate
-    return Machine("cuda", found.name, found.total_memory, host_bytes, rate, "标称")
+    return Machine("cuda", name, total_bytes, host_bytes, rate, "标称")

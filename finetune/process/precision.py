@@ -5,7 +5,7 @@ import time
 
 import torch
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+from finetune.process.accelerator import card_name, computes_bf16, has_accelerator
 
 
 @functools.cache
@@ -36,10 +36,10 @@ def choose_precision(requested: str) -> tuple[str, str]:
     """把 --precision 定为 bf16、fp16 或 fp32 之一，并说明理由 → (精度, 理由)。"""
     if requested != "auto":
         return requested, "由 --precision 指定"
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", f"{torch.cuda.get_device_name()} 直接计算 bf16"
-        return "fp16", f"{torch.cuda.get_device_name()} 不直接计算 bf16，用 fp16 加损失缩放"
+    if has_accelerator():
+        if computes_bf16():
+            return "bf16", f"{card_name()} 直接计算 bf16"
+        return "fp16", f"{card_name()} 不直接计算 bf16，用 fp16 加损失缩放"
     speedup = cpu_bf16_speedup()
     if speedup >= 1:
         return "bf16", f"这个 CPU 的 bf16 矩阵乘法是 fp32 的 {speedup:.1f} 倍快"

@@ -5,9 +5,11 @@ import random
 import numpy as np
 import torch
 
+from finetune.process.accelerator import random_state_of_card, set_random_state_of_card
+
 
 def random_state() -> dict[str, torch.Tensor]:
-    """本进程 torch、CUDA、numpy、random 的随机状态，都写成张量。"""
+    """本进程 torch、加速卡、numpy、random 的随机状态，都写成张量。"""
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state()
     state = {
@@ -17,9 +19,7 @@ def random_state() -> dict[str, torch.Tensor]:
         "random.words": torch.tensor([version, *words], dtype=torch.int64),
         "random.gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return state | random_state_of_card()
 
 
 def set_random_state(state: dict[str, torch.Tensor]):
@@ -30,5 +30,4 @@ def set_random_state(state: dict[str, torch.Tensor]):
     keys = state["numpy.keys"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    set_random_state_of_card(state)

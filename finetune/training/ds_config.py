@@ -1,21 +1,37 @@
 """DeepSpeed 的 JSON：读取、检查、填好 auto。"""
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetune.training.ds_config_check import ds_config_problems
 from utils import log_rank_0, read_json
 
+# 配置里没有写时用的；与两份自带的 JSON 相同
+GRADIENT_CLIPPING = 1.0
+OPTIMIZER = {
+    "type": "AdamW",
+    "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": "auto"},
+}
+SCHEDULER = {
+    "type": "WarmupCosineLR",
+    "params": {
+        "total_num_steps": "auto",
+        "warmup_num_steps": "auto",
+        "warmup_min_ratio": "auto",
+        "warmup_type": "linear",
+        "cos_min_ratio": 0.1,
+    },
+}
+
 
 def read_ds_config(path: str | Path) -> dict:
-    """读 DeepSpeed 的 JSON 并检查 DeepSpeed 自己不检查、会悄悄忽略的地方。
+    """读 DeepSpeed 的 JSON 并检查；没有写的优化器与学习率调度用本项目自己的，并说一声。
 
     Raises:
-        ValueError: 不是合法的 JSON 对象，或有不认识的键、不对的类型、不支持的学习率调度；全部列出。
+        ValueError: 不是合法的 JSON 对象，或有不认识的键、不对的类型、不能用的优化器或学习率调度；全部列出。
     """
     config = read_json(path)
     if not isinstance(config, dict):
@@ -23,14 +39,27 @@ def read_ds_config(path: str | Path) -> dict:
     problems = ds_config_problems(config)
     if problems:
         raise ValueError("\n".join(f"{path}: {problem}" for problem in problems))
-    return config
+    for name, own in (("optimizer", OPTIMIZER), ("scheduler", SCHEDULER)):
+        if not config.get(name):
+            log_rank_0(f"注意：{path} 没有写 {name}，用本项目自己的：{json.dumps(own)}")
+            config[name] = own
+    if config.get("gradient_clipping", "auto") == "auto":
+        log_rank_0(f"注意：{path} 没有写 gradient_clipping，梯度的范数裁剪到 {GRADIENT_CLIPPING}；写 0 则不裁剪")
+    return config | {"zero_optimization": _without_auto(config["zero_optimization"])}
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """去掉 "auto"：DeepSpeed 于是用它的缺省。"""
+    return {k: _without_auto(v) if isinstance(v, dict) else v for k, v in section.items() if v != "auto"}
 
 
 def has_cpp_compiler() -> bool:
     """有没有编译器：DeepSpeed 自带的 Adam 要在首次使用时编译，在 GPU 上还要 CUDA 工具包（nvcc）。"""
+    from finetune.process.accelerator import accelerator_name
+
     compiler = os.environ.get("CXX") or "g++"
     has_host_compiler = any(shutil.which(name) for name in (compiler, "c++", "clang++"))
-    if not torch.cuda.is_available():
+    if accelerator_name() != "cuda":
         return has_host_compiler
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -75,7 +104,10 @@ def resolve_ds_config(
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": batch_size * accumulation_steps * num_ranks,
+        "gradient_clipping": GRADIENT_CLIPPING,
         "lr": learning_rate,
+        "betas": OPTIMIZER["params"]["betas"],
+        "eps": OPTIMIZER["params"]["eps"],
         "weight_decay": weight_decay,
         "total_num_steps": num_steps,
         "warmup_num_steps": max(1, warmup_steps),
@@ -104,6 +136,7 @@ def resolve_ds_config(
         switch = config.get(name, {}).get("enabled", "auto")
         if switch != "auto" and switch != (precision == name):
             log_rank_0(f"注意：精度由 --precision 决定（{precision}），配置里的 {name}.enabled={switch} 不起作用")
+    resolved.setdefault("gradient_clipping", GRADIENT_CLIPPING)
     resolved.setdefault("train_micro_batch_size_per_gpu", batch_size)
     resolved.setdefault("gradient_accumulation_steps", accumulation_steps)
     resolved["bf16"] = {"enabled": precision == "bf16", **_without_enabled(config.get("bf16", {}))}

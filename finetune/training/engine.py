@@ -3,12 +3,20 @@
 import deepspeed
 from torch import nn
 
+from finetune.checkpoint.optimizer_state import check_resumable
 
-def open_engine(model: nn.Module, weight_decay: float, ds_config: dict):
-    """把模型交给 DeepSpeed；ds_config 是 resolve_ds_config 填好的配置。集合操作。"""
+
+def open_engine(model: nn.Module, weight_decay: float, ds_config: dict, saves_state: bool):
+    """把模型交给 DeepSpeed；ds_config 是 resolve_ds_config 填好的配置。集合操作。
+
+    Raises:
+        ValueError: saves_state 而这样的引擎存不了训练状态。
+    """
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=parameter_groups(model, weight_decay), config=ds_config
     )
+    if saves_state:
+        check_resumable(engine)
     if engine.lr_scheduler is not None:
         engine.lr_scheduler.step()  # DeepSpeed 的调度从「第 -1 步」开始，走一下才是第一步的学习率
     engine.train()

@@ -1,15 +1,56 @@
-"""训练过程的记录：控制台、train_log.jsonl、TensorBoard 与 loss.png；只在 0 号进程写。"""
+"""训练过程的记录：控制台、train_log.jsonl、TensorBoard、SwanLab 与 loss.png；只在 0 号进程写。"""
 
 import json
 import math
-import resource
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
+from finetune.process.accelerator import peak_memory_mb
 from utils import global_rank, log_rank_0, raise_together, replacing, write_failed, write_json
+
+
+class SwanLabWriter:
+    """SwanLab 的离线记录：不联网，写在 directory 里，以后可用 swanlab sync 上传；接口同 SummaryWriter。
+
+    续训是另一条记录，从续上的那一步起。不接管终端，不收集机器、代码库与环境的信息：run_config.json 里已有。
+    """
+
+    def __init__(self, directory: Path, name: str) -> None:
+        import swanlab
+
+        off = ("hardware", "runtime", "requirements", "git", "swanlab", "monitor")
+        settings = swanlab.Settings(
+            interactive=False,
+            terminal=swanlab.Settings.Terminal(proxy_type="none"),
+            probe=swanlab.Settings.Probe(**dict.fromkeys(off, False)),
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        self._run = swanlab.init(
+            project="baichuan-finetuning", name=name, mode="offline", log_dir=str(directory), settings=settings
+        )
+
+    def add_scalar(self, key: str, value: float, step: int) -> None:
+        """记一个数。"""
+        self._run.log({key: value}, step=step)
+
+    def flush(self) -> None:
+        """SwanLab 自己按批写盘。"""
+
+    def close(self) -> None:
+        """写完全部的数。"""
+        self._run.finish()
+
+
+def open_writer(report: str, logging_dir: Path, name: str, purge_step: int | None):
+    """--report_to 的一项：TensorBoard 写在 logging_dir，SwanLab 写在它下面的 swanlab/。"""
+    if report == "swanlab":
+        return SwanLabWriter(logging_dir / "swanlab", name)
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(logging_dir), purge_step=purge_step)
 
 
 class TrainLog:
@@ -17,16 +58,23 @@ class TrainLog:
 
     Args:
         output_dir: train_log.jsonl 与 loss.png 写在这里。
-        logging_dir: TensorBoard 的目录。
+        logging_dir: TensorBoard 与 SwanLab 的目录。
         num_steps: 优化器步的总数。
         show_loss_step: 每隔多少步写一条；第一步与最后一步总写。
         state: 续训时 state() 存下的累计；从头开始为 None。
+        report_to: --report_to 的几项。
 
     写不下（磁盘满、只读）时不抛出，记在 error 里：别的进程还在等下一次通信，由 Interruption.agreed 告诉它们。
     """
 
     def __init__(
-        self, output_dir: Path, logging_dir: Path, num_steps: int, show_loss_step: int, state: dict | None = None
+        self,
+        output_dir: Path,
+        logging_dir: Path,
+        num_steps: int,
+        show_loss_step: int,
+        state: dict | None = None,
+        report_to: Sequence[str] = ("tensorboard",),
     ):
         self.path = output_dir / "train_log.jsonl"
         self.num_steps, self.show_loss_step = num_steps, show_loss_step
@@ -35,14 +83,15 @@ class TrainLog:
         self._num_targets, self._num_tokens = state["targets"], state["tokens"]
         self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
         self._started = self._window_started = time.perf_counter()
-        self._progress = self._writer = None
+        self._paused = self._started
+        self._progress = self._writers = None
         self.error: OSError | None = None
         if global_rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
             cut_log(self.path, self._step, drops_evaluation=state.get("owes_evaluation", False))
             self._file = self.path.open("a", encoding="utf-8")
-            self._writer = SummaryWriter(str(logging_dir), purge_step=self._step + 1 if self._step else None)
+            purge_step = self._step + 1 if self._step else None
+            name = output_dir.resolve().name
+            self._writers = [open_writer(report, logging_dir, name, purge_step) for report in report_to]
             self._progress = tqdm(  # 重定向到文件时只有一行行的记录，没有进度条
                 total=num_steps, initial=self._step, desc="训练", unit="步", dynamic_ncols=True, disable=None
             )
@@ -98,16 +147,17 @@ class TrainLog:
             )
 
     def write(self, record: dict, step: int):
-        """写一条到 train_log.jsonl 与 TensorBoard（键前加 train/；已带 / 的原样）。"""
-        if self._writer is None or self.error is not None:
+        """写一条到 train_log.jsonl、TensorBoard 与 SwanLab（键前加 train/；已带 / 的原样）。"""
+        if self._writers is None or self.error is not None:
             return
         try:
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
             self._file.flush()
-            for key, value in record.items():
-                if key not in ("step", "epoch") and isinstance(value, (int, float)):
-                    self._writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
-            self._writer.flush()
+            for writer in self._writers:
+                for key, value in record.items():
+                    if key not in ("step", "epoch") and isinstance(value, (int, float)):
+                        writer.add_scalar(key if "/" in key else f"train/{key}", value, step)
+                writer.flush()
         except OSError as error:
             self.error = write_failed(error)
 
@@ -124,19 +174,24 @@ class TrainLog:
 
     def pause(self):
         """评估与保存之前调用：此后的时间不计入 tokens_per_second。"""
-        self._seconds += time.perf_counter() - self._window_started
+        self._paused = time.perf_counter()
+        self._seconds += self._paused - self._window_started
 
     def resume(self):
         """评估与保存之后调用。"""
         self._window_started = time.perf_counter()
+        if self._progress is not None and not self._progress.disable:  # 剩余时间只按训练的步推算
+            self._progress.start_t += self._window_started - self._paused
+            self._progress.last_print_t += self._window_started - self._paused
 
     def close(self) -> OSError | None:
         """画 loss.png，关闭文件；返回写不下的错误。"""
-        if self._writer is None:
+        if self._writers is None:
             return None
         self._progress.close()
         try:
-            self._writer.close()
+            for writer in self._writers:
+                writer.close()
             self._file.close()
             draw_loss(self.path)
         except OSError as error:
@@ -151,6 +206,7 @@ def open_log(
     show_loss_step: int,
     state: dict | None,
     configs: dict[str, dict],
+    report_to: Sequence[str] = ("tensorboard",),
 ) -> TrainLog:
     """0 号进程写下 configs（文件名 → 内容），各进程打开记录；集合操作。参数其余同 TrainLog。
 
@@ -161,7 +217,8 @@ def open_log(
     try:
         for name, content in configs.items() if global_rank() == 0 else ():
             write_json(output_dir / name, content)
-        log = TrainLog(output_dir, Path(logging_dir or output_dir / "runs"), num_steps, show_loss_step, state)
+        directory = Path(logging_dir or output_dir / "runs")
+        log = TrainLog(output_dir, directory, num_steps, show_loss_step, state, report_to)
     except OSError as os_error:
         error = write_failed(os_error)
     raise_together(error)
@@ -183,13 +240,6 @@ def cut_log(path: Path, last_step: int, drops_evaluation: bool = False):
             kept.append(line)
     with replacing(path) as stream:
         stream.writelines(line + "\n" for line in kept)
-
-
-def peak_memory_mb() -> float:
-    """峰值内存，MB：GPU 上是本进程分配过的显存，CPU 上是常驻内存。"""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def draw_loss(log_path: Path):

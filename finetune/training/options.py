@@ -1,11 +1,12 @@
 """训练过程、日志、评估、遗忘与重放的参数。"""
 
+import importlib.util
+import math
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
-from finetune.options import above_zero, at_least, flag, share
-from finetune.process.precision import PRECISIONS
+from finetune.options import PRECISIONS, above_zero, at_least, flag, share
 
 
 def checkpointing_choice(value: str) -> str:
@@ -14,6 +15,19 @@ def checkpointing_choice(value: str) -> str:
     if value not in ("none", "all", "attention") and not (value.isdecimal() and int(value) > 0):
         raise ArgumentTypeError(f"应为 none、all、attention 或正整数，得到 {value!r}")
     return value
+
+
+REPORTS = ("tensorboard", "swanlab")
+
+
+def report_requirement(value: str) -> str | None:
+    """--report_to 的要求：认识、不重复，要的库装了。"""
+    names = value.split(",")
+    if not set(names) <= set(REPORTS) or len(set(names)) < len(names):
+        return f"必须是 {'、'.join(REPORTS)} 里的几个，逗号分隔，不重复"
+    if "swanlab" in names and importlib.util.find_spec("swanlab") is None:
+        return "需要 swanlab，请运行 pip install swanlab"
+    return None
 
 
 @dataclass
@@ -66,6 +80,24 @@ def total_steps(steps_per_epoch: int, options: StepOptions) -> int:
     return steps if options.max_steps == -1 else min(steps, options.max_steps)
 
 
+def spike_choice(value: str) -> tuple[float, bool]:
+    """--loss_spike_factor 的取值「3」或「3,stop」→ (倍数, 是否停下)。
+
+    Raises:
+        ValueError: 倍数不是 0 或大于 1 的有限数，或逗号之后不是 stop。
+    """
+    number, comma, action = value.partition(",")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not (factor == 0 or 1 < factor < math.inf) or (comma and (action != "stop" or factor == 0)):
+        raise ValueError(
+            f"--loss_spike_factor {value!r} 应为 0（不看）、大于 1 的数（如 3），或后面加上 ,stop（如 3,stop）"
+        )
+    return factor, bool(comma)
+
+
 @dataclass
 class LogOptions:
     """显示与记录。"""
@@ -76,7 +108,16 @@ class LogOptions:
         "一步的损失超过近来平均的多少倍时警告，如 3；写成 3,stop 则在更新之前停下；0 为不看",
         changes_training=False,
     )
-    logging_dir: str | None = flag(None, "TensorBoard 的目录（缺省 output_dir/runs）", changes_training=False)
+    logging_dir: str | None = flag(
+        None, "TensorBoard 的目录，SwanLab 的在它下面的 swanlab/（缺省 output_dir/runs）", changes_training=False
+    )
+    report_to: str = flag(
+        "tensorboard",
+        "曲线写成哪几种，逗号分隔：tensorboard、swanlab（离线，以后可用 swanlab sync 上传；要另装 swanlab）；"
+        "train_log.jsonl 总是写",
+        check=report_requirement,
+        changes_training=False,
+    )
 
 
 @dataclass
@@ -93,6 +134,12 @@ class EvaluationOptions:
         changes_training=False,
     )
     eval_max_new_tokens: int = flag(128, "生成的指标：最多生成的 token 数", check=at_least(1), changes_training=False)
+    eval_batch_size: int = flag(
+        16, "评估时每个进程一批的行数，各批按长度排好；显存不够时调小", check=at_least(1), changes_training=False
+    )
+    max_eval_samples: int | None = flag(
+        None, "只用评估数据里均匀隔开的这么多行（缺省全用）", kind=int, check=at_least(1), changes_training=False
+    )
     early_stopping_patience: int = flag(
         0, "连续多少次评估没有更好就停，0 为不停", check=at_least(0, "（0 为不用）"), changes_training=False
     )

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from benchmarks.reliability import damage as campaign
-from benchmarks.reliability import damage_kinds, damage_oracle, fuzz, isolated_run
+from benchmarks.reliability import damage_kinds, damage_oracle, isolated_run
 
 COUNTS = {"data": 14, "ds_config": 8, "own_checkpoint": 8, "foreign_checkpoint": 8, "token_cache": 2}
 
@@ -86,12 +86,3 @@ def test_judgement_of_accepted_json(tmp_path, after, optional_keys, verdict):
     (tmp_path / "after.json").write_text(json.dumps(after), encoding="utf-8")
     judge = damage_oracle.judge_json
     assert judge(tmp_path / "before.json", tmp_path / "after.json", optional_keys)[0] == verdict
-
-
-def test_fuzzing_for_a_moment(tmp_path, tiny_checkpoint):
-    from baichuan import BaichuanTokenizer
-
-    tokenizer = BaichuanTokenizer.from_pretrained(tiny_checkpoint("baichuan2-7b", layers=1, hidden_size=16, heads=2))
-    counts, failures = fuzz.fuzz(2, 7, tokenizer, tmp_path)
-    assert failures == []
-    assert counts["file_read"] > 0 < counts["conversation_encoded"]

@@ -59,7 +59,7 @@ def test_adapter_gives_the_logits_of_peft(base, adapter):
     checkpoint = inspect_checkpoint(adapter)
     assert checkpoint.is_adapter
     assert checkpoint.base_path == base
-    assert checkpoint.prompting == ("plain", "baichuan2", 195, 196)
+    assert checkpoint.prompting == ("plain", "baichuan2", 195, 196, None)
     assert checkpoint.context_length == 4096
     model = load_checkpoint_model(checkpoint, torch.float32, CPU)
     assert not model.training
@@ -116,11 +116,17 @@ def test_prompt_format(base, adapter, tiny_checkpoint):
     assert inspect_checkpoint(base).prompting.prompt_format == "plain"
     assert inspect_checkpoint(tiny_checkpoint("baichuan2-7b", chat=True)).prompting.prompt_format == "chat"
     assert inspect_checkpoint(base, prompt_format="chat").prompting.prompt_format == "chat"
-    assert inspect_checkpoint(tiny_checkpoint("baichuan-13b", chat=True)).prompting == ("chat", "baichuan", 195, 196)
+    assert inspect_checkpoint(tiny_checkpoint("baichuan-13b", chat=True)).prompting == (
+        "chat",
+        "baichuan",
+        195,
+        196,
+        None,
+    )
     # 训练时记下的优先于基座的 generation_config.json
     (base / "generation_config.json").write_text('{"user_token_id": 5, "assistant_token_id": 6}')
-    assert inspect_checkpoint(base).prompting == ("chat", "baichuan2", 5, 6)
-    assert inspect_checkpoint(adapter).prompting == ("plain", "baichuan2", 195, 196)
+    assert inspect_checkpoint(base).prompting == ("chat", "baichuan2", 5, 6, None)
+    assert inspect_checkpoint(adapter).prompting == ("plain", "baichuan2", 195, 196, None)
 
 
 def test_adapter_without_run_config(base, adapter):

@@ -1,4 +1,4 @@
-"""data_doctor：每一种发现的原话与行号、退出码、重复与泄漏的查找、标签与长度的统计、报告的对齐、内存的上限。"""
+"""data_doctor：每一种发现的原话与行号、退出码、重复与泄漏的查找、标签与长度的统计、报告的对齐。"""
 
 import json
 import os
@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from finetune.data_doctor import check as data_doctor
-from finetune.data_doctor.check import _quantize, check_files, main
-from finetune.data_doctor.duplicates import TEST_BIT, DigestStore, compare
+from finetune.data_doctor.check import build_parser, check_files, load_encoding, main
+from finetune.data_doctor.duplicates import TEST_BIT, compare
 from finetune.data_doctor.report import bar, histogram, percentile
 from finetune.terminal import display_width
 
@@ -62,11 +61,20 @@ def findings(*paths: str, test_path: str | None = None, limit: int = 20) -> list
         ("{bad", ("error:json", "rows.json:1: JSON: 不是合法的 JSON（第 2 列：")),
         ("[1]", ("error:row", "rows.json:1: 行: 应为 JSON 对象 {…}，实际是数字: ")),
         ('[{"input": "x", "output": "y"}', ("error:array", "rows.json:1: 数组: 数组没有结束的 ]，文件可能不完整: ")),
-        (b'{"input": "\xb9\xca", "output": ""}', ("error:encoding", "rows.json:1: 编码: 第 12 个字节（0xb9）起")),
+        (
+            '{"input": "故", "output": "a"}\n'.encode() + b'{"input": "\xb9\xca", "output": "b"}',
+            ("error:encoding", "rows.json:2: 编码: 第 12 个字节（0xb9）起"),
+        ),
+        (
+            b'{"input": "\xb9\xca", "output": "b"}',
+            ("error:file", "GB18030 编码: 请转成 UTF-8：iconv -f GB18030 -t UTF-8"),
+        ),
+        ([{**ROW, "tools": [1]}], ("error:field", "rows.json:1: tools: ")),
+        ([{**ROW, "id": 3}], []),
         (b'{"input": "a\0", "output": ""}', ("error:encoding", "rows.json:1: 编码: 第 13 个字符是 NUL")),
         (b" \n\n", ("error:file", "rows.json:1: 文件: 没有任何样本（只有空白）: 请检查文件内容")),
         (b"", ("error:file", "（0 字节），没有任何样本: 请检查文件内容与路径")),
-        (json.dumps(ROW).encode("utf-16"), ("error:file", "是 UTF-16 编码: 请另存为 UTF-8")),
+        (json.dumps(ROW).encode("utf-16"), ("error:file", "是 UTF-16 编码: 请转成 UTF-8：iconv -f UTF-16")),
         ([{**ROW, "output": ""}], ("warning:empty_output", "rows.json:1: output: 回答是空的: 确实没有答案可以不改")),
         ([{**ROW, "output": " \n"}], ("warning:empty_output", "rows.json:1: output: 回答只有空白: ")),
         ([{"inputs": "x", **ROW}], []),
@@ -212,19 +220,13 @@ def test_duplicates_conflicts_and_rows_shared_with_the_test_file(write):
     assert totals == {"duplicate": 3, "conflict": 1, "shared_input": 1, "shared_document": 2, "documents": 4}
 
 
-@pytest.mark.parametrize("buffer_records", [3, 50, 10**6])
-def test_digest_store_agrees_with_plain_counting(buffer_records):
+def test_comparison_agrees_with_plain_counting():
     rng = np.random.default_rng(0)
     keys = rng.choice(rng.integers(0, 2**64, 60, dtype=np.uint64), 400)
     answers = rng.integers(0, 3, 400).astype(np.uint64)
     positions = np.arange(1, 401, dtype=np.uint64)
     positions[300:] |= np.uint64(TEST_BIT)
-    prompts, documents = DigestStore(buffer_records), DigestStore(buffer_records)
-    for begin in range(0, 400, 7):
-        part = slice(begin, begin + 7)
-        prompts.add(keys[part], answers[part], positions[part])
-        documents.add(keys[part], np.zeros_like(keys[part]), positions[part])
-    totals, found = compare(prompts, documents, 5)
+    totals, found = compare(rng.permutation(np.column_stack([keys, answers, keys, positions])), 5)
 
     rows = list(zip(keys.tolist(), answers.tolist(), strict=True))
     train, test = rows[:300], rows[300:]
@@ -238,10 +240,33 @@ def test_digest_store_agrees_with_plain_counting(buffer_records):
         "shared_document": shared,
         "documents": len(set(keys.tolist())),
     }
+    assert found["shared_document"] == found["shared_input"]
+    assert all(len(matches) == 5 and matches == sorted(matches) for matches in found.values())
     first_repeat = min(i for i, row in enumerate(train, start=1) if row in train[: i - 1])
     match = found["duplicate"][0]
     assert (match.position, match.other) == (first_repeat, train.index(train[first_repeat - 1]) + 1)
     assert match.count == Counter(train)[train[first_repeat - 1]]
+    firsts = {row: i for i, row in reversed(list(enumerate(train, start=1)))}  # （键, 回答）→ 最前的位置
+    conflicts = {
+        max(places): (min(places), len(places))
+        for key, _ in train
+        if len(places := [place for (other, _), place in firsts.items() if other == key]) > 1
+    }
+    position = min(conflicts)
+    assert found["conflict"][0] == (position, *conflicts[position])
+    first_shared = next(i for i, (key, _) in enumerate(test) if key in answers_of)
+    key = test[first_shared][0]
+    assert found["shared_input"][0] == (
+        TEST_BIT + 301 + first_shared,
+        next(i for i, row in enumerate(train, start=1) if row[0] == key),
+        sum(row[0] == key for row in test),
+    )
+
+
+def test_nothing_to_compare():
+    totals, found = compare(np.zeros((0, 4), dtype=np.uint64), 5)
+    assert set(totals.values()) == {0}
+    assert not any(found.values())
 
 
 def test_workers_change_nothing(write):
@@ -305,10 +330,6 @@ def test_percentile_histogram_and_bar():
     assert bins[-1] == (950, 5000, 51)
     assert sum(count for _, _, count in bins) == 801
     assert [bar(share) for share in (0, 0.0001, 0.5, 1)] == ["", "▏", "█" * 20, "█" * 40]
-    values = np.array([0, 1, 4095, 4097, 10**6 + 1])
-    quantized = _quantize(values)
-    assert quantized.tolist()[:3] == [0, 1, 4095]
-    assert np.all(np.abs(values - quantized) <= values / 2048)
 
 
 def test_report_is_aligned_and_says_the_verdict(write, capsys):
@@ -363,21 +384,6 @@ def test_no_chinese_font_is_needed(write, tmp_path, recwarn):
     assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
 
 
-# ---- 大文件 ----
-
-
-def test_memory_does_not_grow_with_the_file(write, monkeypatch):
-    """摘要的缓冲写满之后落到临时文件：留在内存里的只有一个缓冲。"""
-    monkeypatch.setattr(data_doctor, "DigestStore", lambda: DigestStore(100))
-    path = write([{**ROW, "input": f"第 {i % 900} 行"} for i in range(3000)])
-    kept = []
-    spill = DigestStore._spill
-    monkeypatch.setattr(DigestStore, "_spill", lambda self: (kept.append(self._size), spill(self))[1])
-    _, totals = check_files([path], None, None, 5, workers=1)
-    assert max(kept) < 100 + data_doctor.CHUNK_ROWS
-    assert totals == {"duplicate": 2100, "conflict": 0, "shared_input": 0, "shared_document": 0, "documents": 900}
-
-
 def test_command_line(write):
     path = write([ROW, {"instruction": "问"}])
     command = [sys.executable, str(ROOT / "data_set.py"), "check", path]
@@ -385,3 +391,59 @@ def test_command_line(write):
     assert result.returncode == 2
     assert f"{path}:2: output: 缺少这个字段" in result.stdout
     assert result.stderr == ""
+
+
+# ---- show ----
+
+
+def test_show_prints_the_pieces_and_writes_json(write, base, capsys, tmp_path):
+    rows = [
+        ROW,
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "id": 3},
+        {**ROW, "tools": [1]},
+    ]
+    path, out = write(rows), tmp_path / "out.jsonl"
+    code = main(["show", path, "--model_name_or_path", str(base), "--rows", "2-3", "--json", str(out)])
+    printed = capsys.readouterr().out
+    second, third = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert code == 2
+    assert (second["line"], second["format"]) == (2, "messages")
+    assert second["input_ids"][0] == 195
+    assert second["labels"][-1] == second["input_ids"][-1] == 2
+    assert len(second["labels"]) == len(second["input_ids"])
+    assert [warning.endswith("id") for warning in second["warnings"]] == [True]
+    assert (third["line"], third["input_ids"], third["labels"]) == (3, None, None)
+    assert f"{path}:3: tools: " in third["warnings"][0]
+    assert "⟦答" in printed
+    assert "抽取" not in printed
+    assert main(["show", path, "--model_name_or_path", str(base), "--rows", "1"]) == 0
+    assert main(["show", path, "--model_name_or_path", str(base), "--rows", "9"]) == 2
+    with pytest.raises(SystemExit):
+        main(["show", path, "--model_name_or_path", str(base), "--rows", "0"])
+
+
+def test_show_follows_the_flags_that_shape_a_sample(write, base, tmp_path):
+    path, out = write([{**ROW, "tools": [1]}]), tmp_path / "out.jsonl"
+    labels = {}
+    for flags in (["--ignore_fields", "tools"], ["--ignore_fields", "tools", "--train_on_prompt"]):
+        flags = [*flags, "--prompt_format", "plain", "--json", str(out)]
+        assert main(["show", path, "--model_name_or_path", str(base), *flags]) == 0
+        record = json.loads(out.read_text(encoding="utf-8"))
+        labels[len(flags)] = (record["labels"] == record["input_ids"], -100 in record["labels"])
+    assert list(labels.values()) == [(False, True), (True, False)]
+
+
+def test_conversations_in_plain_are_a_counted_warning(write, base):
+    talk = [
+        {"role": "system", "content": "规"},
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答"},
+    ]
+    path = write([ROW, {"messages": talk}])
+    for prompt_format, counts in (("plain", 1), ("chat", 0)):
+        args = build_parser().parse_args(
+            ["check", path, "--model_name_or_path", str(base), "--prompt_format", prompt_format]
+        )
+        reports, _ = check_files([path], None, load_encoding(args), 20, workers=1)
+        assert reports[0].counts["warning", "plain_turns"] == counts
+        assert reports[0].formats == {"instruction/input/output": 1, "messages": 1}

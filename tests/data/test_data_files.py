@@ -188,7 +188,9 @@ def test_numbers_and_names_in_questions_come_from_the_document():
 
 def test_articles_are_split_between_train_and_test():
     module = d2q
-    articles = [article for name in module.FACT_FILES for article in module.read_facts(SCRIPTS / name)]
+    articles = [
+        article for name in module.FACT_FILES for article in module.read_facts(DATA / "source" / "words" / name)
+    ]
     assert len(articles) == 72
 
     def used(name):
@@ -205,7 +207,7 @@ def test_question_is_answered_by_a_kept_sentence():
     answers = {
         question: sentence.text
         for name in module.FACT_FILES
-        for article in module.read_facts(SCRIPTS / name)
+        for article in module.read_facts(DATA / "source" / "words" / name)
         for sentence in article.sentences
         for question in sentence.questions
     }

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data_set as data_set_module
 from baichuan import BaichuanTokenizer
 from data_set import BaichuanDataSet
+from finetune.data import encoding
+from finetune.data.parallel import map_chunks, num_bytes_of, split_chunks
 from finetune.data.prompting import IGNORE_INDEX, encode_sample
 from finetune.data.rows import Problem, RawRow
 from finetune.data.samples import check_first_rows, read_samples
@@ -94,6 +95,7 @@ def test_statistics_and_report(rows_file, tokenizer):
         "num_src_truncated": 1,
         "num_tgt_truncated": 1,
         "num_control_rows": 1,
+        "num_conversations": 0,
     }
     assert found["num_tokens"] == sum(data.lengths)
     assert found["num_target_tokens"] == sum(data.num_targets)
@@ -164,56 +166,38 @@ def test_row_without_a_target_is_an_error(tmp_path, tiny_checkpoint):
         load(path, tokenizer, prompt_format="plain")
 
 
-def test_chunks_are_bounded_in_rows_and_bytes(monkeypatch):
-    monkeypatch.setattr(data_set_module, "BYTES_PER_CHUNK", 1000)
+def test_chunks_are_bounded_in_rows_and_bytes():
     rows = [RawRow(1, b"x" * 5000), RawRow(2, b"x" * 400), Problem("f", 3, "行", "", ""), RawRow(4, b"x" * 700)]
     rows += [RawRow(line, b"x") for line in range(5, 305)]
-    chunks = list(data_set_module._chunks(iter(rows)))
+    chunks = list(split_chunks(iter(rows), bytes_per_chunk=1000))
     assert [len(chunk) for chunk in chunks] == [1, 3, 256, 44]
     assert [row for chunk in chunks for row in chunk] == rows
 
 
-def test_huge_lines_stay_in_bounded_memory(tmp_path, tokenizer, monkeypatch):
-    """多进程编码时在途的字节有上限；结果与次序不变。"""
-    path = tmp_path / "huge.json"
-    texts = ["怠速不稳" * 400 * (1 + index % 3) for index in range(12)]
-    rows = [json.dumps({"instruction": "问", "input": text, "output": "答"}, ensure_ascii=False) for text in texts]
-    path.write_text("\n".join(rows), encoding="utf-8")
-    expected = load(path, tokenizer, num_workers=1).lengths
-    submitted, most = [], []
-    monkeypatch.setattr(data_set_module, "BYTES_PER_CHUNK", 1)
-    monkeypatch.setattr(data_set_module, "BYTES_IN_FLIGHT", 20_000)
-    chunks = data_set_module._chunks
+def test_huge_lines_stay_in_bounded_memory():
+    """在途的字节有上限（一行再长也至少放一行）；结果与次序不变。"""
+    rows = [RawRow(line, b"x" * 4000 * (1 + line % 3)) for line in range(12)]
+    taken, most = [], []
 
-    def counted(rows):
-        for chunk in chunks(rows):
-            submitted.append(len(chunk[0].content))
+    def counted():
+        for chunk in split_chunks(rows, bytes_per_chunk=1):
+            taken.append(len(chunk[0].content))
             yield chunk
 
-    original = data_set_module._encode_chunks
-
-    def watched(*args):
-        for done, chunk in enumerate(original(*args)):
-            most.append(sum(submitted[done:]))
-            yield chunk
-
-    monkeypatch.setattr(data_set_module, "_chunks", counted)
-    monkeypatch.setattr(data_set_module, "_encode_chunks", watched)
-    assert load(path, tokenizer, num_workers=2).lengths == expected
-    assert max(most) <= 20_000 + max(submitted)
+    for done, size in enumerate(map_chunks(num_bytes_of, counted(), "huge.json", workers=2, bytes_in_flight=20_000)):
+        assert size == len(rows[done].content)
+        most.append(sum(taken[done:]))
+    assert len(most) == len(rows) and max(most) <= 20_000 + max(taken)
 
 
-def test_first_rows_are_checked_without_the_rest(tmp_path, monkeypatch):
+def test_first_rows_are_checked_without_the_rest(tmp_path):
     path = tmp_path / "rows.json"
     good = json.dumps({"instruction": "问", "output": "答"}, ensure_ascii=False) + "\n"
     path.write_text(good * 5 + "{\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"有 1 处错误，请改正后重试：\n  .*rows.json:6: JSON: "):
+    with pytest.raises(ValueError, match=r"rows\.json:6: JSON: "):
         check_first_rows(path)
-    monkeypatch.setattr(data_set_module, "FIRST_ROWS", 5)
-    check_first_rows(path)
-    monkeypatch.setattr(data_set_module, "FIRST_ROWS", 100)
-    monkeypatch.setattr(data_set_module, "FIRST_BYTES", 3 * len(good.encode()))
-    check_first_rows(path)
+    check_first_rows(path, max_rows=5)
+    check_first_rows(path, max_bytes=3 * len(good.encode()))
 
 
 def test_other_user_mistakes(tmp_path, rows_file, tokenizer):
@@ -245,7 +229,7 @@ def test_processes_give_the_same_samples_in_the_same_order(tmp_path, tokenizer):
 
 
 def test_a_killed_worker_is_reported_not_waited_for(rows_file, tokenizer, monkeypatch):
-    monkeypatch.setattr(data_set_module, "encode_chunk", lambda rows, **_: os._exit(9))
+    monkeypatch.setattr(encoding, "encode_chunk", lambda rows, **_: os._exit(9))
     with pytest.raises(RuntimeError, match="的子进程意外退出（多半是内存不足）"):
         load(rows_file, tokenizer, num_workers=2)
 
@@ -258,7 +242,7 @@ def test_cache_is_used_and_gives_the_same_samples(rows_file, tokenizer, tmp_path
     fresh = load(rows_file, tokenizer, cache_dir=cache, drop_duplicates=True)
     (file,) = cache.iterdir()
     assert fresh.cache_note == f"没有缓存，已编码；缓存写到 {file}"
-    monkeypatch.setattr(data_set_module, "encode_chunk", None)  # 命中时不再编码
+    monkeypatch.setattr(encoding, "encode_chunk", None)  # 命中时不再编码
     cached = load(rows_file, tokenizer, cache_dir=cache, drop_duplicates=True)
     assert cached.cache_note == f"命中 {file}"
     assert contents(cached) == contents(fresh)

@@ -44,10 +44,11 @@ def test_json_lines_rows_become_user_and_assistant_messages(write):
     path = write(
         [ROW, {"instruction": "", "input": "只有输入", "output": ""}, {"instruction": "只有指令", "output": "x"}]
     )
+    kind = {"format": "instruction/input/output"}
     assert read_samples(path) == [
-        Sample((("user", "抽取：水温高"), ("assistant", "水温_故障_高")), 1, str(path)),
-        Sample((("user", "只有输入"), ("assistant", "")), 2, str(path)),
-        Sample((("user", "只有指令"), ("assistant", "x")), 3, str(path)),
+        Sample((("user", "抽取：水温高"), ("assistant", "水温_故障_高")), 1, str(path), document="水温高", **kind),
+        Sample((("user", "只有输入"), ("assistant", "")), 2, str(path), document="只有输入", **kind),
+        Sample((("user", "只有指令"), ("assistant", "x")), 3, str(path), document="只有指令", **kind),
     ]
     assert read_samples(path)[2].place == f"{path}:3"
 
@@ -154,8 +155,8 @@ def test_prediction_files_may_lack_answers_and_keep_their_fields(write, row, num
         (f'{{"instruction": "问", "output": "", "n": {"9" * 5000}}}', r":1: JSON: 整数有 5000 位: "),
         ('{"n": ' + "[" * 200_000, r":1: JSON: 括号嵌套太深: "),
         (
-            b'{"instruction": "\xb9\xca\xd5\xcf", "output": ""}',
-            r":1: 编码: 第 18 个字节（0xb9）起不是合法的 UTF-8: .*GBK",
+            '{"instruction": "故障", "output": ""}\n'.encode() + b'{"instruction": "\xb9\xca\xd5\xcf", "output": ""}',
+            r":2: 编码: 第 18 个字节（0xb9）起不是合法的 UTF-8: .*GBK",
         ),
         (b'{"instruction": "a\x00b", "output": ""}', r":1: 编码: 第 19 个字符是 NUL（\\x00）: "),
         ('{"conversations": []}', r":1: conversations: 应为非空的数组，实际是空数组: "),
@@ -168,7 +169,10 @@ def test_prediction_files_may_lack_answers_and_keep_their_fields(write, row, num
             '{"conversations": [{"from": "human", "value": 1}]}',
             r":1: conversations\[0\].value: 应为字符串，实际是数字: ",
         ),
-        (json.dumps({**talk(("human", "甲"), ("gpt", "乙")), "output": ""}), r"与 output 同时出现，不知道用哪个: "),
+        (
+            json.dumps({**talk(("human", "甲"), ("gpt", "乙")), "output": "丙"}),
+            r":1: output: .*不知道用哪个: .*--ignore_fields output",
+        ),
         (
             json.dumps(talk(("human", "甲"), ("gpt", "乙"), ("gpt", "丙"))),
             r"conversations\[2\]: 这里应是 user，实际是 assistant",
@@ -252,7 +256,7 @@ def test_files_that_cannot_be_read_give_a_reason(tmp_path, write):
         read_samples(write(b"\xef\xbb\xbf \n\n"))
     with pytest.raises(ValueError, match=r"里没有任何样本"):
         read_samples(write(b"[ ]"))
-    with pytest.raises(ValueError, match="是 UTF-16 编码，请另存为 UTF-8"):
+    with pytest.raises(ValueError, match=r"是 UTF-16 编码，.*iconv -f UTF-16 -t UTF-8 .*rows.json > .*rows.utf8.json"):
         read_samples(write(json.dumps(ROW).encode("utf-16")))
     with pytest.raises(ValueError, match=r"split 应为 train \| eval \| predict，实际是 'test'"):
         read_samples(write([ROW]), "test")

@@ -1,5 +1,9 @@
 """导出与合并的测试共用的夹具。"""
 
+import importlib.util
+import os
+import sys
+
 import pytest
 from trained_checkpoints import train_without_deepspeed
 
@@ -17,3 +21,21 @@ def trained(tiny_checkpoint, tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def gguf():
+    return pytest.importorskip("gguf", reason="没有安装 gguf（pip install gguf），跳过 GGUF 的测试")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(gguf) -> str:
+    """能 import llama_cpp 或 xllamacpp 的解释器：环境变量 LLAMA_CPP_PYTHON，或当前的。"""
+    python = os.environ.get("LLAMA_CPP_PYTHON")
+    if python is None and any(importlib.util.find_spec(name) for name in ("llama_cpp", "xllamacpp")):
+        python = sys.executable
+    if python is None:
+        pytest.skip(
+            "没有安装 llama-cpp-python 或 xllamacpp；装在别的环境里时用环境变量 LLAMA_CPP_PYTHON 指出它的解释器"
+        )
+    return python

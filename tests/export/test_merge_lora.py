@@ -60,7 +60,7 @@ def test_files_and_loading_with_the_package(trained, tiny_checkpoint, tmp_path):
     assert config == {**original, "position_embedding": "rope", "norm_head": True}
     checkpoint = inspect_checkpoint(merged)
     assert not checkpoint.is_adapter
-    assert checkpoint.prompting == ("chat", "baichuan2", 195, 196)
+    assert checkpoint.prompting == ("chat", "baichuan2", 195, 196, None)
     assert checkpoint.run_config["merged_from"].endswith("epoch-1-step-3")
     unchanged = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(merged / "model.safetensors")

@@ -47,7 +47,7 @@ def make_predictor(*flags):
     return predictor
 
 
-def generate_all(model, prompts, config, batch_size=8, on_batch=None, **options) -> list[list[int]]:
+def generate_all(model, prompts, config, batch_size=8, on_batch=lambda count: None, **options) -> list[list[int]]:
     """全部提示词的续写，次序与输入相同；怎样成批见 plan_batches。
 
     on_batch 在每批之后以该批行数调用（进度条）。

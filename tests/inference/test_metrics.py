@@ -166,8 +166,8 @@ def test_rouge_agrees_with_the_rouge_score_package(pairs):
     rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
 
     class Tokenizer:
-        def tokenize(self, text):
-            return text.segment(text)
+        def tokenize(self, line):
+            return text.segment(line)
 
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=Tokenizer())
     for prediction, reference in pairs:

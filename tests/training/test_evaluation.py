@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from launching import run_tasks
@@ -194,18 +195,19 @@ def test_replay_is_deterministic_and_part_of_the_run(tiny_checkpoint, tmp_path):
 # 不起训练的
 
 
-def make(state=None, sha256="a", lines=(), **options) -> Evaluation:
+def make(state=None, sha256="a", **options) -> Evaluation:
     defaults = {"eval_step": 0, "eval_metric": "nll", "eval_max_new_tokens": 128, "early_stopping_patience": 2}
     data = DataOptions(eval_path=ROOT / "data" / "cls_1.json")
     chosen = EvaluationOptions(**{**defaults, **options})
-    return Evaluation(chosen, data, 4, SimpleNamespace(lines=lines), None, None, sha256, state)
+    rows = SimpleNamespace(path="rows.json", paths=[], rows=np.zeros(0, int), lengths=[])
+    return Evaluation(chosen, data, rows, None, None, sha256, state)
 
 
 def test_when_an_evaluation_is_due():
     evaluation = make(eval_step=3)
     assert [step for step in range(1, 8) if evaluation.is_due(step, step == 5)] == [3, 5, 6]
     assert not make().is_due(3, False)
-    without = Evaluation(evaluation.options, DataOptions(), 4, None, None, None, None)
+    without = Evaluation(evaluation.options, DataOptions(), None, None, None, None)
     assert not without.is_due(3, True)
 
 
@@ -291,16 +293,16 @@ def test_flags_without_effect_are_errors(tiny_checkpoint, tmp_path):
     (tmp_path / "text.txt").write_text("一段文字\n", encoding="utf-8")
     flags = flags_of(tmp_path, "out", tiny_checkpoint("baichuan2-7b", **SIZES), "zero2", "full", 1)
     wrong = [
-        (("--eval_step", 5), "--eval_step 只在评估时起作用，请加上 --eval_path 或去掉"),
-        (("--eval_path", tmp_path / "rows.json", "--eval_max_new_tokens", 5), "--eval_max_new_tokens 在 --eval_metric"),
-        (("--forgetting_threshold", 0.1), "--forgetting_threshold 需要 --general_path"),
-        (("--replay_ratio", 0.1), "--replay_path 与 --replay_ratio 要一起给出"),
-        (("--replay_path", tmp_path / "text.txt", "--replay_ratio", "nan"), r"--replay_ratio\(nan\) 必须是大于 0"),
-        (("--save_total_limit", -1), r"--save_total_limit\(-1\) 必须为 0（不用）或正数"),
+        (("--eval_step", 5), "--eval_step .*--eval_path"),
+        (("--eval_path", tmp_path / "rows.json", "--eval_max_new_tokens", 5), "--eval_max_new_tokens .*--eval_metric"),
+        (("--forgetting_threshold", 0.1), "--forgetting_threshold .*--general_path"),
+        (("--replay_ratio", 0.1), "--replay_path .*--replay_ratio"),
+        (("--replay_path", tmp_path / "text.txt", "--replay_ratio", "nan"), r"--replay_ratio\(nan\)"),
+        (("--save_total_limit", -1), r"--save_total_limit\(-1\)"),
         (("--general_path", tmp_path / "none.txt"), "找不到数据文件 .*none.txt"),
         (
             ("--general_path", tmp_path / "text.txt", "--replay_path", tmp_path / "text.txt", "--replay_ratio", 1),
-            "--general_path 与 --replay_path 是同一个文件",
+            "--general_path .*--replay_path",
         ),
     ]
     for more, message in wrong:

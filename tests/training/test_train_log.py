@@ -116,6 +116,34 @@ def test_tensorboard_has_the_same_numbers(make_log, tmp_path):
     assert records_in(tmp_path)[1] == {"step": 1, "epoch": 0.25, "eval/nll": 1.5}
 
 
+def test_swanlab_has_the_numbers_of_the_log(tmp_path):
+    """离线文件里的每个数与 train_log.jsonl 相同，一个不少。"""
+    store = pytest.importorskip("swanlab.sdk.internal.core_python.store", reason="没有安装 swanlab")
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+
+    log = TrainLog(tmp_path, tmp_path / "runs", 3, 1, report_to=("tensorboard", "swanlab"))
+    for step, loss in enumerate((2.5, 1.1, 1 / 3), 1):
+        take_step(log, step, loss=loss)
+    log.write({"step": 3, "epoch": 0.75, "eval/nll": 0.1}, 3)
+    assert log.close() is None
+    [path] = (tmp_path / "runs" / "swanlab").glob("run-*/run-*.swanlab")
+    reader, found = store.DataStoreReader(), []
+    reader.open(path)
+    for content in reader:
+        record = Record.FromString(content)
+        if record.WhichOneof("record_type") == "scalar":
+            found.append((record.scalar.step, record.scalar.key, record.scalar.value.number))
+    expected = [
+        (row["step"], key if "/" in key else f"train/{key}", value)
+        for row in records_in(tmp_path)
+        for key, value in row.items()
+        if key not in ("step", "epoch")
+    ]
+    assert sorted(found) == sorted(expected)
+    assert len(expected) == 3 * 7 + 1
+    assert list((tmp_path / "runs").glob("events.out.tfevents.*"))
+
+
 def test_the_console_line(make_log, capsys):
     log = make_log(num_steps=2, show_loss_step=10)
     take_step(log, 1, loss=2.5)
