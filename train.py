@@ -47,6 +47,7 @@ from finetune.training.evaluation import Evaluation
 from finetune.training.forgetting import Forgetting, open_forgetting
 from finetune.training.log import TrainLog, open_log
 from finetune.training.options import total_steps
+from finetune.training.summary import write_summary
 from model_factory import build_model
 from utils import (
     broadcast_from_rank_0,
@@ -150,7 +151,17 @@ def main() -> int:
     reason = interruption.reason or "停止信号"
     state = "训练结束" if run.is_finished else f"收到 {reason}，已保存；用 --resume auto 接着训练"
     log_rank_0(f"{state}：{engine.global_steps} 步，结果在 {output_dir}")
+    if run.is_finished:
+        log_rank_0(broadcast_from_rank_0(lambda: summary_of(run)))
     return 0 if run.is_finished else EXIT_INTERRUPTED
+
+
+def summary_of(run: Run) -> str:
+    """写 summary.json，返回打印的几行；只在 0 号进程调用。"""
+    try:
+        return write_summary(run.output_dir, run.args, run.args.eval_path, run.evaluation.best, run.evaluation.seconds)
+    except OSError as error:
+        raise write_failed(error) from error
 
 
 def train(run: Run):

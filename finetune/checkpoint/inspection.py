@@ -17,7 +17,7 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
 from finetune.checkpoint.manifest import MANIFEST
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, check_directory
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
 from finetune.checkpoint.weights import weight_files
 from finetune.data.prompting import Prompting, requested_prompting, resolve_prompt_format
 from utils import file_sha256, read_json
@@ -52,12 +52,11 @@ def inspect_checkpoint(
     """读检查点的各个 JSON，找到并核对基座；不读权重张量。
 
     base_model_path：基座移动过时的新位置。基座的 config.json 与权重文件的 SHA-256 必须与训练时记下的一致，
-    除非 any_base（有意把适配器放在别的基座上）。
+    除非 any_base（有意把适配器放在别的基座上）。path 可以是训练的输出目录，见 choose_checkpoint。
     prompt_format="auto"：取 run_config.json 记下的；没有时看 generation_config.json 有没有角色 id。
     目录不对、文件缺失、基座找不到或被换过时抛 ValueError。
     """
-    path = Path(path)
-    check_directory(path)
+    path = choose_checkpoint(path)
     is_adapter = (path / ADAPTER_CONFIG).is_file()
     run_config = read_json(path / RUN_CONFIG) if (path / RUN_CONFIG).is_file() else {}
     if is_adapter:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, check_directory
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
 from finetune.cli.predict_flags import CheckpointOptions, PredictOptions, parse_args
 from finetune.data.prompting import max_prompt_tokens
 from finetune.data.rows import check_file
@@ -122,7 +122,8 @@ def first_look(argv: list[str] | None = None) -> None:
     problems = option_problems(args)
     if not re.fullmatch(r"auto|cpu|(cuda|npu|xpu|mps|hpu|mlu|sdaa)(:\d+)?", args.device):
         problems.append(f"--device({args.device}) 写法不对，可用 auto、cpu、cuda、cuda:0 等")
-    checks = [(check_directory, Path(path)) for path in args.compare or ([args.model_path] if args.model_path else [])]
+    paths = [*(args.compare or ()), *([args.model_path] if args.model_path else ())]
+    checks = [(lambda path: choose_checkpoint(path, is_told=False), path) for path in paths]
     if args.test_path is not None:
         checks.append((check_file, args.test_path))
     if args.model_path and args.test_path and Path(args.model_path).is_file() and Path(args.test_path).is_dir():
@@ -249,6 +250,10 @@ def prepare(args: PredictOptions) -> Plan:
     device = attempt(choose_device, args.device, args.num_gpus)
     args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
     args.batch_size = 8 if args.batch_size is None else args.batch_size
+    if args.model_path is not None:
+        args.model_path = str(attempt(choose_checkpoint, args.model_path) or args.model_path)
+    for paths in (args.compare or [], args.adapter or []):
+        paths[:] = [str(attempt(choose_checkpoint, path) or path) for path in paths]
     checkpoints = []
     for path in args.compare or ([args.model_path] if args.model_path else []):
         is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
@@ -279,5 +284,5 @@ def prepare(args: PredictOptions) -> Plan:
         attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
     listener = attempt(bind, args.serve) if args.serve is not None and not problems else None
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return Plan(checkpoints, adapters, device, rows, listener)

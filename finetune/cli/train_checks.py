@@ -16,10 +16,8 @@ from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
 from finetune.process.launching import leave_quietly_on_interrupt
-from finetune.training.ds_config import read_ds_config
-from finetune.training.ds_config_check import fixed_numbers
 from finetune.training.options import spike_choice
-from utils import log_rank_0
+from utils import log_rank_0, read_json
 
 if TYPE_CHECKING:
     from baichuan import BaichuanConfig
@@ -30,6 +28,8 @@ NEEDS_EVAL_PATH += ("early_stopping_patience",)
 
 def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
     """DeepSpeed 配置写了具体的数、命令行没写时，以配置为准并说一声；两处都写而不同是错误，返回全部。"""
+    from finetune.training.ds_config_check import fixed_numbers
+
     problems = []
     for name, place, value in fixed_numbers(ds_config):
         if name is None:
@@ -61,7 +61,7 @@ def first_look(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     problems = early_problems(args)
     try:
-        read_ds_config(args.ds_file)
+        read_json(args.ds_file)  # 里面写得对不对要问 DeepSpeed，留给 validate_args
     except ValueError as error:
         problems.insert(0, str(error))
     if problems:
@@ -79,6 +79,7 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     """
     from finetune.checkpoint.base_model import load_config
     from finetune.process.accelerator import has_accelerator
+    from finetune.training.ds_config import read_ds_config
 
     problems = []
 

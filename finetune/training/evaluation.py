@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from finetune.checkpoint.output_dir import BEST_FILE
 from finetune.data.options import DataOptions
 from finetune.data.prompting import Prompting, encode_prompt
 from finetune.data.samples import read_samples, row_options
@@ -20,8 +21,6 @@ from finetune.terminal import long_job
 from finetune.training.log import TrainLog
 from finetune.training.options import EvaluationOptions
 from utils import broadcast_from_rank_0, global_rank, log_rank_0, world_size, write_json
-
-BEST_FILE = "best.json"
 
 
 class Evaluation:

@@ -1,5 +1,6 @@
 """四十个写错的命令：每个都不载入 torch 就答，一个错误一行，说出该写什么，没有回溯。"""
 
+import ast
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from paths import ROOT
 from finetune.cli import predict_checks, train_checks
 
 MAX_CPU_SECONDS = 1.0
+HEAVY = {"torch", "transformers", "peft", "deepspeed"}
 TRAIN = "--train_path data/spo_0.json --model_name_or_path {model} --output_dir {out} "
 PREDICT = "--model_path {model} --test_path data/spo_1.json --output_path {out} "
 # (程序, 参数, 回答里要有的)
@@ -108,6 +110,24 @@ def test_each_is_answered_within_a_second(line):
     assert run.returncode == 2
     check(run.stdout + run.stderr, expected)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= MAX_CPU_SECONDS
+
+
+@pytest.mark.parametrize("room", ["train", "predict"])
+def test_nothing_heavy_is_imported_for_the_first_look(room):
+    """顺着各模块顶上的 import 走：到不了这四个库。"""
+    seen, waiting, heavy = set(), [f"finetune.cli.{room}_checks"], []
+    while waiting:
+        module = waiting.pop()
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        if module in seen or not path.is_file():
+            continue
+        seen.add(module)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            heavy += [(module, name) for name in names if name.split(".")[0] in HEAVY]
+            waiting += names
+    assert heavy == []
 
 
 @pytest.mark.parametrize("program", ["train", "predict"])

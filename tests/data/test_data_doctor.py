@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from finetune.data_doctor.check import build_parser, check_files, load_encoding, main
+from finetune.data_doctor import check as data_doctor
+from finetune.data_doctor.check import check_files, main
 from finetune.data_doctor.duplicates import TEST_BIT, compare
 from finetune.data_doctor.report import bar, histogram, percentile
 from finetune.terminal import display_width
@@ -441,9 +442,9 @@ def test_conversations_in_plain_are_a_counted_warning(write, base):
     ]
     path = write([ROW, {"messages": talk}])
     for prompt_format, counts in (("plain", 1), ("chat", 0)):
-        args = build_parser().parse_args(
+        args = data_doctor.build_parser().parse_args(
             ["check", path, "--model_name_or_path", str(base), "--prompt_format", prompt_format]
         )
-        reports, _ = check_files([path], None, load_encoding(args), 20, workers=1)
+        reports, _ = check_files([path], None, data_doctor.load_encoding(args), 20, workers=1)
         assert reports[0].counts["warning", "plain_turns"] == counts
         assert reports[0].formats == {"instruction/input/output": 1, "messages": 1}

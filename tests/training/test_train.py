@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -49,8 +50,7 @@ def test_nan_stops_both_ranks_through_the_launcher(tiny_checkpoint, tmp_path):
     run = launch(flags_of(rows=rows, model=model, output=output, ds=ZERO3, train_type="lora"), num_ranks=2)
     assert run.returncode != 0
     assert run.seconds < 120
-    assert "第 1 步的损失是 nan，没有更新权重" in run.output
-    assert "请检查这些行与基座权重，" in run.output
+    assert re.search("第 1 步.* nan", run.output)
     assert "Traceback" not in run.output
     assert checkpoints_in(output) == []
     assert run.records == []
@@ -69,7 +69,7 @@ def test_a_mistake_ends_all_ranks_through_the_launcher(tiny_checkpoint, tmp_path
     rows, output = write_rows(tmp_path / "rows.json", 8), tmp_path / "output"
     run = launch(flags_of(rows=rows, model=model, output=output), num_ranks=num_ranks)
     assert run.returncode != 0
-    assert run.output.count("损坏或不完整，请重新下载并核对大小") == 1
+    assert run.output.count(" 字节）损坏") == 1
     assert "Traceback" not in run.output
 
 
@@ -161,7 +161,7 @@ def test_a_full_disk_at_save(tiny_checkpoint, tmp_path, small_disk, method, ds, 
     run = launch(flags, num_ranks=num_ranks)
     assert run.returncode != 0
     assert f"保存 {disk / 'output' / 'epoch-1-step-1'} 失败：" in run.output
-    assert "请检查磁盘空间与写权限" in run.output
+    assert "No space left on device" in run.output
     assert "Traceback" not in run.output
     assert checkpoints_in(disk / "output") == []
     assert len(run.records) == 1
