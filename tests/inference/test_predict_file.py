@@ -1,6 +1,7 @@
 """file_prediction.py：接着做、换了设置就拒绝、几个进程的结果与一个进程相同。"""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -74,7 +75,7 @@ def test_changed_settings_are_refused_with_the_difference(flags, tmp_path, monke
     before = partial.read_bytes()
     assert run(flags, "--max_new_tokens", 7, "--stop", "甲") == 2
     text = capsys.readouterr().err
-    assert "--max_new_tokens：当时 8，现在 7；--stop：当时 []，现在 ['甲']。请改回原来的设置" in text
+    assert re.search(r"--max_new_tokens：.* 8，.* 7；--stop：.*\[\]，.*\['甲'\]", text)
     (tmp_path / "test.json").write_text('{"instruction": "另一个文件"}\n', encoding="utf-8")
     assert run(flags) == 2
     assert "提示词的摘要：当时" in capsys.readouterr().err
@@ -191,5 +192,5 @@ def test_a_dead_process_is_noticed():
         def get(self, timeout):
             raise file_prediction.queue.Empty
 
-    with pytest.raises(RuntimeError, match=r"一个预测进程意外退出（退出码 -9），多半是内存不足"):
+    with pytest.raises(RuntimeError, match=r"退出码 -9"):
         file_prediction.next_result(Empty(), [Dead()])
