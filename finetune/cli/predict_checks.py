@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from finetune.checkpoint.inspection import ADAPTER_CONFIG, Checkpoint, base_differences, inspect_checkpoint
+from finetune.checkpoint.adapter import ADAPTER_CONFIG
+from finetune.checkpoint.inspection import Checkpoint, base_differences, inspect_checkpoint
 from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.checkpoint.quantized import quantization_problems
 from finetune.cli.predict_flags import CheckpointOptions, PredictOptions

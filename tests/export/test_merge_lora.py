@@ -60,7 +60,7 @@ def test_files_and_loading_with_the_package(trained, tiny_checkpoint, tmp_path):
     assert config == {**original, "position_embedding": "rope", "norm_head": True}
     checkpoint = inspect_checkpoint(merged)
     assert not checkpoint.is_adapter
-    assert checkpoint.prompting == ("chat", "baichuan2", 195, 196)
+    assert checkpoint.prompting == ("chat", "baichuan2", 195, 196, None)
     assert checkpoint.run_config["merged_from"].endswith("epoch-1-step-3")
     unchanged = "model.layers.0.mlp.up_proj.weight"
     tensors = load_file(merged / "model.safetensors")
@@ -139,11 +139,11 @@ def test_output_dir_is_never_overwritten(trained, tmp_path):
 def test_adapter_settings_outside_the_formula_are_refused(trained, tmp_path):
     checkpoint = Path(shutil.copytree(trained("baichuan2-7b", "lora"), tmp_path / "epoch-1-step-3"))
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    write_json(checkpoint / "adapter_config.json", {**config, "use_dora": True})
-    with pytest.raises(ValueError, match="use_dora=True 不是本项目训练出的设置，不能合并"):
+    write_json(checkpoint / "adapter_config.json", {**config, "init_lora_weights": "pissa"})
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' 不是本项目训练出的设置，不能合并"):
         script.merge_lora(checkpoint, tmp_path / "merged")
     write_json(checkpoint / "adapter_config.json", {**config, "r": 8})
-    with pytest.raises(ValueError, match="秩 8 不相配"):
+    with pytest.raises(ValueError, match=r"lora_A\.weight 的形状是 \(4, 64\)，应为 \(8, 64\)"):
         script.merge_lora(checkpoint, tmp_path / "merged")
 
 
