@@ -10,7 +10,7 @@ from torch import nn
 from baichuan import BaichuanConfig
 from finetune.checkpoint.adapter import AdapterFile, check_second_stage
 from finetune.checkpoint.base_model import load_base_model
-from finetune.checkpoint.quantized import quantization_of
+from finetune.checkpoint.options import quantization_of
 from finetune.cli.train_flags import TrainOptions
 from finetune.methods.registry import TRAIN_METHODS, base_model_of, check_trainable, num_elements
 from finetune.process.precision import TORCH_DTYPES

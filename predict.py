@@ -9,13 +9,17 @@
     python predict.py --model_path BASE --adapter CKPT1 CKPT2 --serve     # OpenAI 写法的 HTTP 服务，见 docs/serving.md
 """
 
+from finetune.cli.predict_checks import Plan, first_look, prepare
+from finetune.cli.predict_flags import PredictOptions, parse_args
+
+if __name__ == "__main__":
+    first_look()  # 命令行写错了马上说：下面的库要载入好几秒
+
 import sys
 from pathlib import Path
 
 import torch
 
-from finetune.cli.predict_checks import Plan, prepare
-from finetune.cli.predict_flags import PredictOptions, parse_args
 from finetune.inference.chat import chat
 from finetune.inference.predict_file import partial_path, predict_file
 from finetune.inference.predictor import Predictor

@@ -6,6 +6,12 @@
     没有 GPU 时在前面加 LOCAL_SIZE=1（或 2、4）指定 CPU 进程数。被打断后加 --resume auto 接着训练。
 """
 
+from finetune.cli.train_checks import first_look, validate_args
+from finetune.cli.train_flags import TrainOptions, parse_args
+
+if __name__ == "__main__":
+    first_look()  # 命令行写错了马上说：下面的库要载入好几秒
+
 import sys
 import traceback
 from dataclasses import dataclass
@@ -21,8 +27,6 @@ from finetune.checkpoint.resume import open_run
 from finetune.checkpoint.run_record import describe_run
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
-from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import hold_out_rows, mix, parse_sources
 from finetune.data.plain_text import replay_pieces
 from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_format
@@ -33,6 +37,7 @@ from finetune.planning.dry_run import dry_run
 from finetune.process.arithmetic import settle_arithmetic
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
+from finetune.process.launching import process_count_note
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
 from finetune.training.anomaly import NumberWatch
@@ -42,6 +47,7 @@ from finetune.training.evaluation import Evaluation
 from finetune.training.forgetting import Forgetting, open_forgetting
 from finetune.training.log import TrainLog, open_log
 from finetune.training.options import total_steps
+from finetune.training.summary import write_summary
 from model_factory import build_model
 from utils import (
     broadcast_from_rank_0,
@@ -91,6 +97,8 @@ def main() -> int:
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
     release_shared_memory()
     interruption = Interruption()
+    if note := process_count_note():
+        log_rank_0(note)
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
@@ -110,6 +118,7 @@ def main() -> int:
         rank=global_rank(),
         pad_token_id=tokenizer.pad_token_id,
         packing=args.packing,
+        with_offsets=args.cache_frozen != "none",
     )
     num_steps = total_steps(loader.steps_per_epoch, args)
     if resume_from is not None and resume_from.step >= num_steps:
@@ -129,16 +138,7 @@ def main() -> int:
     frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
-    evaluation = Evaluation(
-        args,
-        args,
-        args.per_device_train_batch_size,
-        eval_set,
-        tokenizer,
-        prompting,
-        eval_sha256,
-        progress.get("evaluation"),
-    )
+    evaluation = Evaluation(args, args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
     run = Run(
         *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
         *(num_steps, log, numbers, interruption),
@@ -151,7 +151,17 @@ def main() -> int:
     reason = interruption.reason or "停止信号"
     state = "训练结束" if run.is_finished else f"收到 {reason}，已保存；用 --resume auto 接着训练"
     log_rank_0(f"{state}：{engine.global_steps} 步，结果在 {output_dir}")
+    if run.is_finished:
+        log_rank_0(broadcast_from_rank_0(lambda: summary_of(run)))
     return 0 if run.is_finished else EXIT_INTERRUPTED
+
+
+def summary_of(run: Run) -> str:
+    """写 summary.json，返回打印的几行；只在 0 号进程调用。"""
+    try:
+        return write_summary(run.output_dir, run.args, run.args.eval_path, run.evaluation.best, run.evaluation.seconds)
+    except OSError as error:
+        raise write_failed(error) from error
 
 
 def train(run: Run):

@@ -6,26 +6,32 @@ import itertools
 import json
 import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-import torch
-import torch.distributed as dist
 from tqdm import tqdm
+
+
+def process_group():
+    """torch.distributed，进程组已经建好时；没有建好时为 None，也不为此载入 torch。"""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
 
 
 def world_size() -> int:
     """进程总数；没有分布式时为 1。"""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    dist = process_group()
+    return dist.get_world_size() if dist else 1
 
 
 def global_rank() -> int:
     """本进程的全局序号；没有分布式时取环境变量 RANK，再没有为 0。"""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+    dist = process_group()
+    return dist.get_rank() if dist else int(os.environ.get("RANK", "0"))
 
 
 def log_rank_0(message: str, file=None):
@@ -48,8 +54,8 @@ def raise_together(error: BaseException | None):
         AgreedError: 其他错误；本进程的错误作为 __cause__。
     """
     mine = None if error is None else (isinstance(error, ValueError), f"{error}")
-    everyone = [mine]
-    if dist.is_initialized():
+    everyone, dist = [mine], process_group()
+    if dist:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
     for rank, reason in enumerate(everyone):
@@ -67,8 +73,8 @@ def broadcast_from_rank_0(function: Callable[[], Any]) -> Any:
         except Exception as raised:  # 原样带到所有进程，下面一起抛出
             error = raised
     raise_together(error)
-    box = [value]
-    if dist.is_initialized():
+    box, dist = [value], process_group()
+    if dist:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -80,6 +86,9 @@ def quiet_libraries():
 
 def seed_everything(seed: int):
     """设定 random、numpy、torch（含 CUDA）的随机种子。"""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

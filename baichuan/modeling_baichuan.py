@@ -277,7 +277,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
         self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.checkpoint_every = 1  # 重算第 0、n、2n… 层；0 表示只重算各层的注意力
-        self.frozen_cache = None  # 冻结底层的输出，见 frozen_cache.py
         self.post_init()
 
     def forward(
@@ -292,7 +291,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
         output_hidden_states: bool | None = None,
         document_lengths: list[int] | None = None,
         document_parents: list[int] | None = None,
-        document_offsets: list[int] | None = None,
         output_rows: Tensor | None = None,
         cache=None,
         **kwargs,
@@ -306,7 +304,6 @@ class BaichuanModel(BaichuanPreTrainedModel):
             past_key_values: transformers 的 Cache。训练与并排时视为固定的前缀（P-Tuning）：不追加，不返回。
             document_lengths: 并排的各段的长度（此时 b = 1，L 为其和）；各段只看自己与它的父段。
             document_parents: 各段的父段（在它之前，自成开头）：位置接着它数；-1 表示没有。缺省都没有。
-            document_offsets: 各样本在 frozen_cache 里的位置；没有 frozen_cache 时不用。
             output_rows: [N]，只要展平后的这些行（如目标行）：最后一层的注意力之后只算它们，输出是 [1, N, H]；
                 要 output_hidden_states 或 output_attentions 时不可用。
 
@@ -351,18 +348,8 @@ class BaichuanModel(BaichuanPreTrainedModel):
             document_parents,
             bool(output_attentions),
         )
-        uses_cache = self.frozen_cache is not None and document_offsets is not None and self.training
-        documents = document_offsets, document_lengths, document_parents
-        cached = self.frozen_cache.read(*documents, hidden_states) if uses_cache else None
         all_hidden_states, all_attentions = [], []
         for index, layer in enumerate(self.layers):
-            if uses_cache and index == self.frozen_cache.num_layers:
-                if cached is None:
-                    self.frozen_cache.write(*documents, hidden_states)
-                else:
-                    hidden_states = cached
-            if cached is not None and index < self.frozen_cache.num_layers:
-                continue
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             prefix = (None, None) if prefixes is None else prefixes[index]
@@ -502,7 +489,6 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         document_lengths: list[int] | None = None,
         document_parents: list[int] | None = None,
-        document_offsets: list[int] | None = None,
         target_rows: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool | None = None,
@@ -541,7 +527,6 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             document_lengths=document_lengths,
             document_parents=document_parents,
-            document_offsets=document_offsets,
             output_rows=target_rows if is_loss_only else None,
         )
         hidden_states = outputs.last_hidden_state

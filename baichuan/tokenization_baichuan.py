@@ -198,10 +198,14 @@ class BaichuanTokenizer(PreTrainedTokenizer):
 
         解码得到的文字与不替换时相同。用于来自用户的文本，见 `find_control_pieces`。
         """
+        return self.encode_user_text(text)[0]
+
+    def encode_user_text(self, text: str) -> tuple[list[int], bool]:
+        """encode_plain 的结果，与文本里有没有控制符号（见 `find_control_pieces`）：只编码一遍。"""
         ids = self.text_to_ids(text)
         if self.reserved_ids.isdisjoint(ids):
-            return ids
-        return [spelled for i in ids for spelled in (self._spell(i) if i in self.reserved_ids else (i,))]
+            return ids, False
+        return [spelled for i in ids for spelled in (self._spell(i) if i in self.reserved_ids else (i,))], True
 
     def _spell(self, reserved_id: int) -> list[int]:
         """一个保留片段按普通字符拼写的编号，如 `<`、`reserved`、`_`……"""

@@ -6,9 +6,11 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")  # --precision 的取值
 Check = Callable[[Any], str | None]  # 值 → 要求（如「必须至少为 1」），合要求时为 None
 
 
@@ -20,6 +22,7 @@ def flag(
     choices: tuple[str, ...] | None = None,
     check: Check | None = None,
     required: bool = False,
+    is_list: bool = False,
     changes_training: bool = True,
     **argparse_options: Any,
 ) -> Any:
@@ -29,11 +32,12 @@ def flag(
         default: 缺省值；help 里没有写缺省的，由解析器补上。
         kind: 由文字得到值的函数；缺省由 default 的类型决定，None 为字符串。
         check: 取值的检查；给了 None（没有写）的不查。
+        is_list: 一串名字，逗号或空格分开；值是逗号分开的一个字符串。
         changes_training: 换了它就是另一次训练，续训时不许变；False 的只影响显示、保存、评估、内存与速度。
         argparse_options: 其余原样交给 add_argument，如 nargs、const、metavar。
     """
     metadata = {"help": help, "kind": kind, "choices": choices, "check": check, "required": required}
-    metadata |= {"changes_training": changes_training, "argparse": argparse_options}
+    metadata |= {"is_list": is_list, "changes_training": changes_training, "argparse": argparse_options}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -66,3 +70,8 @@ def above_zero(value: float) -> str | None:
 def share(value: float) -> str | None:
     """[0, 1) 内的份额。"""
     return None if 0 <= value < 1 else "必须在 [0, 1) 内"
+
+
+def split_words(text: str) -> list[str]:
+    """逗号（全角、半角、顿号）或空白分开的几个词，去掉空的。"""
+    return [word for word in re.split(r"[\s,，、]+", text) if word]

@@ -1,8 +1,17 @@
 """给人看的文字：终端的表格按全角字符的显示宽度对齐，说明写到标准错误；报告的 Markdown 表。"""
 
 import sys
+import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from utils import global_rank, log_rank_0
+
+# 不在终端里时，一件长的活隔多久说一声
+SECONDS_PER_LINE = 10.0
 
 
 def note(message: str) -> None:
@@ -55,3 +64,37 @@ def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
     """表头与各行 → Markdown 的表。"""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell).replace("\n", " ") for cell in line) + " |" for line in lines)
+
+
+class LongJob:
+    """一件长的活做到了哪里：终端里是进度条，日志里每 10 秒一行；只有 0 号进程显示。"""
+
+    def __init__(self, title: str, total: int, unit: str):
+        self.title, self.total, self.unit, self.done = title, total, unit, 0
+        hidden = None if global_rank() == 0 else True  # None：不在终端里就不画
+        self._bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=False, disable=hidden)
+        self._started = self._said = time.monotonic()
+
+    def update(self, number: int = 1) -> None:
+        """又做完了 number 个。"""
+        self.done += number
+        self._bar.update(number)
+        now = time.monotonic()
+        if self._bar.disable and now - self._said >= SECONDS_PER_LINE and self.done < self.total:
+            self._said, spent = now, now - self._started
+            left = spent * (self.total - self.done) / max(1, self.done)
+            log_rank_0(f"{self.title} {self.done}/{self.total} {self.unit}，已 {spent:.0f} 秒，约剩 {left:.0f} 秒")
+
+    def close(self) -> None:
+        """收起进度条。"""
+        self._bar.close()
+
+
+@contextmanager
+def long_job(title: str, total: int, unit: str) -> Iterator[LongJob]:
+    """见 LongJob；离开时收起进度条。"""
+    job = LongJob(title, total, unit)
+    try:
+        yield job
+    finally:
+        job.close()

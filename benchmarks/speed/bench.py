@@ -25,6 +25,7 @@ from benchmarks.speed import work as bench_work
 from benchmarks.speed.programs import GROUPS, TRAINED_LAYERS, Program, ours_spec, peer_spec
 from benchmarks.speed.protocol import Worker, WorkerFailed, available_memory_gb, busy_cpu_seconds
 from benchmarks.speed.report import check_losses, judge, summarize, table, write_report
+from finetune.planning.flops import step_flops
 
 CPU_STAGES = tuple(GROUPS)
 GPU_STAGES = ("correctness", "speed7b", "speed13b", "peers")
@@ -264,7 +265,7 @@ class Bench:
             off = "shared_prefix" in options.get("levers_off", []) or "--no-packing" in options.get("argv", [])
             shares = record["kind"] == "ours" and not off
             flops = [
-                bench_work.step_flops(shape, lengths, targets, record["method"], TRAINED_LAYERS,
+                step_flops(shape, lengths, targets, record["method"], TRAINED_LAYERS,
                                       record["name"] == "ours_freeze_cache", repeated if shares else ())
                 for lengths, targets, repeated in zip(work["lengths"], work["targets"], work["repeated"], strict=True)
             ]  # fmt: skip
@@ -275,7 +276,7 @@ class Bench:
         if group["stage"] == "freeze":
             lengths, targets, repeated = (works["real"][name][0] for name in ("lengths", "targets", "repeated"))
             plain, cached = (
-                bench_work.step_flops(shape, lengths, targets, "freeze", TRAINED_LAYERS, is_cached, repeated)
+                step_flops(shape, lengths, targets, "freeze", TRAINED_LAYERS, is_cached, repeated)
                 for is_cached in (False, True)
             )
             group["cache_flops_ratio"] = plain / cached

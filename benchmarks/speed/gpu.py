@@ -22,6 +22,7 @@ from benchmarks.speed import work as bench_work
 from benchmarks.speed.ours import Rows, share_lora_start, single_process_environment, step_samples
 from benchmarks.speed.programs import LEARNING_RATES, last_layers
 from benchmarks.speed.protocol import StepMeter, Worker, WorkerFailed, installed_versions
+from finetune.planning.flops import gemm_rate, step_flops
 from finetune.terminal import markdown_table
 
 # spo_0.json 的 64 个分位：(样本长度, 目标数)，token；GPU 的机器上没有 ../shared
@@ -189,7 +190,7 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
     timed = steps[spec["warmup"] :]
     chosen = step_samples(loader, spec["warmup"])
     lengths, targets = [loader.dataset.lengths[i] for i in chosen], sum(loader.dataset.num_targets[i] for i in chosen)
-    flops = bench_work.step_flops(shape, lengths, targets, case["method"], case.get("trained_layers", 0))
+    flops = step_flops(shape, lengths, targets, case["method"], case.get("trained_layers", 0))
     speed = median(step["tokens"] / step["seconds"] for step in timed)
     result = {
         "tokens_per_second": speed,
@@ -207,7 +208,7 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
     del engine
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    rate = bench_work.gemm_rate(shape, 8192 if device.type == "cuda" else 256, "bf16", device.type, seconds=2.0)
+    rate = gemm_rate(shape, 8192 if device.type == "cuda" else 256, "bf16", device.type, seconds=2.0)
     return {**result, "gemm_flops": rate, "mfu": result["model_flops"] / rate}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.speed import work as bench_work
 from benchmarks.speed.protocol import Channel, StepMeter, installed_versions, run_worker
+from finetune.planning.flops import gemm_rate
 from finetune.process.training_process import free_port
 
 # 数据规模的比较：每条指令走这么多步，约合 500 行走一轮
@@ -193,6 +194,7 @@ def open_loader(data_set, args, seed: int | None):
         max_len=args.max_len,
         seed=seed,
         packing=args.packing,
+        with_offsets=args.cache_frozen != "none",
     )
 
 
@@ -216,7 +218,7 @@ def serve_gemm(spec: dict[str, Any], channel: Channel):
     while channel.wait_for_step() is not None:
         meter = StepMeter()
         meter.start()
-        rate = bench_work.gemm_rate(bench_work.Shape(*spec["shape"]), spec["rows"], spec["precision"])
+        rate = gemm_rate(bench_work.Shape(*spec["shape"]), spec["rows"], spec["precision"])
         channel.send(**meter.stop(), gemm_flops=rate)
 
 

@@ -12,10 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG
 from finetune.checkpoint.weights import WeightFile
 from utils import read_json, shown
 
-ADAPTER_CONFIG = "adapter_config.json"
 # 后一个是 peft 0.7 以前的
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_TYPES = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING")

@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
-from finetune.checkpoint.config_check import model_config_problems, tokenizer_model_problems
+from finetune.checkpoint.config_check import check_config_file, tokenizer_model_problems
 from finetune.checkpoint.quantized import load_quantized
 from finetune.checkpoint.weights import check_weights, load_weights
-from utils import log_rank_0, read_json
+from utils import log_rank_0
 
 # 词表比分词器大一些是常有的补齐；分词器不到词表的这个比例就提醒
 UNUSED_ROWS_ALLOWED = 0.9
@@ -27,11 +27,7 @@ def load_config(path: str | Path) -> BaichuanConfig:
         ValueError: 目录或 config.json 不在，或不是 baichuan。
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {path} 里没有 config.json，请给出 Baichuan 检查点的本地目录")
-    problems = model_config_problems(read_json(path / "config.json"))
-    if problems:
-        raise ValueError(f"{path / 'config.json'} 损坏，请重新下载：{'；'.join(problems)}")
+    check_config_file(path)
     try:
         config = BaichuanConfig.from_pretrained(path)
     except ValueError:

@@ -3,9 +3,10 @@
 import difflib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from utils import is_number, shown
+from utils import is_number, read_json, shown
 
 CONFIG_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 CONFIG_LENGTHS = ("max_position_embeddings", "model_max_length")
@@ -13,6 +14,19 @@ CONFIG_TOKENS = ("bos_token_id", "eos_token_id")
 CONFIG_NUMBERS = ("rms_norm_eps", "initializer_range", "z_loss_weight")
 CONFIG_SWITCHES = ("norm_head", "tie_word_embeddings", "use_cache")
 STRUCTURE_KEYS = {*CONFIG_LENGTHS, "norm_head", "position_embedding", "z_loss_weight"}
+
+
+def check_config_file(path: Path) -> None:
+    """检查点目录里有 config.json，键与值都对；不载入 transformers。
+
+    Raises:
+        ValueError: 目录或 config.json 不在，或内容损坏。
+    """
+    if not (path / "config.json").is_file():
+        raise ValueError(f"--model_name_or_path {path} 里没有 config.json，请给出 Baichuan 检查点的本地目录")
+    problems = model_config_problems(read_json(path / "config.json"))
+    if problems:
+        raise ValueError(f"{path / 'config.json'} 损坏，请重新下载：{'；'.join(problems)}")
 
 
 def model_config_problems(content: Any) -> list[str]:

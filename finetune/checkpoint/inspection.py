@@ -14,10 +14,10 @@ from peft import PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
 from torch import nn
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
-from finetune.checkpoint.adapter import ADAPTER_CONFIG, AdapterFile, adapter_weights, check_adapter, read_adapter_config
+from finetune.checkpoint.adapter import AdapterFile, adapter_weights, check_adapter, read_adapter_config
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
 from finetune.checkpoint.manifest import MANIFEST
-from finetune.checkpoint.output_dir import RUN_CONFIG, TEMPORARY_PREFIX, iter_checkpoints
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
 from finetune.checkpoint.weights import weight_files
 from finetune.data.prompting import Prompting, requested_prompting, resolve_prompt_format
 from utils import file_sha256, read_json
@@ -51,12 +51,11 @@ def inspect_checkpoint(
     """读检查点的各个 JSON，找到并核对基座，适配器的张量与它相配；不读权重张量。
 
     base_model_path：基座移动过时的新位置。基座的 config.json 与权重文件的 SHA-256 必须与训练时记下的一致，
-    除非 any_base（有意把适配器放在别的基座上）。
+    除非 any_base（有意把适配器放在别的基座上）。path 可以是训练的输出目录，见 choose_checkpoint。
     prompt_format="auto"：取 run_config.json 记下的；没有时看 generation_config.json 有没有角色 id。
     目录不对、文件缺失、基座找不到或被换过时抛 ValueError。
     """
-    path = Path(path)
-    check_directory(path)
+    path = choose_checkpoint(path)
     is_adapter = (path / ADAPTER_CONFIG).is_file()
     run_config = read_json(path / RUN_CONFIG) if (path / RUN_CONFIG).is_file() else {}
     if is_adapter:
@@ -78,19 +77,6 @@ def inspect_checkpoint(
         check_adapter(path, config)
     prompting = find_prompting(base_path, run_config, config, prompt_format)
     return Checkpoint(path, base_path, is_adapter, run_config, config, prompting)
-
-
-def check_directory(path: Path) -> None:
-    """检查点必须是目录，且有 config.json 或适配器配置；否则抛 ValueError，说明应该给什么。"""
-    if not path.is_dir():
-        what = "不是目录" if path.exists() else "不存在"
-        raise ValueError(f"检查点 {path} {what}，请给出检查点目录，例如 output/epoch-1-step-40")
-    if path.resolve().name.startswith(TEMPORARY_PREFIX):
-        raise ValueError(f"检查点 {path} 是没有写完的检查点，请换一个名字不以 {TEMPORARY_PREFIX} 开头的目录")
-    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        inside = next((checkpoint for _, _, checkpoint in iter_checkpoints(path)), None)
-        hint = f"它是训练的输出目录，请给出其中的检查点，例如 {inside}" if inside else "请给出检查点目录"
-        raise ValueError(f"检查点 {path} 里没有 config.json，也没有 {ADAPTER_CONFIG}；{hint}")
 
 
 def find_base_model(path: Path, run_config: dict[str, Any], base_model_path: str | Path | None) -> Path:

@@ -1,11 +1,15 @@
 """基座与检查点的参数。"""
 
+import importlib.util
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from finetune.options import at_least, flag
 
 # 两族是同样的三个类，结构由检查点的 config.json 决定；参数留着，用户的命令里写了它
 MODEL_FAMILIES = ("baichuan", "baichuan2")
+TESTED_BITSANDBYTES = "0.50.2"
 
 
 @dataclass
@@ -48,3 +52,37 @@ class SaveOptions:
     resume: str = flag(
         "no", "no 从头训练；auto 接着 output_dir 里最新的完整检查点；或给出检查点目录", changes_training=False
     )
+
+
+def quantization_of(args) -> str | None:
+    """参数（LoraOptions，或 predict.py 的）要求的量化：4bit、8bit 或 None。"""
+    return "4bit" if args.load_in_4bit else "8bit" if args.load_in_8bit else None
+
+
+def quantization_problems(args, ds_config: dict[str, Any] | None = None) -> list[str]:
+    """量化用不了的全部原因；没有要求量化时为空。ds_config 是训练时的 DeepSpeed 配置。"""
+    quantization = quantization_of(args)
+    if quantization is None:
+        return []
+    problems = []
+    if args.load_in_4bit and args.load_in_8bit:
+        problems.append("--load_in_4bit 与 --load_in_8bit 只能给一个")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            f"--load_in_{quantization} 需要 bitsandbytes，请先 pip install bitsandbytes=={TESTED_BITSANDBYTES}，"
+            "或去掉它"
+        )
+    if ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
+        problems.append(
+            f"--load_in_{quantization} 不能与 ZeRO-3 同用（量化的权重不能切分），请改用 ds_zero2_no_offload.json"
+        )
+    return problems
+
+
+def skip_bitsandbytes(args) -> None:
+    """没有要求量化时，这个进程里当作没有 bitsandbytes；须在导入 peft 之前。
+
+    peft 一导入就载入它，连带 torch 的编译器，要三秒。
+    """
+    if quantization_of(args) is None:
+        sys.modules["bitsandbytes"] = None

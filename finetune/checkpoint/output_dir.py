@@ -7,14 +7,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from utils import first_free, log_rank_0, try_lock
+from finetune.terminal import note
+from utils import first_free, log_rank_0, read_json, try_lock
 
 CHECKPOINT_NAME = re.compile(r"^epoch-(\d+)-step-(\d+)$")
 RUN_CONFIG = "run_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+BEST_FILE = "best.json"
 TEMPORARY_PREFIX = ".tmp-"
 # 一次训练留在 output_dir 里的东西：再次运行时移走的只有这些
 RUN_RESULTS = ("train_log.jsonl", "loss.png", RUN_CONFIG, "ds_config.json", "runs", "bad_steps")
-RUN_RESULTS += ("best.json", "forgetting.json")
+RUN_RESULTS += (BEST_FILE, "forgetting.json", "summary.json")
 
 
 def checkpoint_name(epoch: int, step: int) -> str:
@@ -30,6 +33,37 @@ def iter_checkpoints(output_dir: Path) -> Iterator[tuple[int, int, Path]]:
         if match and path.is_dir():
             found.append((int(match[2]), int(match[1]), path))
     yield from sorted(found, reverse=True)
+
+
+def check_directory(path: Path) -> None:
+    """检查点必须是目录，且有 config.json 或适配器配置；否则抛 ValueError，说明应该给什么。"""
+    if not path.is_dir():
+        what = "不是目录" if path.exists() else "不存在"
+        raise ValueError(f"检查点 {path} {what}，请给出检查点目录，例如 output/epoch-1-step-40")
+    if path.resolve().name.startswith(TEMPORARY_PREFIX):
+        raise ValueError(f"检查点 {path} 是没有写完的检查点，请换一个名字不以 {TEMPORARY_PREFIX} 开头的目录")
+    if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise ValueError(f"检查点 {path} 里没有 config.json，也没有 {ADAPTER_CONFIG}；请给出检查点目录或训练的输出目录")
+
+
+def choose_checkpoint(path: str | Path, is_told: bool = True) -> Path:
+    """训练的输出目录 → best.json 所指的检查点，没有它时是最新的一个，并说是哪个；别的目录原样返回。
+
+    Raises:
+        ValueError: 见 check_directory。
+    """
+    path = Path(path)
+    newest = next((checkpoint for _, _, checkpoint in iter_checkpoints(path)), None)
+    if newest is None:
+        check_directory(path)
+        return path
+    best = read_json(path / BEST_FILE) if (path / BEST_FILE).is_file() else {}
+    chosen, why = newest, "最新的一个"
+    if (path / str(best.get("checkpoint"))).is_dir() and best.get("checkpoint"):
+        chosen, why = path / best["checkpoint"], f"最好的一个：{best['metric']} {best['score']:.4f}"
+    if is_told:
+        note(f"{path} 是训练的输出目录，用其中的 {chosen.name}（{why}）")
+    return chosen
 
 
 def remove_leftovers(output_dir: Path):

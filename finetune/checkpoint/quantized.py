@@ -3,44 +3,17 @@
 量化的只是各层的线性层；词嵌入、RMSNorm 与词表投影（NormHead）保持原来的精度。逐个张量读入、量化、放下。
 """
 
-import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint.weights import WeightFile, weight_files
 
-TESTED_VERSION = "0.50.2"
 NUM_BITS = {"4bit": 4, "8bit": 8}
 # LLM.int8()（Dettmers 等，2022）：超过它的激活按原精度算
 OUTLIER_THRESHOLD = 6.0
-
-
-def quantization_of(args) -> str | None:
-    """参数（LoraOptions，或 predict.py 的）要求的量化：4bit、8bit 或 None。"""
-    return "4bit" if args.load_in_4bit else "8bit" if args.load_in_8bit else None
-
-
-def quantization_problems(args, ds_config: dict[str, Any] | None = None) -> list[str]:
-    """量化用不了的全部原因；没有要求量化时为空。ds_config 是训练时的 DeepSpeed 配置。"""
-    quantization = quantization_of(args)
-    if quantization is None:
-        return []
-    problems = []
-    if args.load_in_4bit and args.load_in_8bit:
-        problems.append("--load_in_4bit 与 --load_in_8bit 只能给一个")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(
-            f"--load_in_{quantization} 需要 bitsandbytes，请先 pip install bitsandbytes=={TESTED_VERSION}，或去掉它"
-        )
-    if ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
-        problems.append(
-            f"--load_in_{quantization} 不能与 ZeRO-3 同用（量化的权重不能切分），请改用 ds_zero2_no_offload.json"
-        )
-    return problems
 
 
 @torch.no_grad()

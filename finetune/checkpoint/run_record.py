@@ -15,7 +15,7 @@ from finetune.options import flags_of
 from finetune.process.arithmetic import describe_arithmetic
 from utils import file_sha256, world_size
 
-UNRECORDED = ("local_rank", "dry_run")
+UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 

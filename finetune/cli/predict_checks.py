@@ -1,34 +1,38 @@
 """predict.py 的参数互相之间的检查，以及载入任何权重之前能做的全部准备。"""
 
 import os
+import re
 import socket
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
-from finetune.checkpoint.adapter import ADAPTER_CONFIG
-from finetune.checkpoint.inspection import Checkpoint, base_differences, inspect_checkpoint
-from finetune.checkpoint.output_dir import RUN_CONFIG
-from finetune.checkpoint.quantized import quantization_problems
-from finetune.cli.predict_flags import CheckpointOptions, PredictOptions
+from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
+from finetune.cli.predict_flags import CheckpointOptions, PredictOptions, parse_args
 from finetune.data.prompting import max_prompt_tokens
+from finetune.data.rows import check_file
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
-from finetune.inference.options import ServeOptions
-from finetune.inference.predictor import SAMPLING_DEFAULTS, short_names
-from finetune.inference.serve import bind, check_installed
+from finetune.inference.options import SAMPLING_DEFAULTS, ServeOptions, check_installed
 from finetune.options import flags_of, problems_of
-from finetune.process.accelerator import accelerator_name, default_device, device_count
 from finetune.terminal import note
 from utils import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from finetune.checkpoint.inspection import Checkpoint
+
+
+# 只影响生成的参数
+ONLY_GENERATING = ("max_new_tokens", "stop", "do_sample", "repetition_penalty")
 
 
 class Plan(NamedTuple):
     """载入权重之前已经核对过的一切。"""
 
-    checkpoints: list[Checkpoint]  # 一个；--compare 时有几个
-    adapters: dict[str, Checkpoint]  # --adapter：名字 → 检查点
-    device: torch.device
+    checkpoints: "list[Checkpoint]"  # 一个；--compare 时有几个
+    adapters: "dict[str, Checkpoint]"  # --adapter：名字 → 检查点
+    device: "torch.device"
     rows: list[Sample]  # 要预测的行；空的是对话或服务
     listener: socket.socket | None = None  # --serve 占住的地址
 
@@ -62,6 +66,9 @@ def option_problems(args: PredictOptions) -> list[str]:
         problems.append("--label_scores 不用于对话，请同时给出 --test_path 或 --instruction/--input")
     if labels and (len(set(labels)) < max(2, len(labels))):
         problems.append(f"--label_scores 要两个以上不同的标签，现在是 {labels}")
+    useless = [f"--{name}" for name in ONLY_GENERATING if name in args.given]
+    if labels is not None and useless:
+        problems.append(f"{'、'.join(useless)} 在 --label_scores 时不起作用（不生成，取得分最高的标签），请去掉")
     if args.max_src_len is not None and not single and args.test_path is None:
         problems.append("--max_src_len 在对话中不起作用（对话按上下文长度整轮截断），请去掉它")
     for name in SAMPLING_DEFAULTS:
@@ -109,8 +116,36 @@ def serve_problems(args: PredictOptions) -> list[str]:
     return [*problems, *problems_of(args)]
 
 
-def choose_device(requested: str, num_gpus: int) -> torch.device:
+def first_look(argv: list[str] | None = None) -> None:
+    """命令行有错时立即列出并以退出码 2 结束：只看不必载入 torch 就能看的，其余留给 prepare。"""
+    args = parse_args(argv)
+    problems = option_problems(args)
+    if not re.fullmatch(r"auto|cpu|(cuda|npu|xpu|mps|hpu|mlu|sdaa)(:\d+)?", args.device):
+        problems.append(f"--device({args.device}) 写法不对，可用 auto、cpu、cuda、cuda:0 等")
+    paths = [*(args.compare or ()), *([args.model_path] if args.model_path else ())]
+    checks = [(lambda path: choose_checkpoint(path, is_told=False), path) for path in paths]
+    if args.test_path is not None:
+        checks.append((check_file, args.test_path))
+    if args.model_path and args.test_path and Path(args.model_path).is_file() and Path(args.test_path).is_dir():
+        problems.append(f"--model_path {args.model_path} 是文件，--test_path {args.test_path} 是目录：两个写反了")
+        checks = []
+    for check, value in checks:
+        try:
+            check(value)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        note("错误：\n" + "\n".join(problems))
+        raise SystemExit(2)
+    skip_bitsandbytes(args)
+
+
+def choose_device(requested: str, num_gpus: int) -> "torch.device":
     """--device 的设备；写法不对、没有这块卡或卡不够 num_gpus 块时抛 ValueError。"""
+    import torch
+
+    from finetune.process.accelerator import accelerator_name, default_device, device_count
+
     if requested == "cpu":
         return torch.device("cpu")
     name, count = accelerator_name(), device_count()
@@ -125,7 +160,7 @@ def choose_device(requested: str, num_gpus: int) -> torch.device:
     return default_device(int(index) if index else None)
 
 
-def reading_options(args: PredictOptions, checkpoints: list[Checkpoint]) -> RowOptions:
+def reading_options(args: PredictOptions, checkpoints: "list[Checkpoint]") -> RowOptions:
     """怎样读输入：同训练时的，命令行写明的优先。几个检查点训练时不同而命令行没有写明时抛 ValueError。"""
     recorded = {row_options(checkpoint.run_config.get("args", {})) for checkpoint in checkpoints}
     names = ("input_separator", "ignore_fields")
@@ -162,8 +197,11 @@ def read_test_rows(args: PredictOptions, options: RowOptions) -> list[Sample]:
     return rows
 
 
-def inspect_adapters(args: PredictOptions) -> dict[str, Checkpoint]:
+def inspect_adapters(args: PredictOptions) -> "dict[str, Checkpoint]":
     """--adapter 的各检查点：名字 → 检查点；基座与训练时不同的只提醒。不是适配器、种类不同时抛 ValueError。"""
+    from finetune.checkpoint.inspection import base_differences, inspect_checkpoint
+    from finetune.inference.predictor import short_names
+
     adapters = {}
     for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
         if not (Path(path) / ADAPTER_CONFIG).is_file():
@@ -191,13 +229,16 @@ def label_set(args: PredictOptions, rows: list[Sample]) -> list[str]:
     return labels
 
 
-def recorded_in(adapter: Checkpoint) -> str:
+def recorded_in(adapter: "Checkpoint") -> str:
     """适配器的基座记在它的哪个文件里，括号里的一句；没有记录时为空。"""
     return f"（记在 {adapter.path / RUN_CONFIG}）" if adapter.run_config.get("base_model") else ""
 
 
 def prepare(args: PredictOptions) -> Plan:
     """载入权重之前的全部检查；问题一次列全，抛一个 ValueError。没有给的参数在这里取缺省值。"""
+    from finetune.checkpoint.inspection import inspect_checkpoint
+    from finetune.inference.serve import bind
+
     problems = option_problems(args)
 
     def attempt(step, *arguments):
@@ -209,6 +250,10 @@ def prepare(args: PredictOptions) -> Plan:
     device = attempt(choose_device, args.device, args.num_gpus)
     args.stop = [text.replace("\\n", "\n") for text in args.stop or ()]
     args.batch_size = 8 if args.batch_size is None else args.batch_size
+    if args.model_path is not None:
+        args.model_path = str(attempt(choose_checkpoint, args.model_path) or args.model_path)
+    for paths in (args.compare or [], args.adapter or []):
+        paths[:] = [str(attempt(choose_checkpoint, path) or path) for path in paths]
     checkpoints = []
     for path in args.compare or ([args.model_path] if args.model_path else []):
         is_adapter = (Path(path) / ADAPTER_CONFIG).is_file()
@@ -239,5 +284,5 @@ def prepare(args: PredictOptions) -> Plan:
         attempt(max_prompt_tokens, shortest, args.max_new_tokens, found[0].prompting.family)
     listener = attempt(bind, args.serve) if args.serve is not None and not problems else None
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(dict.fromkeys(problems)))
     return Plan(checkpoints, adapters, device, rows, listener)

@@ -2,17 +2,22 @@
 
 from dataclasses import dataclass
 
+from finetune.cli.other_names import PREDICT_NAMES
 from finetune.cli.parser import Parser
 from finetune.data.prompting import prompt_format_choice
 from finetune.data.samples import separator_choice
 from finetune.inference.options import GenerationOptions, ServeOptions
-from finetune.options import flag
+from finetune.options import flag, split_words
 
 
 @dataclass
 class CheckpointOptions:
     """哪个模型。"""
 
+    config: str | None = flag(
+        None,
+        "参数写在这个文件里：YAML 或 JSON；命令行胜过它（缺省没有）",
+    )
     model_path: str | None = flag(
         None, "检查点目录：训练器写的、合并后的，或官方布局的基座（必填，除非用 --compare；缺省没有）"
     )
@@ -81,10 +86,13 @@ class PredictOptions(ServeOptions, GenerationOptions, InputOptions, CheckpointOp
 
 def build_parser() -> Parser:
     """predict.py 的解析器；结果里只有命令行写出的参数。"""
-    return Parser("predict.py", "用训练好的检查点预测、评测、对照、在终端里对话，或开 HTTP 服务", GROUPS)
+    return Parser("predict.py", "用训练好的检查点预测、评测、对照、在终端里对话，或开 HTTP 服务", GROUPS, PREDICT_NAMES)
 
 
 def parse_args(argv: list[str] | None = None) -> PredictOptions:
     """解析命令行。"""
-    found = vars(build_parser().parse_args(argv))
-    return PredictOptions(**found, given=tuple(sorted(found)))
+    found, given = build_parser().read(argv)
+    for name in ("compare", "label_scores"):  # 只有一个没有意义：那是逗号分开的几个
+        if len(found.get(name) or ()) == 1:
+            found[name] = split_words(found[name][0])
+    return PredictOptions(**found, given=given)

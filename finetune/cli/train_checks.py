@@ -1,32 +1,36 @@
-"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题。
+"""train.py 的参数互相之间的检查：在读任何权重之前，一次列出全部问题；不必载入 torch 的先看（first_look）。
 
 一个参数自己的检查写在它的字段上，一种方法自己的在 methods/ 里；这里是几组之间的。
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from baichuan import BaichuanConfig
-from finetune.checkpoint.adapter import ADAPTER_CONFIG, check_second_stage
-from finetune.checkpoint.base_model import checked_skeleton, load_config
-from finetune.checkpoint.quantized import quantization_problems
-from finetune.cli.train_flags import TrainOptions
+from finetune.checkpoint.config_check import check_config_file
+from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG
+from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
 from finetune.data.prompting import read_template
 from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
-from finetune.process.accelerator import has_accelerator
-from finetune.training.anomaly import spike_choice
-from finetune.training.ds_config import read_ds_config
-from finetune.training.ds_config_check import fixed_numbers
-from utils import log_rank_0
+from finetune.process.launching import leave_quietly_on_interrupt
+from finetune.training.options import spike_choice
+from utils import log_rank_0, read_json
 
-NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "early_stopping_patience")
+if TYPE_CHECKING:
+    from baichuan import BaichuanConfig
+
+NEEDS_EVAL_PATH = ("eval_step", "eval_metric", "eval_max_new_tokens", "eval_batch_size", "max_eval_samples")
+NEEDS_EVAL_PATH += ("early_stopping_patience",)
 
 
 def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
     """DeepSpeed 配置写了具体的数、命令行没写时，以配置为准并说一声；两处都写而不同是错误，返回全部。"""
+    from finetune.training.ds_config_check import fixed_numbers
+
     problems = []
     for name, place, value in fixed_numbers(ds_config):
         if name is None:
@@ -52,12 +56,32 @@ def settle_fixed_numbers(args: TrainOptions, ds_config: dict) -> list[str]:
     return problems
 
 
-def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
+def first_look(argv: list[str] | None = None) -> None:
+    """命令行有错时立即列出并以退出码 2 结束：只看不必载入 torch 就能看的，其余留给 validate_args。"""
+    leave_quietly_on_interrupt()
+    args = parse_args(argv)
+    problems = early_problems(args)
+    try:
+        read_json(args.ds_file)  # 里面写得对不对要问 DeepSpeed，留给 validate_args
+    except ValueError as error:
+        problems.insert(0, str(error))
+    if problems:
+        log_rank_0("错误：\n" + "\n".join(problems))
+        raise SystemExit(2)
+    skip_bitsandbytes(args)
+    log_rank_0("参数没有问题，载入 torch、transformers 与 deepspeed ……")
+
+
+def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     """检查全部参数，在读任何权重之前；返回 (DeepSpeed 配置, 模型配置)。
 
     Raises:
         ValueError: 列出全部问题。
     """
+    from finetune.checkpoint.base_model import load_config
+    from finetune.process.accelerator import has_accelerator
+    from finetune.training.ds_config import read_ds_config
+
     problems = []
 
     def read(function, *values):
@@ -66,16 +90,36 @@ def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
         except ValueError as error:
             problems.append(str(error))
 
-    method = TRAIN_METHODS[args.train_type]
     ds_config = read(read_ds_config, args.ds_file)
     if ds_config is not None:
         problems += settle_fixed_numbers(args, ds_config)
-    problems += [*problems_of(args), *method_problems(args), *file_problems(args), *evaluation_problems(args)]
-    problems += quantization_problems(args, ds_config)
-    if args.max_src_len >= args.max_len:
-        problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
+    problems += [*early_problems(args), *quantization_problems(args, ds_config)]
     if args.precision == "fp16" and not has_accelerator():
         problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
+    config = read(load_config, args.model_name_or_path)
+    if config is not None and not TRAIN_METHODS[args.train_type].problems(args) and not args.dry_run:
+        read(check_model, args, config)  # 推算时权重可以还没有下载
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return ds_config, config
+
+
+def early_problems(args: TrainOptions) -> list[str]:
+    """不必载入 torch 就能发现的全部问题：各参数自己的、互相之间的、各文件的。"""
+    problems = [*problems_of(args), *method_problems(args), *file_problems(args), *evaluation_problems(args)]
+    if args.max_src_len >= args.max_len:
+        problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
+    first_path = args.train_path if isinstance(args.train_path, str) else args.train_path[0]
+    if Path(args.model_name_or_path).is_file() and Path(first_path).is_dir():
+        swapped = f"--train_path {first_path} 是目录，--model_name_or_path {args.model_name_or_path} 是文件"
+        return [*problems, f"{swapped}：两个写反了"]
+
+    def read(function, *values):
+        try:
+            return function(*values)
+        except ValueError as error:
+            problems.append(str(error))
+
     if args.prompt_format.endswith(".json"):
         read(read_template, args.prompt_format)
     for path in (*(source.path for source in read(parse_sources, args.train_path) or ()), args.eval_path):
@@ -85,12 +129,8 @@ def validate_args(args: TrainOptions) -> tuple[dict, BaichuanConfig]:
         if path is not None:
             read(read_texts, path)
     read(spike_choice, args.loss_spike_factor)
-    config = read(load_config, args.model_name_or_path)
-    if config is not None and not method.problems(args) and not args.dry_run:  # 推算时权重可以还没有下载
-        read(check_model, args, config)
-    if problems:
-        raise ValueError("\n".join(problems))
-    return ds_config, config
+    read(check_config_file, Path(args.model_name_or_path))
+    return problems
 
 
 def method_problems(args: TrainOptions) -> list[str]:
@@ -143,12 +183,15 @@ def evaluation_problems(args: TrainOptions) -> list[str]:
     return problems
 
 
-def check_model(args: TrainOptions, config: BaichuanConfig):
+def check_model(args: TrainOptions, config: "BaichuanConfig"):
     """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配，--adapter_path 接得上；模型在 meta 设备上，不占内存。
 
     Raises:
         ValueError: 见 checked_skeleton、各方法的 apply 与 check_second_stage。
     """
+    from finetune.checkpoint.adapter import check_second_stage
+    from finetune.checkpoint.base_model import checked_skeleton
+
     model = TRAIN_METHODS[args.train_type].apply(checked_skeleton(args.model_name_or_path, config), args)
     has_adapter = args.adapter_path is not None and (Path(args.adapter_path) / ADAPTER_CONFIG).is_file()
     if has_adapter and TRAIN_METHODS[args.train_type].saves_adapter:

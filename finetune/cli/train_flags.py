@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.checkpoint.options import ModelOptions, SaveOptions
+from finetune.cli.other_names import TRAIN_NAMES
 from finetune.cli.parser import Parser
 from finetune.data.options import DataOptions
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
@@ -14,6 +15,11 @@ from finetune.training.options import EvaluationOptions, ForgettingOptions, LogO
 class RunOptions:
     """怎样运行。"""
 
+    config: str | None = flag(
+        None,
+        "参数写在这个文件里：YAML、JSON，或一次训练留下的 run_config.json（照样再来一次）；命令行胜过它（缺省没有）",
+        changes_training=False,
+    )
     dry_run: bool = flag(
         False,
         "只推算 token、步数、显存、主机内存与时间，不读权重也不训练；退出码 0 放得下，1 放不下（缺省训练）",
@@ -40,13 +46,13 @@ class TrainOptions(*reversed([options for group in GROUPS.values() for options i
 
 def build_parser() -> Parser:
     """train.py 的解析器；结果里只有命令行写出的参数。"""
-    return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS)
+    return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS, TRAIN_NAMES)
 
 
 def parse_args(argv: list[str] | None = None) -> TrainOptions:
     """解析命令行，补上随方法而定的缺省。"""
-    found = vars(build_parser().parse_args(argv))
-    options = TrainOptions(**found, given=tuple(sorted(found)))
+    found, given = build_parser().read(argv)
+    options = TrainOptions(**found, given=given)
     if len(options.train_path) == 1:
         [options.train_path] = options.train_path
     options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)

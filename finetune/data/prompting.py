@@ -39,6 +39,7 @@ class Turn(NamedTuple):
     ids: list[int]
     text: str
     is_trained: bool = False
+    has_control_pieces: bool = False
     is_cut: bool = False  # 截短了：不训练它的结尾
 
 
@@ -47,20 +48,19 @@ class _Layout:
 
     def __init__(self, tokenizer, prompt_format: str, user_id: int, assistant_id: int, template: dict | None):
         _check_choice("prompt_format", prompt_format, (*PROMPT_FORMATS, TEMPLATE))
-        self.encode, self.eos = tokenizer.encode_plain, tokenizer.eos_token_id
+        self.encode, self.eos = tokenizer.encode_user_text, tokenizer.eos_token_id
         self.is_chat = prompt_format == "chat"
         self.template = template if prompt_format == TEMPLATE else None
         self.heads = {"user": [user_id], "assistant": [assistant_id]} if self.is_chat else {}
         if self.template is not None:
-            self.heads = {"assistant": self.encode(self.template["assistant"].partition("{text}")[0])}
+            self.heads = {"assistant": self.encode(self.template["assistant"].partition("{text}")[0])[0]}
 
     def turn(self, role: str, text: str, is_trained: bool = False) -> Turn:
-        return Turn(role, self.heads.get(role, []), self.encode(self._fill(role, text)), text, is_trained)
+        ids, has_control_pieces = self.encode(text if self.template is None else self._fill(role, text))
+        return Turn(role, self.heads.get(role, []), ids, text, is_trained, has_control_pieces)
 
     def _fill(self, role: str, text: str) -> str:
         """模板里的一条消息；回答之前的文字在 head 里，另行编码：生成时提示词就到那里为止。"""
-        if self.template is None:
-            return text
         if not self.template.get(role):
             raise ValueError(f"--prompt_format 的模板没有 {role}，却有 {role} 的消息，请在模板文件里补上")
         before, _, after = self.template[role].partition("{text}")
@@ -74,7 +74,7 @@ class _Layout:
         low, high = 0, len(turn.text)
         while low < high:
             middle = (low + high + 1) // 2
-            fits = len(self.encode(self._fill(turn.role, turn.text[:middle]))) <= size
+            fits = len(self.encode(self._fill(turn.role, turn.text[:middle]))[0]) <= size
             low, high = (middle, high) if fits else (low, middle - 1)
         return self.turn(turn.role, turn.text[:low], turn.is_trained)._replace(is_cut=True)
 
@@ -164,6 +164,7 @@ def encode_sample(
     trained = sample.trained or [role == "assistant" for role, _ in sample.messages]
     *context, answer = [layout.turn(*message, flag) for message, flag in zip(sample.messages, trained, strict=True)]
     assert answer.role == "assistant", "训练样本的最后一条必须是回答，由 data/samples 保证"
+    has_control_pieces = answer.has_control_pieces or any(turn.has_control_pieces for turn in context)
     if layout.is_chat:
         _reject_system(context, family)
     context, src_truncated = _fit_turns(context, max_src_len, layout)
@@ -181,7 +182,7 @@ def encode_sample(
         num_src_tokens=num_src_tokens,
         src_truncated=src_truncated,
         tgt_truncated=len(target) > budget,
-        has_control_pieces=any(tokenizer.find_control_pieces(text) for _, text in sample.messages),
+        has_control_pieces=has_control_pieces,
         line=sample.line,
     )
 
@@ -301,6 +302,11 @@ class Prompting(NamedTuple):
     user_token_id: int
     assistant_token_id: int
     template: dict[str, str] | None = None  # prompt_format 为 template 时的模板，见 read_template
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """模板规定的停止文字。"""
+        return (self.template["stop"],) if self.template and "stop" in self.template else ()
 
 
 def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prompting:

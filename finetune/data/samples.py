@@ -224,17 +224,16 @@ class _Draft:
     document = ""
     field = ""  # 回答在哪个字段里
     unused: tuple[str, ...] = ()
-
+    errors: tuple[RowError, ...] = ()
     has_escapes = True  # 这一行有 \\u 的转义，文字里可能有不成对的代理字符
 
     def __init__(self, is_predict: bool, options: RowOptions):
         self.is_predict, self.options = is_predict, options
         self.messages: list[Message] = []
         self.flags: dict[int, bool] = {}  # 写明了 loss 或 weight 的消息
-        self.errors: list[RowError] = []
 
     def fail(self, field: str, what: str, remedy: str) -> None:
-        self.errors.append(RowError(field, what, remedy))
+        self.errors += (RowError(field, what, remedy),)
 
     def text(self, field: str, value: Any) -> str:
         """value 应是能写成 UTF-8 的字符串；null 与 [] 等于没有，是空字符串。不是的记下错误，返回值不用。"""
@@ -283,7 +282,8 @@ def _is_absent(value: Any) -> bool:
 
 def _recognise(fields: dict[str, Any], draft: _Draft) -> tuple[Format, tuple[str, ...]]:
     """这一行是哪种写法，与不认识的字段；别的写法的、认识而用不上的字段记为错误。"""
-    present = tuple([name for name, value in fields.items() if value is not None and value != "" and value != []])
+    # 不空的多半是真值，先看它：这里每一行都要走
+    present = tuple([name for name, value in fields.items() if value or not _is_absent(value)])
     kind, foreign, unused, unknown = _sort_fields(present)
     if kind is None:
         kind = _sort_fields(tuple(fields))[0] or _INSTRUCTION

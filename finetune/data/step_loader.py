@@ -23,7 +23,9 @@ class StepLoader:
     """按优化步产出本 rank 的 micro batch；这一步计算时，下一步已在后台线程里备好。
 
     一步含 batch_size × gradient_accumulation_steps × world_size 个样本，装箱与否都一样。
-    次序只由 seed、epoch 与步数决定，从中间续训不必重放前面的步；seed=None 按文件次序（评估）。
+    with_offsets：并排的 micro batch 带着各样本的位置 document_offsets（--cache_frozen 用）。
+    次序只由 seed、epoch 与步数决定，从中间续训不必重放前面的步。
+    seed=None（评估）按 order 的次序，没有 order 时按文件的。
     有 CUDA 时张量放在锁页内存里，便于异步拷贝。
     """
 
@@ -39,15 +41,20 @@ class StepLoader:
         rank: int = 0,
         pad_token_id: int = 0,
         packing: bool = True,
+        with_offsets: bool = False,
+        order: Sequence[int] | None = None,
     ):
         self.dataset, self.seed, self.packing, self.pad_token_id = dataset, seed, packing, pad_token_id
         self.world_size, self.rank, self.batch_size, self.max_len = world_size, rank, batch_size, max_len
+        self.with_offsets = with_offsets
         self.global_batch_size = batch_size * gradient_accumulation_steps * world_size
-        self.steps_per_epoch = -(-len(dataset) // self.global_batch_size)
+        self.order = range(len(dataset)) if order is None else order
+        self.steps_per_epoch = -(-len(self.order) // self.global_batch_size)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """从第 start_step 步（从 0 起）起，依次产出第 epoch 个 epoch 的各步。"""
-        steps = epoch_steps(len(self.dataset), self.global_batch_size, self.seed, epoch)[start_step:]
+        places = epoch_steps(len(self.order), self.global_batch_size, self.seed, epoch)[start_step:]
+        steps = [[self.order[place] for place in step] for step in places]
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader") as background:
             coming = background.submit(self.prepare, steps[0]) if steps else None
             for following in [*steps[1:], None]:
@@ -64,7 +71,7 @@ class StepLoader:
             self.rank
         ]
         micro_batches = [collate([self.dataset[i] for i in micro], self.pad_token_id, self.packing) for micro in dealt]
-        if self.packing:
+        if self.with_offsets:
             for batch, micro in zip(micro_batches, dealt, strict=True):
                 batch["document_offsets"] = [int(self.dataset.offsets[i]) for i in micro]
         micro_batches = [

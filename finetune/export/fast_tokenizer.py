@@ -1,5 +1,6 @@
 """由 sentencepiece 的 BPE 模型造出编号完全相同的快速分词器（tokenizer.json）与对话模板，供不认识本项目的工具加载。"""
 
+import json
 import re
 from pathlib import Path
 
@@ -154,6 +155,8 @@ def role_pieces(tokenizer: BaichuanTokenizer, prompting: Prompting) -> dict[str,
 
 def chat_template(tokenizer: BaichuanTokenizer, prompting: Prompting) -> str:
     """Jinja 对话模板，与 encode_prompt 的拼法相同，不加 bos。"""
+    if prompting.template is not None:
+        return own_template(prompting.template)
     template = PLAIN_TEMPLATE
     roles = role_pieces(tokenizer, prompting)
     if roles:
@@ -161,6 +164,24 @@ def chat_template(tokenizer: BaichuanTokenizer, prompting: Prompting) -> str:
     for role, piece in roles.items():
         template = template.replace(role.upper(), piece)
     return "".join(line.strip() for line in template.splitlines())
+
+
+def own_template(template: dict[str, str]) -> str:
+    """--prompt_format 文件.json 的模板写成 Jinja；同 plain，写不出历史回答之后的 eos。"""
+
+    def filled(role: str) -> str:
+        if role not in template:
+            return f"{{{{ raise_exception('这个模型的提示格式没有 {role}') }}}}"
+        before, _, after = template[role].partition("{text}")
+        return f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(after)} }}}}"
+
+    ending = json.dumps(template["assistant"].partition("{text}")[0])
+    return (
+        "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+        "{{ raise_exception('这个模型按单轮的格式训练，不支持带历史回答的对话') }}"
+        f"{{%- elif message['role'] == 'system' -%}}{filled('system')}{{%- else -%}}{filled('user')}{{%- endif -%}}"
+        f"{{%- endfor -%}}{{%- if add_generation_prompt -%}}{{{{ {ending} }}}}{{%- endif -%}}"
+    )
 
 
 def write_fast_tokenizer(tokenizer: BaichuanTokenizer, prompting: Prompting, directory: Path, max_length: int):

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from finetune.checkpoint.adapter import ADAPTER_CONFIG, PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
-from finetune.checkpoint.inspection import Checkpoint, check_directory, inspect_checkpoint
-from finetune.checkpoint.output_dir import RUN_CONFIG, TEMPORARY_PREFIX
+from finetune.checkpoint.adapter import PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
+from finetune.checkpoint.inspection import Checkpoint, inspect_checkpoint
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, TEMPORARY_PREFIX, choose_checkpoint
 from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, weight_files
 from finetune.process.precision import NAMED_DTYPES
 from utils import read_json, write_json
@@ -133,8 +133,7 @@ def open_checkpoint(path: str | Path, base_model_path: str | Path | None) -> Che
     Raises:
         ValueError: 目录不对、基座找不到或被换过；或是 P-Tuning 等不能合并的适配器，说明原因与办法。
     """
-    path = Path(path)
-    check_directory(path)
+    path = choose_checkpoint(path)
     if (path / ADAPTER_CONFIG).is_file():
         peft_type = read_json(path / ADAPTER_CONFIG).get("peft_type")
         if peft_type in ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING"):

@@ -1,10 +1,13 @@
 """生成、评分与服务的参数。"""
 
+import importlib.util
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
-from finetune.options import flag
-from finetune.process.precision import PRECISIONS
+from finetune.options import PRECISIONS, flag
+
+# 采样时没有写的取这些
+SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 
 DEFAULT_ADDRESS = "127.0.0.1:8000"
 
@@ -57,8 +60,15 @@ class GenerationOptions:
     )
     label_scores: list[str] | None = flag(
         None,
-        "分类：各标签的得分，即模型恰好回答这个标签（连同 eos）的对数概率（nat，不除以长度），"
+        "分类：不生成，预测就是得分最高的标签；写出各标签的得分，即"
+        "模型恰好回答这个标签（连同 eos）的对数概率（nat，不除以长度），"
         "以及在各标签之间归一化的概率；不写标签时取文件里 output 出现过的全部（缺省不算）",
         nargs="*",
         metavar="标签",
     )
+
+
+def check_installed() -> None:
+    """没有安装 uvicorn、starlette 时抛 ValueError，写明安装命令。"""
+    if not all(importlib.util.find_spec(name) for name in ("uvicorn", "starlette")):
+        raise ValueError("--serve 需要 uvicorn 与 starlette，请运行 pip install uvicorn starlette")

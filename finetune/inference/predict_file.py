@@ -141,6 +141,7 @@ def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.de
         "--do_sample": args.do_sample,
         "--precision": str(prediction_dtype(args.precision, device)).removeprefix("torch."),
         "--metric nll": args.metric == "nll",
+        **({"预测": "得分最高的标签"} if args.label_scores else {}),
         "检查点": "、".join(str(checkpoint.path.resolve()) for checkpoint in checkpoints),
         "权重的摘要": "-".join(weights_fingerprint(checkpoint) for checkpoint in checkpoints),
         "提示词的摘要": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],

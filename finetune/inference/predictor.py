@@ -10,7 +10,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
-from finetune.checkpoint.quantized import quantization_of
+from finetune.checkpoint.options import quantization_of
 from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens, prompting_reason
 from finetune.data.samples import Sample
 from finetune.inference.generation import (
@@ -22,13 +22,12 @@ from finetune.inference.generation import (
     plan_batches,
     target_nll,
 )
-from finetune.inference.options import GenerationOptions
+from finetune.inference.options import SAMPLING_DEFAULTS, GenerationOptions
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 from finetune.terminal import note
 
 # 对话里不用任何适配器的名字
 NO_ADAPTER = "无"
-SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 Record = dict[str, Any]
 
 
@@ -115,8 +114,7 @@ class Predictor:
     @property
     def stops(self) -> list[str]:
         """出现任一就停的文字：--stop 的，与模板的 stop。"""
-        template = self.checkpoint.prompting.template or {}
-        return [*(self.args.stop or ()), *([template["stop"]] if template.get("stop") else [])]
+        return [*(self.args.stop or ()), *self.checkpoint.prompting.stops]
 
     # ---- 文字 ↔ id ----
 
@@ -172,17 +170,28 @@ class Predictor:
             yield batch, self.predict_batch([rows[index] for index in batch], [prompts[index] for index in batch])
 
     def predict_batch(self, rows: list[Sample], prompts: list[list[int]]) -> list[Record]:
-        """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。"""
+        """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。
+
+        要求 label_scores 时不生成，prediction 是得分最高的标签。
+        """
+        if self.args.label_scores:
+            records = [
+                {"prediction": next(iter(scores)), "is_cut": False, "label_scores": scores}
+                for scores in self.label_scores(prompts)
+            ]
+        else:
+            records = self.generated_records(prompts)
+        if self.args.metric == "nll":
+            for record, row in zip(records, rows, strict=True):
+                record["nll"] = self.reference_nll(row)
+        return records
+
+    def generated_records(self, prompts: list[list[int]]) -> list[Record]:
+        """生成的记录：prediction，is_cut。"""
         records = []
         for ids in self.generate_batch(prompts):
             text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)
             records.append({"prediction": text, "is_cut": len(ids) >= self.args.max_new_tokens and not is_stopped})
-        if self.args.label_scores:
-            for record, scores in zip(records, self.label_scores(prompts), strict=True):
-                record["label_scores"] = scores
-        if self.args.metric == "nll":
-            for record, row in zip(records, rows, strict=True):
-                record["nll"] = self.reference_nll(row)
         return records
 
     def predict(self, rows: list[Sample], prompts: list[list[int]], title: str = "预测") -> list[Record]:

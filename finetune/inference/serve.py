@@ -30,15 +30,6 @@ BODY_SECONDS = 30
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def check_installed() -> None:
-    """没有安装 uvicorn、starlette 时抛 ValueError，写明安装命令。"""
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--serve 需要 uvicorn 与 starlette，请运行 pip install uvicorn starlette") from error
-
-
 def bind(address: str) -> socket.socket:
     """占住 HOST:PORT（只写 PORT 是本机的 127.0.0.1，端口 0 由系统选）；写法不对或占不了时抛 ValueError。"""
     host, _, port = address.rpartition(":")
@@ -263,7 +254,10 @@ class Service:
         def send(chunk: Chunk) -> None:
             loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
-        job = Job(self.names[request.model], prompt, max_new_tokens, send, **request.options)
+        adapter = self.names[request.model]
+        checkpoint = self.predictor.base if adapter is None else self.predictor.adapters[adapter]
+        job = Job(adapter, prompt, max_new_tokens, send, **request.options)
+        job.stops += checkpoint.prompting.stops
         try:
             self.batcher.submit(job)
         except QueueFull:

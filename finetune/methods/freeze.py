@@ -11,7 +11,9 @@ class FreezeOptions:
     """只属于 freeze 的参数。"""
 
     freeze_module_name: str | None = flag(
-        None, 'freeze：要训练的参数名片段，逗号分隔，如 "layers.31.,layers.30."（缺省没有，必须给出）'
+        None,
+        'freeze：要训练的参数名片段，逗号或空格分隔，如 "layers.31.,layers.30."（缺省没有，必须给出）',
+        is_list=True,
     )
     cache_frozen: str = flag(
         "none",

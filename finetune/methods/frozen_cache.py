@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from baichuan import BaichuanForCausalLM
 from finetune.methods.registry import base_model_of
 from finetune.process.stale_files import SHM_DIRECTORY
 from utils import file_sha256, log_rank_0, raise_together
@@ -32,6 +33,8 @@ class FrozenCache:
         self, path: Path, num_layers: int, num_tokens: int, hidden_size: int, dtype: torch.dtype, needs_agreement: bool
     ):
         self.path, self.num_layers, self.needs_agreement = path, num_layers, needs_agreement
+        self.cached: Tensor | None = None  # 这一次前向的底层输出；None：要算
+        self._missing: tuple | None = None  # 这一次前向要存下的样本
         error = None
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             try:
@@ -49,14 +52,39 @@ class FrozenCache:
         """缓存的大小，字节。"""
         return self._states.nbytes
 
-    def read(self, offsets: list[int], lengths: list[int], parents: list[int], like: Tensor) -> Tensor | None:
-        """并排样本的底层输出 [1, T, H]，放在 like 的设备上；有样本还没算过则为 None。
+    def attach(self, model: BaichuanForCausalLM):
+        """接到模型上：训练时带着 document_offsets 的一次前向，算过的样本跳过底层，没算过的存下来。"""
+        model.model.layers = _CachedLayers(self, model.model.layers)
+        model.model.layers[self.num_layers].register_forward_pre_hook(self._hand_over)
+        model.register_forward_pre_hook(self._look_up, with_kwargs=True)
+
+    def _look_up(self, model: BaichuanForCausalLM, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        offsets = kwargs.pop("document_offsets", None)
+        self.cached = self._missing = None
+        if offsets is not None and model.training:
+            lengths = kwargs["document_lengths"]
+            documents = offsets, lengths, kwargs.get("document_parents") or [-1] * len(lengths)
+            self.cached = self.read(*documents, model.device)
+            self._missing = documents if self.cached is None else None
+        return args, kwargs
+
+    def _hand_over(self, layer: nn.Module, args: tuple) -> tuple | None:
+        """第一个可训练的层之前：换成存着的底层输出，或把刚算的存下来（重算时不再存）。"""
+        if self.cached is not None:
+            return (self.cached, *args[1:])
+        if self._missing is not None:
+            documents, self._missing = self._missing, None
+            self.write(*documents, args[0])
+        return None
+
+    def read(self, offsets: list[int], lengths: list[int], parents: list[int], device: torch.device) -> Tensor | None:
+        """并排样本的底层输出 [1, T, H]，放在 device 上；有样本还没算过则为 None。
 
         offsets 是各样本的位置；lengths、parents 是各段的（见 BaichuanModel.forward），父段在前，各样本自己的在后。
         """
         has_all = all(bool(self._filled[offset]) for offset in offsets)
         if self.needs_agreement and dist.is_initialized():
-            flag = torch.tensor([float(has_all)], device=like.device)
+            flag = torch.tensor([float(has_all)], device=device)
             dist.all_reduce(flag, op=dist.ReduceOp.MIN)
             has_all = bool(flag.item())
         if not has_all:
@@ -68,7 +96,7 @@ class FrozenCache:
             if parent >= 0:
                 pieces[parent] = self._states[offset:begin]
         states = torch.cat([pieces[segment] for segment in sorted(pieces)])
-        return states[None].to(like.device, non_blocking=True)
+        return states[None].to(device, non_blocking=True)
 
     def write(self, offsets: list[int], lengths: list[int], parents: list[int], hidden_states: Tensor):
         """存下并排样本的底层输出 [1, T, H]，共用的开头在各样本里都存一份；没有样本（占位的 micro batch）时不存。"""
@@ -90,6 +118,26 @@ class FrozenCache:
         """删去缓存文件。"""
         for path in (self.path, Path(f"{self.path}.filled")):
             path.unlink(missing_ok=True)
+
+
+class _CachedLayers(nn.ModuleList):
+    """BaichuanModel 的各层；有存着的底层输出时，底层换成直通，不经过模块的调用（ZeRO-3 也就不必聚集它们）。"""
+
+    def __init__(self, cache: FrozenCache, layers: nn.ModuleList):
+        super().__init__(layers)
+        self.cache = cache
+
+    def __iter__(self):
+        skipped = 0 if self.cache.cached is None else self.cache.num_layers
+        return iter([_pass_through] * skipped + list(self._modules.values())[skipped:])
+
+
+class _PassThrough(nn.Module):
+    def forward(self, hidden_states: Tensor, *_) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
+_pass_through = _PassThrough()
 
 
 def check_space(directory: Path, num_bytes: int):
@@ -142,5 +190,5 @@ def open_frozen_cache(cache_frozen: str, output_dir: Path, engine, train_set) ->
         needs_agreement=engine.zero_optimization_stage() == 3,
     )
     log_rank_0(f"冻结的底层 {cache.num_layers} 层：输出缓存在 {directory}，共 {cache.num_bytes / 2**30:.2f} GiB")
-    model.model.frozen_cache = cache
+    cache.attach(model)
     return cache

@@ -13,7 +13,7 @@ class LoraOptions:
     lora_dim: int = flag(8, "lora：秩", check=at_least(1))
     lora_alpha: int = flag(30, "lora：缩放系数的分子，实际缩放为 alpha / dim", check=at_least(1))
     lora_dropout: float = flag(0.1, "lora：dropout 概率，[0, 1)", check=share)
-    lora_module_name: str = flag("W_pack", "lora：套在哪些线性层上，逗号分隔；all-linear 为全部")
+    lora_module_name: str = flag("W_pack", "lora：套在哪些线性层上，逗号或空格分隔；all-linear 为全部", is_list=True)
     load_in_4bit: bool = flag(False, "lora：基座量化成 4 位（nf4，QLoRA），要 bitsandbytes（缺省不量化）")
     load_in_8bit: bool = flag(False, "lora：基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")
 

@@ -11,7 +11,7 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
 from baichuan.packed_attention_cpu import MAX_SAVED_SCORES, query_blocks
-from finetune.checkpoint.quantized import quantization_of
+from finetune.checkpoint.options import quantization_of
 from finetune.cli.train_flags import TrainOptions
 from finetune.methods.registry import TRAIN_METHODS, num_elements
 from finetune.planning.flops import Shape

@@ -1,5 +1,6 @@
 """本机的加速卡（NVIDIA、昇腾、AMD、Intel 等），一律经 DeepSpeed 的 get_accelerator() 询问；没有时用 CPU。"""
 
+import os
 import resource
 
 import torch
@@ -7,6 +8,8 @@ import torch
 
 def get_accelerator():
     """DeepSpeed 的加速卡接口；用到时才导入 DeepSpeed：只用 CPU 的预测不必等它。"""
+    if torch.accelerator.current_accelerator() is None:  # 不写明时 DeepSpeed 往标准输出打一行「没有找到」
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed import accelerator
 
     return accelerator.get_accelerator()

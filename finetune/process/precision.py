@@ -7,8 +7,6 @@ import torch
 
 from finetune.process.accelerator import card_name, computes_bf16, has_accelerator
 
-PRECISIONS = ("auto", "bf16", "fp16", "fp32")
-
 
 @functools.cache
 def cpu_bf16_speedup() -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from finetune.data.packing import whole_samples
 from finetune.data.prompting import IGNORE_INDEX
 from finetune.data.step_loader import StepBatch
+from finetune.training.options import spike_choice
 from utils import global_rank, log_rank_0, raise_together, world_size, write_json
 
 # output_dir 里放坏的一批数据的目录
@@ -83,24 +84,6 @@ class LossSpike:
     def state(self) -> dict:
         """续训所需。"""
         return {"num_steps": self.num_steps, "mean": self.mean}
-
-
-def spike_choice(value: str) -> tuple[float, bool]:
-    """--loss_spike_factor 的取值「3」或「3,stop」→ (倍数, 是否停下)。
-
-    Raises:
-        ValueError: 倍数不是 0 或大于 1 的有限数，或逗号之后不是 stop。
-    """
-    number, comma, action = value.partition(",")
-    try:
-        factor = float(number)
-    except ValueError:
-        factor = math.nan
-    if not (factor == 0 or 1 < factor < math.inf) or (comma and (action != "stop" or factor == 0)):
-        raise ValueError(
-            f"--loss_spike_factor {value!r} 应为 0（不看）、大于 1 的数（如 3），或后面加上 ,stop（如 3,stop）"
-        )
-    return factor, bool(comma)
 
 
 class NumberWatch:

@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from finetune.process.accelerator import accelerator_name
 from finetune.training.ds_config_check import ds_config_problems
 from utils import log_rank_0, read_json
 
@@ -56,6 +55,8 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 def has_cpp_compiler() -> bool:
     """有没有编译器：DeepSpeed 自带的 Adam 要在首次使用时编译，在 GPU 上还要 CUDA 工具包（nvcc）。"""
+    from finetune.process.accelerator import accelerator_name
+
     compiler = os.environ.get("CXX") or "g++"
     has_host_compiler = any(shutil.which(name) for name in (compiler, "c++", "clang++"))
     if accelerator_name() != "cuda":

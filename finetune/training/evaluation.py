@@ -1,6 +1,7 @@
 """训练中的评估：何时评、评什么、最好的是哪一步、何时停；不改动任何参数、随机状态与训练曲线。"""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from finetune.checkpoint.output_dir import BEST_FILE
 from finetune.data.options import DataOptions
 from finetune.data.prompting import Prompting, encode_prompt
 from finetune.data.samples import read_samples, row_options
@@ -15,18 +17,16 @@ from finetune.data.step_loader import StepLoader, batch_to_device
 from finetune.inference.generation import generate_batch, make_generation_config, plan_batches
 from finetune.metrics.registry import LOWER_IS_BETTER, METRICS
 from finetune.process.random_state import random_state, set_random_state
+from finetune.terminal import long_job
 from finetune.training.log import TrainLog
 from finetune.training.options import EvaluationOptions
 from utils import broadcast_from_rank_0, global_rank, log_rank_0, world_size, write_json
-
-BEST_FILE = "best.json"
 
 
 class Evaluation:
     """--eval_path 或 --val_ratio 的评估；两者都没有时 is_due() 总是假。
 
     Args:
-        batch_size: 每批的行数。
         data_set: 评估的数据；没有则为 None。
         sha256: 它的文件的哈希；换了数据或指标，以前的分数不可比，从头算最好的。
         state: 续训时 state() 存下的；从头开始为 None。
@@ -36,16 +36,18 @@ class Evaluation:
         self,
         options: EvaluationOptions,
         data: DataOptions,
-        batch_size: int,
         data_set,
         tokenizer,
         prompting: Prompting,
         sha256: str | None,
         state: dict | None = None,
     ):
-        self.options, self.data, self.batch_size = options, data, batch_size
+        self.options, self.data = options, data
         self.data_set, self.tokenizer = data_set, tokenizer
+        self.rows = [] if data_set is None else spread(len(data_set), options.max_eval_samples)
+        self.seconds = 0.0  # 至今评估用去的时间
         self._identity = [options.eval_metric, options.eval_max_new_tokens, sha256]
+        self._identity += [options.max_eval_samples] if options.max_eval_samples else []
         state = state or {"identity": self._identity, "best": None, "num_worse": 0, "is_owed": False}
         is_same = state["identity"] == self._identity
         self.best: dict | None = state["best"] if is_same else None  # best.json 的内容
@@ -55,8 +57,8 @@ class Evaluation:
         if data_set is not None and options.eval_metric != "nll":
             how = row_options(vars(data))
             files = {path: read_samples(path, "predict", options=how) for path in dict.fromkeys(data_set.paths)}
-            for path, number in zip(data_set.paths, data_set.rows.tolist(), strict=True):
-                row = files[path][number]
+            for index in self.rows:
+                row = files[data_set.paths[index]][int(data_set.rows[index])]
                 limits = {"max_src_len": data.max_src_len, **prompting._asdict()}
                 self._prompts.append(encode_prompt(tokenizer, row.messages, **limits))
                 self._references.append(row.references)
@@ -85,7 +87,10 @@ class Evaluation:
         """
         step, metric = engine.global_steps, self.options.eval_metric
         self.is_owed = True
+        began = time.perf_counter()
         scores = self._scores(engine, should_stop)
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
         if scores is None:
             log_rank_0(f"评估 {self.data_set.path}：被打断，续训时补上")
             return False
@@ -97,7 +102,7 @@ class Evaluation:
             self.best, self.num_worse = {"checkpoint": checkpoint, "step": step, **found}, 0
         else:
             self.num_worse += 1
-        self._print(step, scores, is_better)
+        self._print(step, scores, is_better, seconds)
         return is_better
 
     def _is_better(self, found: dict) -> bool:
@@ -108,12 +113,13 @@ class Evaluation:
             return self.best is None or found["nll"] < self.best["nll"]
         return (found["score"] < self.best["score"]) is (self.options.eval_metric in LOWER_IS_BETTER)
 
-    def _print(self, step: int, scores: dict[str, float], is_better: bool):
+    def _print(self, step: int, scores: dict[str, float], is_better: bool, seconds: float):
         metric = self.options.eval_metric
         text = f"评估 {self.data_set.path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
         if metric != "nll":
             interval = f"[{scores[f'{metric}_ci_low']:.4f}, {scores[f'{metric}_ci_high']:.4f}]"
             text += f"，{metric} {scores[metric]:.4f}，95% 区间 {interval}"
+        text += f"；{len(self.rows)} 行，{seconds:.1f} 秒"
         best = "" if self.best is None else f"（最好的是第 {self.best['step']} 步：{self.best['score']:.4f}）"
         log_rank_0(text + ("，至今最好" if is_better else best))
         if self.has_stopped:
@@ -122,13 +128,14 @@ class Evaluation:
     def _scores(self, engine, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """{指标: 分数}，总有 nll；生成的指标另有区间。放弃时为 None。"""
         metric, data, pad_token_id = self.options.eval_metric, self.data, self.tokenizer.pad_token_id
+        batch_size = self.options.eval_batch_size
         nll = evaluate_nll(
-            engine, self.data_set, self.batch_size, data.max_len, pad_token_id, data.packing, should_stop
+            engine, self.data_set, batch_size, data.max_len, pad_token_id, data.packing, should_stop, self.rows
         )
         if nll is None or metric == "nll":
             return None if nll is None else {"nll": nll}
         generated = generate_on_all_ranks(
-            engine, self._prompts, self.options.eval_max_new_tokens, self.batch_size, should_stop
+            engine, self._prompts, self.options.eval_max_new_tokens, batch_size, should_stop
         )
         if generated is None:
             return None
@@ -148,6 +155,12 @@ class Evaluation:
             write_json(path, self.best)
         else:
             path.unlink(missing_ok=True)
+
+
+def spread(num_rows: int, limit: int | None) -> list[int]:
+    """均匀隔开的至多 limit 行（None 为全部）的下标，从小到大。"""
+    num_kept = min(num_rows, limit or num_rows)
+    return [index * num_rows // num_kept for index in range(num_kept)]
 
 
 @contextmanager
@@ -171,15 +184,18 @@ def evaluate_nll(
     pad_token_id: int,
     packing: bool,
     should_stop: Callable[[], bool] = lambda: False,
+    rows: Sequence[int] | None = None,
 ) -> float | None:
-    """整份数据各目标 token 的平均负对数似然（nats）；行分给各进程，每行恰好算一次。集合操作。
+    """各目标 token 的平均负对数似然（nats）；行分给各进程，每行恰好算一次，长的先算。集合操作。
 
     Args:
         engine: DeepSpeed 引擎。
         dataset: BaichuanDataSet。
         should_stop: 见 Evaluation.run；放弃时返回 None。
+        rows: 只算这些行；缺省全部。
         其余: 与训练相同。
     """
+    rows = range(len(dataset)) if rows is None else rows
     loader = StepLoader(
         dataset,
         batch_size=batch_size,
@@ -187,11 +203,12 @@ def evaluate_nll(
         seed=None,
         pad_token_id=pad_token_id,
         packing=packing,
+        order=sorted(rows, key=lambda row: -dataset.lengths[row]),
         world_size=world_size(),
         rank=global_rank(),
     )
     total = torch.zeros(2, dtype=torch.float64, device=engine.device)  # 损失之和、目标数（各进程相同）
-    with evaluating(engine):
+    with evaluating(engine), long_job("评估：损失", len(rows), "行") as progress:
         for step in loader.epoch(0):
             if should_stop():
                 return None
@@ -199,6 +216,7 @@ def evaluate_nll(
                 batch = batch_to_device(batch, engine.device)
                 total[0] += engine(**batch, num_items_in_batch=1, use_cache=False, return_logits=False).loss
             total[1] += step.num_target_tokens
+            progress.update(min(loader.global_batch_size, len(rows) - progress.done))
     loss_sum = total[:1].clone()
     if dist.is_initialized():
         dist.all_reduce(loss_sum)
@@ -220,7 +238,7 @@ def generate_on_all_ranks(
     synced_gpus = engine.zero_optimization_stage() == 3 and world_size() > 1
     batches = plan_batches(prompts, batch_size)
     mine: dict[int, list[int]] = {}
-    with evaluating(engine):
+    with evaluating(engine), long_job("评估：生成", len(prompts), "行") as progress:
         for first in range(0, len(batches), world_size()):
             if should_stop():
                 return None
@@ -228,6 +246,7 @@ def generate_on_all_ranks(
             batch = batches[min(first + global_rank(), len(batches) - 1)]
             ids = generate_batch(engine.module, [prompts[i] for i in batch], config, synced_gpus=synced_gpus)
             mine |= dict(zip(batch, ids, strict=True))
+            progress.update(sum(len(done) for done in batches[first : first + world_size()]))
     everyone: list[dict] = [mine]
     if dist.is_initialized():
         everyone = [{}] * world_size()

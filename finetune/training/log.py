@@ -83,6 +83,7 @@ class TrainLog:
         self._num_targets, self._num_tokens = state["targets"], state["tokens"]
         self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
         self._started = self._window_started = time.perf_counter()
+        self._paused = self._started
         self._progress = self._writers = None
         self.error: OSError | None = None
         if global_rank() == 0:
@@ -173,11 +174,15 @@ class TrainLog:
 
     def pause(self):
         """评估与保存之前调用：此后的时间不计入 tokens_per_second。"""
-        self._seconds += time.perf_counter() - self._window_started
+        self._paused = time.perf_counter()
+        self._seconds += self._paused - self._window_started
 
     def resume(self):
         """评估与保存之后调用。"""
         self._window_started = time.perf_counter()
+        if self._progress is not None and not self._progress.disable:  # 剩余时间只按训练的步推算
+            self._progress.start_t += self._window_started - self._paused
+            self._progress.last_print_t += self._window_started - self._paused
 
     def close(self) -> OSError | None:
         """画 loss.png，关闭文件；返回写不下的错误。"""
@@ -238,23 +243,35 @@ def cut_log(path: Path, last_step: int, drops_evaluation: bool = False):
 
 
 def draw_loss(log_path: Path):
-    """把 train_log.jsonl 的损失曲线画成同目录下的 loss.png。"""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    """把 train_log.jsonl 画成同目录下的 loss.png：上面是训练与评估的损失，有别的指标时下面再画它。"""
+    from finetune.comparison.plots import set_up
 
     records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
-    train = [(record["step"], record["loss"]) for record in records if "loss" in record]
-    evaluated = [(record["step"], record["eval/nll"]) for record in records if "eval/nll" in record]
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    axes.plot(*zip(*train, strict=True), label="train/loss", color="#1f77b4", linewidth=1.6, marker=".", markersize=5)
-    if evaluated:
-        axes.plot(
-            *zip(*evaluated, strict=True), label="eval/nll", color="#d62728", linewidth=1.6, marker="o", markersize=5
+
+    def curve(key: str) -> tuple[list, list]:
+        found = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    names = {key.removeprefix("eval/") for record in records for key in record if key.startswith("eval/")}
+    metrics = sorted(name for name in names if name != "nll" and not name.endswith(("_ci_low", "_ci_high")))
+    pyplot = set_up()
+    figure, panels = pyplot.subplots(
+        1 + len(metrics), figsize=(7, 4.2 + 2.6 * len(metrics)), layout="constrained", sharex=True, squeeze=False
+    )
+    figure.suptitle(f"训练过程：{log_path.resolve().parent.name}")
+    top, *others = panels[:, 0]
+    top.plot(*curve("loss"), label="训练", color="#0072b2", linewidth=1.6, marker=".", markersize=5)
+    if "nll" in names:
+        top.plot(*curve("eval/nll"), label="评估", color="#d55e00", linewidth=1.6, marker="o", markersize=5)
+    top.set_ylabel("每个目标 token 的损失")
+    top.legend(frameon=False)
+    for axes, metric in zip(others, metrics, strict=True):
+        steps, scores = curve(f"eval/{metric}")
+        axes.plot(steps, scores, color="#d55e00", linewidth=1.6, marker="o", markersize=5)
+        axes.fill_between(
+            steps, curve(f"eval/{metric}_ci_low")[1], curve(f"eval/{metric}_ci_high")[1], color="#d55e00", alpha=0.15
         )
-    axes.set(xlabel="global_step", ylabel="loss (nats / target token)")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+        axes.set_ylabel(f"评估：{metric}")
+    panels[-1, 0].set_xlabel("步")
     figure.savefig(log_path.with_name("loss.png"), dpi=150)
     pyplot.close(figure)

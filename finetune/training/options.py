@@ -1,12 +1,12 @@
 """训练过程、日志、评估、遗忘与重放的参数。"""
 
 import importlib.util
+import math
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
-from finetune.options import above_zero, at_least, flag, share
-from finetune.process.precision import PRECISIONS
+from finetune.options import PRECISIONS, above_zero, at_least, flag, share
 
 
 def checkpointing_choice(value: str) -> str:
@@ -80,6 +80,24 @@ def total_steps(steps_per_epoch: int, options: StepOptions) -> int:
     return steps if options.max_steps == -1 else min(steps, options.max_steps)
 
 
+def spike_choice(value: str) -> tuple[float, bool]:
+    """--loss_spike_factor 的取值「3」或「3,stop」→ (倍数, 是否停下)。
+
+    Raises:
+        ValueError: 倍数不是 0 或大于 1 的有限数，或逗号之后不是 stop。
+    """
+    number, comma, action = value.partition(",")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = math.nan
+    if not (factor == 0 or 1 < factor < math.inf) or (comma and (action != "stop" or factor == 0)):
+        raise ValueError(
+            f"--loss_spike_factor {value!r} 应为 0（不看）、大于 1 的数（如 3），或后面加上 ,stop（如 3,stop）"
+        )
+    return factor, bool(comma)
+
+
 @dataclass
 class LogOptions:
     """显示与记录。"""
@@ -116,6 +134,12 @@ class EvaluationOptions:
         changes_training=False,
     )
     eval_max_new_tokens: int = flag(128, "生成的指标：最多生成的 token 数", check=at_least(1), changes_training=False)
+    eval_batch_size: int = flag(
+        16, "评估时每个进程一批的行数，各批按长度排好；显存不够时调小", check=at_least(1), changes_training=False
+    )
+    max_eval_samples: int | None = flag(
+        None, "只用评估数据里均匀隔开的这么多行（缺省全用）", kind=int, check=at_least(1), changes_training=False
+    )
     early_stopping_patience: int = flag(
         0, "连续多少次评估没有更好就停，0 为不停", check=at_least(0, "（0 为不用）"), changes_training=False
     )

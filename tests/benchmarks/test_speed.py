@@ -14,6 +14,7 @@ from benchmarks.speed import work as bench_work
 from benchmarks.speed.peers import neat_pack, pad_collate
 from benchmarks.speed.programs import GROUPS, TARGETS
 from benchmarks.speed.random_weights import fill_baichuan, fill_llama, fill_lora, random_rows
+from finetune.planning.flops import step_flops
 
 SHAPE = bench_work.Shape(layers=4, hidden=8, intermediate=10, heads=2, vocab=50)
 
@@ -33,12 +34,12 @@ SHAPE = bench_work.Shape(layers=4, hidden=8, intermediate=10, heads=2, vocab=50)
     ],
 )
 def test_step_flops(method, trained, cached, expected):
-    assert bench_work.step_flops(SHAPE, [2, 3], 2, method, trained, cached) == expected
+    assert step_flops(SHAPE, [2, 3], 2, method, trained, cached) == expected
 
 
 def test_flops_per_token_of_7b_matches_the_derived_table():
     """Baichuan2-7B，235 token 的样本，20% 目标，LoRA：推导的表是 26.5 GFLOP/token，最后一层只算目标行再少 0.49。"""
-    flops = bench_work.step_flops(bench_work.GPU_SHAPES["7b"], [235], 47, "lora")
+    flops = step_flops(bench_work.GPU_SHAPES["7b"], [235], 47, "lora")
     assert flops / 235 / 1e9 == pytest.approx(26.5 - 0.49, abs=0.1)
 
 
@@ -78,7 +79,7 @@ def test_a_shared_prefix_is_counted_once(tmp_path):
     assert found["repeated"] == [[19, 19]]  # 预测首个目标的那一行各算各的
     assert found["shared_share"] == 38 / 63
     # 19 个 token 一次，每个样本再有两个：与这样的矩阵乘法、成对的注意力相同
-    once, alone = (bench_work.step_flops(SHAPE, [21] * 3, 3, "lora", repeated=r) for r in ([19, 19], []))
+    once, alone = (step_flops(SHAPE, [21] * 3, 3, "lora", repeated=r) for r in ([19, 19], []))
     layer_weights = 4 * SHAPE.hidden**2 + 3 * SHAPE.hidden * SHAPE.intermediate
     after_attention = SHAPE.hidden**2 + 3 * SHAPE.hidden * SHAPE.intermediate
     matmul = 2 * 38 * (2 * SHAPE.layers * layer_weights - 2 * after_attention)

@@ -59,7 +59,7 @@ def engine_of(tiny_checkpoint):
         required = ["--train_path", "-", "--output_dir", "-", "--model_name_or_path", str(path)]
         args = parse_args([*required, "--train_type", method, *flags])
         config = load_config(path)
-        model = build_model(args, config, torch.float32, torch.device("cpu"), None)
+        model = build_model(args, config, "fp32", {})
         torch.manual_seed(3)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -251,8 +251,8 @@ def test_manifest_counts_tensors(saved):
 @pytest.mark.deepspeed
 def test_verify_at_the_command_line(saved):
     def verify(directory: Path):
-        command = [sys.executable, str(ROOT / "checkpoint.py"), "verify", str(directory)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, "-m", "finetune.checkpoint", "verify", str(directory)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
     good = verify(saved)
     assert (good.returncode, good.stdout) == (0, f"{saved}：完整\n")

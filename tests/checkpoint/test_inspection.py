@@ -16,6 +16,7 @@ from finetune.checkpoint.inspection import (
     load_checkpoint_tokenizer,
     weights_fingerprint,
 )
+from finetune.checkpoint.output_dir import choose_checkpoint
 from utils import file_sha256
 
 CPU = torch.device("cpu")
@@ -140,13 +141,25 @@ def test_wrong_directories(adapter, tmp_path):
         inspect_checkpoint(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"run_config\.json 不是目录"):
         inspect_checkpoint(adapter / "run_config.json")
-    with pytest.raises(ValueError, match=r"它是训练的输出目录，请给出其中的检查点，例如 .*epoch-1-step-3"):
-        inspect_checkpoint(adapter.parent)
     with pytest.raises(ValueError, match=r"没有 config\.json，也没有 adapter_config\.json；请给出检查点目录"):
         inspect_checkpoint(tmp_path)
     adapter.rename(adapter.parent / ".tmp-epoch-1-step-3")
     with pytest.raises(ValueError, match="没有写完的检查点"):
         inspect_checkpoint(adapter.parent / ".tmp-epoch-1-step-3")
+
+
+def test_an_output_directory_stands_for_its_best_or_newest_checkpoint(adapter, capsys):
+    output = adapter.parent
+    shutil.copytree(adapter, output / "epoch-2-step-6")
+    assert inspect_checkpoint(output).path == output / "epoch-2-step-6"
+    assert "epoch-2-step-6（最新的一个）" in capsys.readouterr().err
+    best = {"checkpoint": adapter.name, "metric": "label_f1", "score": 0.87}
+    (output / "best.json").write_text(json.dumps(best), encoding="utf-8")
+    assert inspect_checkpoint(output).path == adapter
+    assert f"{adapter.name}（最好的一个：label_f1 0.8700）" in capsys.readouterr().err
+    shutil.rmtree(adapter)  # 记着的已经删去：退回最新的
+    assert choose_checkpoint(output, is_told=False) == output / "epoch-2-step-6"
+    assert capsys.readouterr().err == ""
 
 
 def test_broken_adapter(adapter, tiny_checkpoint):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
+from finetune.data_doctor import check as data_doctor
 from finetune.data_doctor.check import check_files, main
 from finetune.data_doctor.duplicates import TEST_BIT, compare
 from finetune.data_doctor.report import bar, histogram, percentile
@@ -391,3 +392,59 @@ def test_command_line(write):
     assert result.returncode == 2
     assert f"{path}:2: output: 缺少这个字段" in result.stdout
     assert result.stderr == ""
+
+
+# ---- show ----
+
+
+def test_show_prints_the_pieces_and_writes_json(write, base, capsys, tmp_path):
+    rows = [
+        ROW,
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}], "id": 3},
+        {**ROW, "tools": [1]},
+    ]
+    path, out = write(rows), tmp_path / "out.jsonl"
+    code = main(["show", path, "--model_name_or_path", str(base), "--rows", "2-3", "--json", str(out)])
+    printed = capsys.readouterr().out
+    second, third = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert code == 2
+    assert (second["line"], second["format"]) == (2, "messages")
+    assert second["input_ids"][0] == 195
+    assert second["labels"][-1] == second["input_ids"][-1] == 2
+    assert len(second["labels"]) == len(second["input_ids"])
+    assert [warning.endswith("id") for warning in second["warnings"]] == [True]
+    assert (third["line"], third["input_ids"], third["labels"]) == (3, None, None)
+    assert f"{path}:3: tools: " in third["warnings"][0]
+    assert "⟦答" in printed
+    assert "抽取" not in printed
+    assert main(["show", path, "--model_name_or_path", str(base), "--rows", "1"]) == 0
+    assert main(["show", path, "--model_name_or_path", str(base), "--rows", "9"]) == 2
+    with pytest.raises(SystemExit):
+        main(["show", path, "--model_name_or_path", str(base), "--rows", "0"])
+
+
+def test_show_follows_the_flags_that_shape_a_sample(write, base, tmp_path):
+    path, out = write([{**ROW, "tools": [1]}]), tmp_path / "out.jsonl"
+    labels = {}
+    for flags in (["--ignore_fields", "tools"], ["--ignore_fields", "tools", "--train_on_prompt"]):
+        flags = [*flags, "--prompt_format", "plain", "--json", str(out)]
+        assert main(["show", path, "--model_name_or_path", str(base), *flags]) == 0
+        record = json.loads(out.read_text(encoding="utf-8"))
+        labels[len(flags)] = (record["labels"] == record["input_ids"], -100 in record["labels"])
+    assert list(labels.values()) == [(False, True), (True, False)]
+
+
+def test_conversations_in_plain_are_a_counted_warning(write, base):
+    talk = [
+        {"role": "system", "content": "规"},
+        {"role": "user", "content": "问"},
+        {"role": "assistant", "content": "答"},
+    ]
+    path = write([ROW, {"messages": talk}])
+    for prompt_format, counts in (("plain", 1), ("chat", 0)):
+        args = data_doctor.build_parser().parse_args(
+            ["check", path, "--model_name_or_path", str(base), "--prompt_format", prompt_format]
+        )
+        reports, _ = check_files([path], None, data_doctor.load_encoding(args), 20, workers=1)
+        assert reports[0].counts["warning", "plain_turns"] == counts
+        assert reports[0].formats == {"instruction/input/output": 1, "messages": 1}

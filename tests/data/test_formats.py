@@ -250,8 +250,8 @@ class CharTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         return [ord(char) + 1000 for char in text]
 
-    def find_control_pieces(self, text: str) -> list[str]:
-        return []
+    def encode_user_text(self, text: str) -> tuple[list[int], bool]:
+        return self.encode_plain(text), False
 
     def decode(self, ids) -> str:
         return "".join(chr(index - 1000) for index in ids if index >= 1000)

@@ -1,6 +1,8 @@
 """prompting：提示词与标签逐个 id 与官方代码一致；截断规则；训练与预测的 src 相同。"""
 
 import json
+import re
+from argparse import ArgumentTypeError
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,17 @@ from hypothesis import strategies as st
 from recorded_tokenizer import EOS, RECORDED, RecordedTokenizer
 
 from baichuan import BaichuanTokenizer
-from finetune.data.prompting import IGNORE_INDEX, encode_prompt, encode_sample, max_prompt_tokens
+from finetune.data.prompting import (
+    IGNORE_INDEX,
+    Prompting,
+    encode_prompt,
+    encode_sample,
+    max_prompt_tokens,
+    prompt_format_choice,
+    prompting_reason,
+    read_template,
+    requested_prompting,
+)
 from finetune.data.samples import Sample
 
 USER, ASSISTANT = 195, 196
@@ -270,3 +282,95 @@ def test_user_mistakes_are_named(tokenizer):
     with pytest.raises(ValueError, match=r"max_new_tokens\(64\) 必须小于模型的上下文长度\(64\)"):
         max_prompt_tokens(64, 64)
     assert max_prompt_tokens(64, 64, "baichuan") == 32
+
+
+# ---- 自己的模板 ----
+
+TEMPLATE = {"system": "{text}\n", "user": "Human: {text}\nAssistant:", "assistant": " {text}\n", "stop": "Human:"}
+
+
+class LetterTokenizer:
+    """一个字一个 id。"""
+
+    eos_token_id = EOS
+
+    def encode_plain(self, text: str) -> list[int]:
+        return [ord(char) for char in text]
+
+    def encode_user_text(self, text: str) -> tuple[list[int], bool]:
+        return self.encode_plain(text), False
+
+
+def spelled(ids: list[int]) -> str:
+    return "".join("$" if index == EOS else chr(index) for index in ids)
+
+
+def test_a_template_is_plain_text_around_the_messages():
+    messages = [("system", "规"), ("user", "一"), ("assistant", "二"), ("user", "三"), ("assistant", "四")]
+    item = encode_sample(sample_of(*messages), LetterTokenizer(), "template", 99, 90, template=TEMPLATE)
+    assert spelled(item.input_ids) == "规\nHuman: 一\nAssistant: 二\n$Human: 三\nAssistant: 四\n$"
+    targets = [label if label != NO else ord("·") for label in item.labels]
+    assert spelled(targets) == "·" * 22 + "二\n$" + "·" * 20 + "四\n$"
+    prompt = encode_prompt(LetterTokenizer(), messages[:-1], "template", template=TEMPLATE)
+    assert prompt == item.input_ids[: item.num_src_tokens]
+    assert spelled(prompt).endswith("三\nAssistant: ")
+
+
+@pytest.mark.parametrize("limit", range(18, 60))
+def test_truncation_never_cuts_the_words_of_a_template(limit):
+    messages = [
+        ("system", "规矩"),
+        ("user", "一二三"),
+        ("assistant", "四"),
+        ("user", "五六七八九"),
+        ("assistant", "十"),
+    ]
+    if limit < 20:
+        with pytest.raises(ValueError, match="太小，连角色标记都放不下"):
+            encode_sample(sample_of(*messages), LetterTokenizer(), "template", 99, limit, template=TEMPLATE)
+        return
+    item = encode_sample(sample_of(*messages), LetterTokenizer(), "template", 99, limit, template=TEMPLATE)
+    prompt = encode_prompt(LetterTokenizer(), messages[:-1], "template", max_src_len=limit, template=TEMPLATE)
+    text = spelled(prompt)
+    assert prompt == item.input_ids[: item.num_src_tokens]
+    assert len(prompt) <= limit
+    assert text.endswith("\nAssistant: ")
+    assert text.count("Human: ") == text.count("\nAssistant: ") == (2 if limit >= 52 else 1)
+    assert text.startswith("规" if limit > 20 else "\n")
+
+
+def test_a_template_without_system_refuses_a_system_message():
+    template = {name: text for name, text in TEMPLATE.items() if name != "system"}
+    with pytest.raises(ValueError, match="模板没有 system"):
+        encode_prompt(LetterTokenizer(), [("system", "规"), ("user", "一")], "template", template=template)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "实际是 list"),
+        ('{"user": "{text}", "human": "{text}"}', "实际是 user、human"),
+        ('{"user": "{text}"}', "的 assistant 里要恰好有一个 {text}"),
+        ('{"user": "{text}{text}", "assistant": "a"}', "的 user、assistant 里"),
+        ('{"user": 3, "assistant": "{text}"}', "的 user 应为字符串，实际是 3"),
+        ("{", "不是合法的 UTF-8 JSON"),
+    ],
+)
+def test_broken_templates_are_refused(tmp_path, content, message):
+    path = tmp_path / "t.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_template(path)
+    with pytest.raises(ValueError, match="读不了"):
+        read_template(tmp_path / "none.json")
+
+
+def test_the_format_and_its_reason():
+    base = Prompting("plain", "baichuan2", 195, 196)
+    assert "--prompt_format chat" in prompting_reason(base, "auto")
+    assert "user_token_id" in prompting_reason(base._replace(prompt_format="chat"), "auto")
+    assert requested_prompting(base, "auto") is base
+    assert requested_prompting(base._replace(template=TEMPLATE), "chat") == base._replace(prompt_format="chat")
+    assert [prompt_format_choice(value) for value in ("auto", "plain", "x.json")] == ["auto", "plain", "x.json"]
+    with pytest.raises(ArgumentTypeError, match="得到 'alpaca'"):
+        prompt_format_choice("alpaca")

@@ -37,10 +37,10 @@ PROMPTS = [
 
 # 在不能导入本项目的进程里运行：只用 transformers 的 LlamaForCausalLM 与 AutoTokenizer
 LLAMA_PROGRAM = """
-import importlib.util, json, sys
+import json, sys
 import numpy as np, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-assert importlib.util.find_spec("baichuan") is None
+sys.modules["baichuan"] = sys.modules["finetune"] = None  # 装着也导入不了
 torch.set_num_threads(1)
 jobs = json.load(open(sys.argv[1], encoding="utf-8"))
 results = []

@@ -30,5 +30,5 @@ class RecordedTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         return list(RECORDED[text])
 
-    def find_control_pieces(self, text: str) -> list[str]:
-        return []
+    def encode_user_text(self, text: str) -> tuple[list[int], bool]:
+        return self.encode_plain(text), False

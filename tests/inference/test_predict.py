@@ -7,10 +7,12 @@ import torch
 from generating import ROWS, by_hand
 
 import predict
+import utils
 from baichuan import BaichuanForCausalLM
 from finetune.data.prompting import encode_prompt, encode_sample
 from finetune.data.samples import read_samples
 from finetune.inference.generation import generate_batch, make_generation_config
+from finetune.metrics.registry import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +118,7 @@ def test_metric_writes_predictions_metrics_and_a_table(base, test_file, tmp_path
     result = json.loads((tmp_path / "out.metrics.json").read_text(encoding="utf-8"))
     predictions = [json.loads(line)["prediction"] for line in output.read_text(encoding="utf-8").splitlines()]
     references = ["发动机_部件故障_水温高", ["风扇_部件故障_不转", "风扇_性能故障_不转"], "你好！", ""]
-    expected = json.loads(json.dumps(predict.METRICS[metric](predictions, references)))
+    expected = json.loads(json.dumps(METRICS[metric](predictions, references)))
     assert result == {**expected, "model_path": str(base), "test_path": str(test_file)}
     assert capsys.readouterr().out.startswith(f"{metric}（4 行）  ")
 
@@ -265,7 +267,7 @@ def test_a_failed_write_leaves_the_old_result(base, test_file, tmp_path, monkeyp
     def full_disk(*arguments):
         raise OSError(28, "No space left on device", str(output))
 
-    monkeypatch.setattr(predict.os, "replace", full_disk)
+    monkeypatch.setattr(utils.os, "replace", full_disk)
     assert run(*common(base), "--test_path", test_file, "--output_path", output) == 1
     assert "请检查磁盘空间与权限；做完的行留在" in capsys.readouterr().err
     assert output.read_text(encoding="utf-8") == "旧的结果\n"
@@ -283,7 +285,7 @@ def test_every_metric_is_in_the_help(capsys):
     with pytest.raises(SystemExit):
         run("--help")
     text = capsys.readouterr().out
-    assert all(name in text for name in predict.METRICS)
+    assert all(name in text for name in METRICS)
 
 
 def test_generate_batch_accepts_options(base):

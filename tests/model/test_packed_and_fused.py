@@ -162,7 +162,7 @@ def test_frozen_cache_gives_the_same_gradients_without_running_the_layers(tmp_pa
     expected = trained_grads(model)
     offsets = [0, *torch.tensor(LENGTHS).cumsum(0)[:-1].tolist()]
     cache = FrozenCache(tmp_path / "cache", 2, sum(LENGTHS), 32, torch.float32, needs_agreement=False)
-    model.model.frozen_cache = cache
+    cache.attach(model)
     runs = []
     model.model.layers[0].register_forward_hook(lambda *args: runs.append(1))
     first = trained_grads(model, document_offsets=offsets)
@@ -299,7 +299,7 @@ def test_frozen_cache_of_a_shared_prefix(tmp_path, position_embedding):
     model = small_model(position_embedding).requires_grad_(False).train()
     model.model.layers[2].requires_grad_(True)
     cache = FrozenCache(tmp_path / "cache", 2, 11, 32, torch.float32, needs_agreement=False)
-    model.model.frozen_cache = cache
+    cache.attach(model)
     ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10]])  # 共用 3 4 5；样本 3 4 5 6 7 与 3 4 5 8 9 10
     shared = {"document_lengths": [3, 2, 3], "document_parents": [-1, 0, 0], "document_offsets": [0, 5]}
     together = model(input_ids=ids, **shared).logits[0]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -44,15 +45,14 @@ def test_a_fake_npu_trains_and_resumes(tiny_checkpoint, tmp_path):
     flags = flags_of(base, rows, output, "zero2", "lora", 1)
     environment = {"FAKE_NPU_CALLS": str(calls), "PYTHONPATH": str(ROOT)}
     found = []
-    for num_epochs in (1, 2):
-        run = launch(
-            [*flags, "--num_train_epochs", num_epochs], script=FAKE, env=environment, launcher=False, timeout=900
-        )
+    for num_epochs, resume in ((1, "no"), (2, "auto")):
+        words = [*flags, "--num_train_epochs", num_epochs, "--resume", resume]
+        run = launch(words, script=FAKE, env=environment, launcher=False, timeout=900)
         assert run.returncode == 0, run.tail()
         found.append(json.loads(calls.read_text(encoding="utf-8")))
         if num_epochs == 1:
-            [state] = (output / "epoch-1-step-4" / "trainer_state").glob("random*.safetensors")
-            assert load_file(state)["npu"].tolist() == [7] * 16
+            states = load_file(output / "epoch-1-step-4" / "trainer_state" / "random.safetensors")
+            assert states["0.npu"].tolist() == [7] * 16
     assert f"step 4 from {output / 'epoch-1-step-4'}" in run.output
     assert (output / "epoch-2-step-8").is_dir()
     assert {record["memory_mb"] for record in run.records if "loss" in record} == {123.0}
@@ -69,8 +69,6 @@ def test_the_fake_npu_does_fail_on_torch_cuda(tmp_path):
         f"code = compile('import torch; torch.cuda.is_available()', {str(ROOT / 'train.py')!r}, 'exec');"
         "exec(code)"
     )
-    import subprocess
-
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "产品调用了 torch.cuda.is_available" in result.stderr

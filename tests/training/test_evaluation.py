@@ -199,14 +199,15 @@ def make(state=None, sha256="a", **options) -> Evaluation:
     defaults = {"eval_step": 0, "eval_metric": "nll", "eval_max_new_tokens": 128, "early_stopping_patience": 2}
     data = DataOptions(eval_path=ROOT / "data" / "cls_1.json")
     chosen = EvaluationOptions(**{**defaults, **options})
-    return Evaluation(chosen, data, 4, SimpleNamespace(path="rows.json", paths=[], rows=np.zeros(0, int)), None, None, sha256, state)
+    rows = SimpleNamespace(path="rows.json", paths=[], rows=np.zeros(0, int), lengths=[])
+    return Evaluation(chosen, data, rows, None, None, sha256, state)
 
 
 def test_when_an_evaluation_is_due():
     evaluation = make(eval_step=3)
     assert [step for step in range(1, 8) if evaluation.is_due(step, step == 5)] == [3, 5, 6]
     assert not make().is_due(3, False)
-    without = Evaluation(evaluation.options, DataOptions(), 4, None, None, None, None)
+    without = Evaluation(evaluation.options, DataOptions(), None, None, None, None)
     assert not without.is_due(3, True)
 
 

@@ -125,7 +125,7 @@ def reference(tiny_checkpoint, gradient_rows):
             prompting = resolve_prompt_format("auto", path, config)
             rows = BaichuanDataSet(gradient_rows, tokenizer, max_len=96, max_src_len=64, **prompting._asdict())
             seed_everything(args.seed)
-            model = fill_adapter(build_model(args, config, torch.float32, torch.device("cpu"), None)).train()
+            model = fill_adapter(build_model(args, config, "fp32", {})).train()
             batch = collate([rows[i] for i in range(len(rows))], tokenizer.pad_token_id, packing=False)
             assert sum(rows.num_targets) == len(batch["target_rows"])
             model(**batch, num_items_in_batch=sum(rows.num_targets), use_cache=False).loss.backward()
