@@ -139,11 +139,11 @@ def test_output_dir_is_never_overwritten(trained, tmp_path):
 def test_adapter_settings_outside_the_formula_are_refused(trained, tmp_path):
     checkpoint = Path(shutil.copytree(trained("baichuan2-7b", "lora"), tmp_path / "epoch-1-step-3"))
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-    write_json(checkpoint / "adapter_config.json", {**config, "use_dora": True})
-    with pytest.raises(ValueError, match="use_dora=True "):
+    write_json(checkpoint / "adapter_config.json", {**config, "init_lora_weights": "pissa"})
+    with pytest.raises(ValueError, match="init_lora_weights='pissa'"):
         script.merge_lora(checkpoint, tmp_path / "merged")
     write_json(checkpoint / "adapter_config.json", {**config, "r": 8})
-    with pytest.raises(ValueError, match="秩 8 不相配"):
+    with pytest.raises(ValueError, match=r"lora_A\.weight 的形状是 \(4, 64\)，应为 \(8, 64\)"):
         script.merge_lora(checkpoint, tmp_path / "merged")
 
 
