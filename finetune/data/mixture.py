@@ -41,6 +41,11 @@ def parse_sources(values: str | Sequence[str]) -> list[Source]:
     return sources
 
 
+def data_name(train_path: str | Sequence[str]) -> str:
+    """--train_path 给人看的样子。"""
+    return train_path if isinstance(train_path, str) else "、".join(train_path)
+
+
 def describe_sources(sources: Sequence[Source], describe: Callable[[str], str]) -> str | list[str]:
     """各文件的说明（如哈希）连同份量；只有一个文件、份量为 1 时就是它的说明。"""
     shown = [describe(path) + (f"*{weight:g}" if weight != 1 else "") for path, weight in sources]

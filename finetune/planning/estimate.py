@@ -10,7 +10,7 @@ import numpy as np
 
 from finetune.cli.train_flags import TrainOptions
 from finetune.data.encoding import SRC_CUT, TGT_CUT, encode_chunk
-from finetune.data.mixture import parse_sources
+from finetune.data.mixture import data_name, parse_sources
 from finetune.data.packing import deal_step, epoch_steps
 from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
 from finetune.data.samples import row_options
@@ -84,7 +84,7 @@ def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
     )
     keep = np.ones(len(lengths), dtype=bool) if not args.is_skip else (flags & (SRC_CUT | TGT_CUT)) == 0
     if not keep.any():
-        raise ValueError(f"数据文件 {args.train_path} 里没有可用的样本（空的，或全部超长被 --is_skip 丢弃）")
+        raise ValueError(f"数据文件 {data_name(args.train_path)} 里没有可用的样本（空的，或全部超长被 --is_skip 丢弃）")
     return DataSample(
         num_rows=count,
         num_read=len(rows),

@@ -1,6 +1,7 @@
 """推算的正文：一行一项。"""
 
 from finetune.cli.train_flags import TrainOptions
+from finetune.data.mixture import data_name
 from finetune.planning.activations import PlannedModel
 from finetune.planning.estimate import CARD_SIZES, DataSample, Outcome, cards_that_fit, utilisation
 from finetune.planning.machine import Machine
@@ -24,7 +25,7 @@ def describe(
     size = checkpoint_bytes(model, setup.element_bytes, args.save_trainer_state)
     lines = [
         "推算（--dry_run）：没有读权重，也不训练",
-        f"数据：{args.train_path} {sample.num_rows} 行（{read}），约 {num_tokens:,.0f} token，目标占 "
+        f"数据：{data_name(args.train_path)} {sample.num_rows} 行（{read}），约 {num_tokens:,.0f} token，目标占 "
         f"{num_targets / num_tokens:.1%}；截断 src {sample.num_src_cut * sample.scale:.0f} 条、"
         f"tgt {sample.num_tgt_cut * sample.scale:.0f} 条，超长丢弃 {sample.num_skipped * sample.scale:.0f} 条",
         f"步数：每轮 {outcome.steps_per_epoch}，共 {outcome.num_steps}；最大的 micro batch {sum(batch.lengths)} token"
