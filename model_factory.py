@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftModel, set_peft_model_state_dict
 from torch import nn
 
 from baichuan import BaichuanConfig
+from finetune.checkpoint.adapter import AdapterFile, check_second_stage
 from finetune.checkpoint.base_model import load_base_model
 from finetune.checkpoint.options import quantization_of
 from finetune.cli.train_flags import TrainOptions
@@ -57,29 +56,9 @@ def load_adapter(model: PeftModel, path: Path):
     Raises:
         ValueError: 不是适配器，或与现在的方法参数不符（列出不同之处），或张量对不上。
     """
+    check_second_stage(path, model)
     try:
-        saved = PeftConfig.from_pretrained(path)
-        state = load_file(path / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"--adapter_path {path} 不是本项目或 peft 存下的适配器：{error}") from error
-    current = model.active_peft_config
-    names = ("peft_type", "r", "lora_alpha", "target_modules", "num_virtual_tokens", "prefix_projection")
-    differences = [
-        f"{name}：适配器是 {getattr(saved, name, None)}，现在是 {getattr(current, name, None)}"
-        for name in names
-        if getattr(saved, name, None) != getattr(current, name, None)
-    ]
-    if getattr(current, "prefix_projection", False):
-        differences.append("prefix_projection 的 MLP 没有存在适配器里，只能不带 --prefix_projection 接着训练")
-    if differences:
-        raise ValueError(f"--adapter_path {path} 与现在的参数不符：" + "；".join(differences))
-    try:
-        result = set_peft_model_state_dict(model, state)
-    except (RuntimeError, KeyError) as error:
+        set_peft_model_state_dict(model, AdapterFile(path).read_all())
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"--adapter_path {path} 的张量与模型不符：{error}") from error
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = sorted(trainable & set(result.missing_keys))
-    # 提示类的适配器由 peft 另行读进 prompt_encoder，形状不符时它自己会报错
-    if not current.is_prompt_learning and (missing or result.unexpected_keys):
-        raise ValueError(f"--adapter_path {path} 的张量与模型不符：缺 {missing[:3]}，多 {result.unexpected_keys[:3]}")
     log_rank_0(f"从适配器 {path} 开始训练，优化器从头")

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
+from peft import PeftModel, PeftModelForCausalLM, set_peft_model_state_dict
 from torch import nn
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
+from finetune.checkpoint.adapter import AdapterFile, adapter_weights, check_adapter, read_adapter_config
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
 from finetune.checkpoint.manifest import MANIFEST
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
@@ -22,7 +22,6 @@ from finetune.checkpoint.weights import weight_files
 from finetune.data.prompting import Prompting, requested_prompting, resolve_prompt_format
 from utils import file_sha256, read_json
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 WEIGHT_FILE = re.compile(r"\.(bin|safetensors)(\.index\.json)?$")
 
 
@@ -49,7 +48,7 @@ def inspect_checkpoint(
     prompt_format: str = "auto",
     any_base: bool = False,
 ) -> Checkpoint:
-    """读检查点的各个 JSON，找到并核对基座；不读权重张量。
+    """读检查点的各个 JSON，找到并核对基座，适配器的张量与它相配；不读权重张量。
 
     base_model_path：基座移动过时的新位置。基座的 config.json 与权重文件的 SHA-256 必须与训练时记下的一致，
     除非 any_base（有意把适配器放在别的基座上）。path 可以是训练的输出目录，见 choose_checkpoint。
@@ -60,8 +59,7 @@ def inspect_checkpoint(
     is_adapter = (path / ADAPTER_CONFIG).is_file()
     run_config = read_json(path / RUN_CONFIG) if (path / RUN_CONFIG).is_file() else {}
     if is_adapter:
-        if not (path / ADAPTER_WEIGHTS).is_file():
-            raise ValueError(f"{path} 有 {ADAPTER_CONFIG}，却没有 {ADAPTER_WEIGHTS}：适配器不完整，请换一个检查点")
+        adapter_weights(path)  # 缺少时抛 ValueError
         base_path = find_base_model(path, run_config, base_model_path)
         differing = [] if any_base else base_differences(base_path, run_config)
         if differing:
@@ -75,6 +73,8 @@ def inspect_checkpoint(
         base_path = path
     weight_files(base_path)  # 缺少权重文件或分片时抛 ValueError
     config = load_config(base_path)
+    if is_adapter:
+        check_adapter(path, config)
     prompting = find_prompting(base_path, run_config, config, prompt_format)
     return Checkpoint(path, base_path, is_adapter, run_config, config, prompting)
 
@@ -158,14 +158,15 @@ def attach_adapter(
 
     适配器损坏，或与模型不相配时抛 ValueError。
     """
-    # 与训练时一样不把适配器升到 fp32，logits 才与训练时相同
-    options = {"adapter_name": name, "autocast_adapter_dtype": False, "torch_device": str(device)}
+    config, state = read_adapter_config(checkpoint.path), AdapterFile(checkpoint.path).read_all()
     try:
         if isinstance(model, PeftModel):
-            model.load_adapter(str(checkpoint.path), **options)
+            model.add_adapter(name, config)
         else:
-            model = PeftModel.from_pretrained(model, str(checkpoint.path), **options)
-    except (RuntimeError, ValueError, SafetensorError) as error:
+            # 与训练时一样不把适配器升到 fp32，logits 才与训练时相同
+            model = PeftModelForCausalLM(model, config, name, autocast_adapter_dtype=False)
+        set_peft_model_state_dict(model, state, name)
+    except (RuntimeError, ValueError, KeyError) as error:
         raise ValueError(f"适配器 {checkpoint.path} 损坏，或与基座 {checkpoint.base_path} 不相配：{error}") from error
     model.to(device=device, dtype=dtype)
     return model.requires_grad_(False).eval()

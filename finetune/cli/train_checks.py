@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from finetune.checkpoint.config_check import check_config_file
 from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG
 from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
@@ -151,9 +152,9 @@ def method_problems(args: TrainOptions) -> list[str]:
 def file_problems(args: TrainOptions) -> list[str]:
     """目录给错了。"""
     problems = []
-    if args.adapter_path is not None and not (Path(args.adapter_path) / "adapter_config.json").is_file():
+    if args.adapter_path is not None and not (Path(args.adapter_path) / ADAPTER_CONFIG).is_file():
         problems.append(
-            f"--adapter_path {args.adapter_path} 里没有 adapter_config.json，请给出 lora 或 ptuning 的检查点目录"
+            f"--adapter_path {args.adapter_path} 里没有 {ADAPTER_CONFIG}，请给出 lora 或 ptuning 的检查点目录"
         )
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
@@ -189,11 +190,15 @@ def evaluation_problems(args: TrainOptions) -> list[str]:
 
 
 def check_model(args: TrainOptions, config: "BaichuanConfig"):
-    """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配；模型在 meta 设备上，不占内存。
+    """在动任何东西之前核对：权重文件完整，方法的模块名都能匹配，--adapter_path 接得上；模型在 meta 设备上，不占内存。
 
     Raises:
-        ValueError: 见 checked_skeleton 与各方法的 apply。
+        ValueError: 见 checked_skeleton、各方法的 apply 与 check_second_stage。
     """
+    from finetune.checkpoint.adapter import check_second_stage
     from finetune.checkpoint.base_model import checked_skeleton
 
-    TRAIN_METHODS[args.train_type].apply(checked_skeleton(args.model_name_or_path, config), args)
+    model = TRAIN_METHODS[args.train_type].apply(checked_skeleton(args.model_name_or_path, config), args)
+    has_adapter = args.adapter_path is not None and (Path(args.adapter_path) / ADAPTER_CONFIG).is_file()
+    if has_adapter and TRAIN_METHODS[args.train_type].saves_adapter:
+        check_second_stage(Path(args.adapter_path), model)

@@ -21,13 +21,14 @@ def check_lora(source: TensorSource, model_path: str | Path):
     """能不能写成 llama.cpp 的适配器。
 
     Raises:
-        ValueError: 不是 LoRA 检查点，或训练了 NormHead 的词表投影。
+        ValueError: 不是 LoRA 检查点，或各模块的秩、缩放不同。
     """
     if not source.lora:
         raise ValueError(f"{model_path} 是完整的模型，没有适配器，请用 --to gguf")
-    if source.config.norm_head and "lm_head" in source.lora:
+    if len({(len(lora_a), scaling) for lora_a, _, scaling in source.lora.values()}) > 1:
         raise ValueError(
-            f"{model_path} 训练了 lm_head，GGUF 里的词表投影已归一化，适配器不能加在它上面，请用 --to gguf（合并）"
+            f"{model_path} 各模块的秩或缩放不同（rank_pattern、alpha_pattern），llama.cpp 的适配器只有一个缩放，"
+            "请用 --to gguf（合并）"
         )
 
 

@@ -3,8 +3,6 @@
 内存里至多一个分片：权重一个个读，一片片写，不把整个模型读进来。
 """
 
-import math
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from finetune.checkpoint.inspection import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    Checkpoint,
-    inspect_checkpoint,
-)
-from finetune.checkpoint.output_dir import RUN_CONFIG, TEMPORARY_PREFIX, choose_checkpoint
+from finetune.checkpoint.adapter import PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
+from finetune.checkpoint.inspection import Checkpoint, inspect_checkpoint
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, TEMPORARY_PREFIX, choose_checkpoint
 from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, weight_files
 from finetune.process.precision import NAMED_DTYPES
 from utils import read_json, write_json
@@ -32,7 +26,12 @@ from utils import read_json, write_json
 MAX_SHARD_BYTES = 5 * 10**9
 # 读过这么多字节就重开文件：safetensors 是内存映射，读过的页一直算在进程的内存里
 REOPEN_BYTES = 2 * 10**9
-LORA_KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+# 合并公式 W + 缩放 · B A 之外的设置；秩与缩放各模块可以不同
+UNMERGEABLE = (
+    *("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora"),
+    *("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "arrow_config"),
+    *("kasa_config", "monteclora_config", "velora_config"),
+)
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -87,7 +86,7 @@ class TensorSource:
         self.names = list(self.shapes)
         self._weights = WeightDirectory(checkpoint.base_path)
         self.dtype = self.read_base(self.names[0]).dtype
-        self.lora = read_lora(checkpoint.path, self.shapes) if checkpoint.is_adapter else {}
+        self.lora = read_lora(checkpoint.path, self.config) if checkpoint.is_adapter else {}
 
     def read_base(self, name: str) -> Tensor:
         """没有合并的张量，基座的类型。"""
@@ -103,48 +102,29 @@ class TensorSource:
         return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
 
 
-def read_lora(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；shapes 是基座各张量的形状。
+def read_lora(path: Path, config: BaichuanConfig) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；config 是基座的。
 
     Raises:
         ValueError: 有合并公式 W + 缩放 · B A 之外的设置，或张量与基座不相配，或文件损坏。
     """
-    config = read_json(path / ADAPTER_CONFIG)
-    extras = (
-        "use_dora",
-        "modules_to_save",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-        "trainable_token_indices",
-    )
-    unsupported = [f"{name}={config[name]!r}" for name in extras if config.get(name)]
-    if config.get("bias", "none") != "none":
-        unsupported.append(f"bias={config['bias']!r}")
+    settings = read_json(path / ADAPTER_CONFIG)
+    unsupported = [f"{name}={settings[name]!r}" for name in UNMERGEABLE if is_set(settings.get(name))]
+    if settings.get("bias", "none") != "none":
+        unsupported.append(f"bias={settings['bias']!r}")
+    if settings.get("init_lora_weights", True) not in PLAIN_INITS:
+        unsupported.append(f"init_lora_weights={settings['init_lora_weights']!r}")
     if unsupported:
         raise ValueError(f"{path / ADAPTER_CONFIG} 的 {'、'.join(unsupported)} 不是本项目训练出的设置，不能合并")
-    rank = config["r"]
-    scaling = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    weights = WeightFile(path / ADAPTER_WEIGHTS)
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name in sorted(weights.names):
-        match = LORA_KEY.match(name)
-        module = match["module"] if match else name
-        if match is None or f"{module}.weight" not in shapes:
-            raise ValueError(f"适配器 {path} 的张量 {name} 在基座里没有对应的模块，请检查基座是不是训练时的那个")
-        sides.setdefault(module, {})[match["side"]] = weights.read(name).float()
-    result = {}
-    for module, pair in sides.items():
-        found = {side: tuple(tensor.shape) for side, tensor in pair.items()}
-        rows, columns = shapes[f"{module}.weight"]
-        if found != {"A": (rank, columns), "B": (rows, rank)}:
-            raise ValueError(
-                f"适配器 {path} 的 {module} 形状是 {found}，与基座的 [{rows}, {columns}]、秩 {rank} 不相配"
-            )
-        result[module] = (pair["A"], pair["B"], scaling)
-    if not result:
-        raise ValueError(f"适配器 {path} 里没有 LoRA 张量，请换一个检查点")
-    return result
+    plan, file = check_adapter(path, config), AdapterFile(path)
+    names = {f"{PREFIX}{module}.lora_{side}.weight" for module in plan.scalings for side in "AB"}
+    if names != plan.shapes.keys():
+        other = sorted(plan.shapes.keys() - names)
+        raise ValueError(f"{path / ADAPTER_CONFIG} 要的 {other[:2]} 等 {len(other)} 个张量不是线性层的 LoRA，不能合并")
+    return {
+        module: (*(file.read(f"{PREFIX}{module}.lora_{side}.weight").float() for side in "AB"), scaling)
+        for module, scaling in plan.scalings.items()
+    }
 
 
 def open_checkpoint(path: str | Path, base_model_path: str | Path | None) -> Checkpoint:

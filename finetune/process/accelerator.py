@@ -1,6 +1,6 @@
 """本机的加速卡（NVIDIA、昇腾、AMD、Intel 等），一律经 DeepSpeed 的 get_accelerator() 询问；没有时用 CPU。"""
 
-import os
+import logging
 import resource
 
 import torch
@@ -8,11 +8,14 @@ import torch
 
 def get_accelerator():
     """DeepSpeed 的加速卡接口；用到时才导入 DeepSpeed：只用 CPU 的预测不必等它。"""
-    if torch.accelerator.current_accelerator() is None:  # 不写明时 DeepSpeed 往标准输出打一行「没有找到」
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from deepspeed import accelerator
+    muted = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # 没有加速卡时它往标准输出打一行「没有找到」
+    try:
+        from deepspeed import accelerator
 
-    return accelerator.get_accelerator()
+        return accelerator.get_accelerator()
+    finally:
+        logging.disable(muted)
 
 
 def accelerator_name() -> str:

@@ -82,12 +82,10 @@ def test_base_is_looked_for_as_given_then_as_absolute_then_must_be_told(base, ad
     shutil.rmtree(tmp_path / "gone")
     assert inspect_checkpoint(adapter).base_path == base
     base.rename(tmp_path / "moved")
-    with pytest.raises(
-        ValueError, match=r"找不到适配器 .*epoch-1-step-3 的基座（找过：gone/、.*base），.*--base_model_path"
-    ):
+    with pytest.raises(ValueError, match=r"epoch-1-step-3 .*gone/、.*base.*--base_model_path"):
         inspect_checkpoint(adapter)
     assert inspect_checkpoint(adapter, tmp_path / "moved").base_path == tmp_path / "moved"
-    with pytest.raises(ValueError, match="找过：nowhere），请检查这个路径"):
+    with pytest.raises(ValueError, match="：nowhere）"):
         inspect_checkpoint(adapter, "nowhere")
 
 
@@ -137,11 +135,11 @@ def test_adapter_without_run_config(base, adapter):
 
 
 def test_wrong_directories(adapter, tmp_path):
-    with pytest.raises(ValueError, match="nothing 不存在，请给出检查点目录"):
+    with pytest.raises(ValueError, match="nothing "):
         inspect_checkpoint(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"run_config\.json 不是目录"):
         inspect_checkpoint(adapter / "run_config.json")
-    with pytest.raises(ValueError, match=r"没有 config\.json，也没有 adapter_config\.json；请给出检查点目录"):
+    with pytest.raises(ValueError, match=r"config\.json.*adapter_config\.json"):
         inspect_checkpoint(tmp_path)
     adapter.rename(adapter.parent / ".tmp-epoch-1-step-3")
     with pytest.raises(ValueError, match="没有写完的检查点"):
@@ -164,7 +162,7 @@ def test_an_output_directory_stands_for_its_best_or_newest_checkpoint(adapter, c
 
 def test_broken_adapter(adapter, tiny_checkpoint):
     (adapter / "adapter_model.safetensors").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"适配器 .* 损坏"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors（6 字节）损坏"):
         load_checkpoint_model(inspect_checkpoint(adapter), torch.float32, CPU)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"却没有 adapter_model\.safetensors"):
@@ -174,7 +172,7 @@ def test_broken_adapter(adapter, tiny_checkpoint):
 def test_adapter_of_another_size(adapter, tiny_checkpoint):
     other = tiny_checkpoint("baichuan2-7b", hidden_size=32)
     write_run_config(adapter, other, {})
-    with pytest.raises(ValueError, match=r"损坏，或与基座 .* 不相配"):
+    with pytest.raises(ValueError, match=r"lora_A\.weight 的形状是 \(4, 64\)，应为 \(4, 32\)"):
         load_checkpoint_model(inspect_checkpoint(adapter), torch.float32, CPU)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asserting import lacks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -100,14 +101,14 @@ def test_other_things_in_a_bin_are_not_tensors(tmp_path):
 @pytest.mark.parametrize("content", [[torch.ones(2)], torch.ones(2), 3])
 def test_a_bin_that_is_no_dictionary(tmp_path, content):
     torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin（\d+ 字节）损坏或不完整"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin（\d+ 字节）"):
         WeightFile(tmp_path / "pytorch_model.bin")
 
 
 def test_a_safetensors_header_that_lies(tmp_path):
     header = json.dumps({"w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 400)
-    with pytest.raises(ValueError, match=r"model\.safetensors（\d+ 字节）损坏或不完整"):
+    with pytest.raises(ValueError, match=r"model\.safetensors（\d+ 字节）"):
         WeightFile(tmp_path / "model.safetensors")
 
 
@@ -162,7 +163,7 @@ def test_a_missing_shard_is_named(tmp_path):
     (tmp_path / "model-00002-of-00005.safetensors").unlink()
     with pytest.raises(ValueError) as caught:
         check_weights(tmp_path, {})
-    assert str(caught.value) == f"{tmp_path} 缺少权重分片 ['model-00002-of-00005.safetensors']，请补全后再运行"
+    assert lacks(str(caught.value), tmp_path, "['model-00002-of-00005.safetensors']") == []
 
 
 def test_check_weights_needs_every_tensor_of_the_index(tmp_path):

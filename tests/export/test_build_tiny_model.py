@@ -225,7 +225,7 @@ def test_given_tokenizer_is_copied(build, text_file):
     assert (path / "tokenizer.model").read_bytes() == source.read_bytes()
     num_pieces = sentencepiece.SentencePieceProcessor(model_file=str(source)).get_piece_size()
     assert read_json(path / "config.json")["vocab_size"] == num_pieces
-    with pytest.raises(ValueError, match=rf"--vocab_size\(300\) 小于分词器的片段数 {num_pieces}"):
+    with pytest.raises(ValueError, match=rf"--vocab_size\(300\).* {num_pieces}"):
         build("baichuan2-13b", "other", tokenizer_model=source, train_text=None, vocab_size=300)
     with pytest.raises(ValueError, match="--tokenizer_model 与 --train_text 只能给一个"):
         build("baichuan2-13b", "other", tokenizer_model=source)
@@ -370,18 +370,18 @@ def test_bad_training_text(tmp_path):
 
 def test_missing_project_data(monkeypatch, tmp_path):
     monkeypatch.setattr(tiny_tokenizer, "ROOT", tmp_path)
-    with pytest.raises(ValueError, match=r"里没有 \*.json，无法训练分词器；请用 --train_text"):
+    with pytest.raises(ValueError, match=r"\*\.json.*--train_text"):
         tiny_tokenizer.default_training_files()
 
 
 def test_existing_directory(build):
     path = build("baichuan2-7b")
-    with pytest.raises(ValueError, match=r"已有内容（config\.json 等 6 项），请换一个目录或加 --overwrite"):
+    with pytest.raises(ValueError, match=r"config\.json 等 6 项.*--overwrite"):
         build("baichuan2-7b")
     build("baichuan2-7b", format="bin", overwrite=True)
     assert (path / "pytorch_model.bin").is_file() and not (path / "model.safetensors").exists()
     (path / "论文.docx").write_text("x")
-    with pytest.raises(ValueError, match=r"里有不属于检查点的内容：论文\.docx，不会覆盖"):
+    with pytest.raises(ValueError, match=r"论文\.docx"):
         build("baichuan2-7b", overwrite=True)
     assert (path / "论文.docx").is_file()
 
@@ -496,7 +496,7 @@ def test_pretraining_weights_are_hashed_by_value():
 def test_pretraining_options(build, tmp_path):
     with pytest.raises(ValueError, match="只在 --pretrain 时起作用"):
         build("baichuan2-7b", pretrain_tokens=10)
-    with pytest.raises(ValueError, match=r"--pretrain_threads\(0\) 必须是正整数"):
+    with pytest.raises(ValueError, match=r"--pretrain_threads\(0\)"):
         build("baichuan2-7b", pretrain=[tmp_path / "none.txt"], pretrain_threads=0)
     with pytest.raises(ValueError, match=r"--pretrain 的文件 .*none\.txt 不存在"):
         build("baichuan2-7b", pretrain=[tmp_path / "none.txt"])

@@ -116,8 +116,8 @@ def test_adapter_command(chat_base, tmp_path, monkeypatch, capsys):
     chat(predictor)
     captured = capsys.readouterr()
     assert re.findall("模型：(.*)\n", captured.out) == expected
-    assert "现在的适配器：two；还可选：one、无" in captured.err
-    assert "现在的适配器：无；还可选：one、two" in captured.err
+    assert "：two；" in captured.err and "：one、无" in captured.err
+    assert "：无；" in captured.err and "：one、two" in captured.err
     assert "错误：没有名为 三 的适配器，可选：one、two、无" in captured.err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_label_f1_given_labels():
     result = label_f1(["甲", "甲"], ["甲", "乙"], labels=["甲", "乙", "丙"])
     # 丙从未出现，不进平均：甲 2/3，乙 0
     assert result["score"] == pytest.approx(1 / 3)
-    with pytest.raises(ValueError, match=r"不在标签集合 \['甲'\] 中的标签 \['乙'\]"):
+    with pytest.raises(ValueError, match=r"\['甲'\].*\['乙'\]"):
         label_f1(["甲"], ["乙"], labels=["甲"])
 
 
@@ -246,7 +247,7 @@ def test_bad_input(name):
         METRICS[name](["甲", "乙"], ["甲"])
     with pytest.raises(ValueError, match="没有可评测的行"):
         METRICS[name]([], [])
-    with pytest.raises(ValueError, match="第 2 行的参考应是字符串或非空的字符串列表"):
+    with pytest.raises(ValueError, match="第 2 行"):
         METRICS[name](["甲", "乙"], ["甲", []])
 
 
@@ -301,10 +302,8 @@ def test_format_result_shows_relations():
     text = format_result(triple_f1(["甲_组成_乙\n坏"], ["甲_组成_乙"]))
     assert text.splitlines()[0].split() == ["triple_f1（1", "行）", "分数", "95%", "区间"]
     assert [line.split()[:-3] for line in text.splitlines()[2:5]] == [["三元组", "F1"], ["精确率"], ["召回率"]]
-    assert text.splitlines()[6] == (
-        "整行全对的比例 0.0000，对的三元组 1，预测的三元组 1，参考的三元组 1，预测里不成三段的行 1，"
-        "参考里不成三段的行 0，参考为空的行 0，其中也答了空的 0"
-    )
+    numbers = [part.rpartition(" ")[2] for part in text.splitlines()[6].split("，")]
+    assert numbers == ["0.0000", "1", "1", "1", "1", "0", "0", "0"]
     assert text.splitlines()[-1].split() == ["组成", "1.0000", "1.0000", "1.0000", "1", "1"]
 
 
@@ -330,7 +329,7 @@ def test_format_result_keeps_labels_outside_the_task_in_one_row():
         ["甲", "1.0000", "0.3333", "0.5000", "1", "3"],
         ["其他（2", "种）", "0.0000", "-", "0.0000", "3", "0"],
     ]
-    assert "标签以外的回答 3，标签以外的种数 2" in text
+    assert re.search(r"回答 3，.*种数 2", text)
     assert "其他" not in format_result(label_f1(["甲"], ["甲"]))
 
 

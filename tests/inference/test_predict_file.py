@@ -1,6 +1,7 @@
 """file_prediction.py：接着做、换了设置就拒绝、几个进程的结果与一个进程相同。"""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -74,7 +75,7 @@ def test_changed_settings_are_refused_with_the_difference(flags, tmp_path, monke
     before = partial.read_bytes()
     assert run(flags, "--max_new_tokens", 7, "--stop", "甲") == 2
     text = capsys.readouterr().err
-    assert "--max_new_tokens：当时 8，现在 7；--stop：当时 []，现在 ['甲']。请改回原来的设置" in text
+    assert re.search(r"--max_new_tokens：.* 8，.* 7；--stop：.*\[\]，.*\['甲'\]", text)
     (tmp_path / "test.json").write_text('{"instruction": "另一个文件"}\n', encoding="utf-8")
     assert run(flags) == 2
     assert "提示词的摘要：当时" in capsys.readouterr().err
@@ -105,7 +106,8 @@ def test_two_predictions_do_not_share_a_file(tmp_path):
 
 
 def test_everything_that_is_scored_is_resumed(flags, tmp_path, monkeypatch):
-    extra = ["--metric", "nll", "--label_scores", "正面", "负面"]
+    at = flags.index("--max_new_tokens")  # 只评分，不生成
+    flags, extra = [*flags[:at], *flags[at + 2 :]], ["--metric", "nll", "--label_scores", "正面", "负面"]
     assert run(flags, *extra) == 0
     expected = [(tmp_path / name).read_bytes() for name in ("out.jsonl", "out.metrics.json")]
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -154,7 +156,7 @@ def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatc
 def test_labels_from_the_file(tiny_checkpoint, tmp_path):
     path = tmp_path / "cls.json"
     path.write_text('{"input": "好", "output": "正"}\n{"input": "坏", "output": "负"}\n', encoding="utf-8")
-    flags = ["--model_path", tiny_checkpoint("baichuan2-7b"), "--device", "cpu", "--max_new_tokens", 2]
+    flags = ["--model_path", tiny_checkpoint("baichuan2-7b"), "--device", "cpu"]
     assert run(flags, "--test_path", path, "--output_path", tmp_path / "out.jsonl", "--label_scores") == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [sorted(row["label_scores"]) for row in rows] == [["正", "负"]] * 2
@@ -190,5 +192,5 @@ def test_a_dead_process_is_noticed():
         def get(self, timeout):
             raise file_prediction.queue.Empty
 
-    with pytest.raises(RuntimeError, match=r"一个预测进程意外退出（退出码 -9），多半是内存不足"):
+    with pytest.raises(RuntimeError, match=r"退出码 -9"):
         file_prediction.next_result(Empty(), [Dead()])

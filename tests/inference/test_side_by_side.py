@@ -34,7 +34,7 @@ def test_compare_checkpoints(tiny_checkpoint, tmp_path, capsys, monkeypatch):
     flags += ["--device", "cpu", "--precision", "fp32", "--max_new_tokens", 6]
     assert predict.main([str(flag) for flag in flags]) == 0
     captured = capsys.readouterr()
-    assert "2 行里 2 行的回答不同" in captured.err
+    assert "2 行里 2 行" in captured.err
     page = html.read_text(encoding="utf-8")
     assert "抽取&lt;甲&gt;" in page and "参考&amp;" in page
     assert "http" not in page and "<script" not in page

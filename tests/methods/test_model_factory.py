@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from asserting import lacks
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -149,12 +150,10 @@ def test_gradient_checkpointing_is_on_and_changes_no_gradient(make, method, flag
 def test_freeze_lists_what_exists_when_a_name_matches_nothing(make):
     with pytest.raises(ValueError) as caught:
         make("baichuan2-7b", "freeze", "--freeze_module_name", "layers.1.,layers.27.,ln_f")
-    assert str(caught.value) == (
-        "--freeze_module_name 的 ['layers.27.', 'ln_f'] 没有匹配到任何参数；模型有 layers.0. 到 layers.1."
-        "（注意末尾的点），"
-        "每层有 ['input_layernorm', 'mlp.down_proj', 'mlp.gate_proj', 'mlp.up_proj', 'post_attention_layernorm', "
-        "'self_attn.W_pack', 'self_attn.o_proj']，此外还有 ['lm_head', 'model.embed_tokens', 'model.norm']"
-    )
+    inner = ["input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm"]
+    inner += ["self_attn.W_pack", "self_attn.o_proj"]
+    told = ["--freeze_module_name", ["layers.27.", "ln_f"], "layers.0.", "layers.1.", inner]
+    assert lacks(str(caught.value), *told, ["lm_head", "model.embed_tokens", "model.norm"]) == []
 
 
 def test_a_dot_at_the_end_tells_layer_1_from_layer_11(tiny_checkpoint, make):
@@ -169,10 +168,8 @@ def test_a_dot_at_the_end_tells_layer_1_from_layer_11(tiny_checkpoint, make):
 def test_lora_lists_the_modules_when_one_is_unknown(make, names, unknown):
     with pytest.raises(ValueError) as caught:
         make("baichuan-13b", "lora", "--lora_module_name", names)
-    assert str(caught.value) == (
-        f"--lora_module_name 的 {unknown} 不是模型里的线性层，可选："
-        "W_pack、down_proj、gate_proj、o_proj、up_proj、all-linear"
-    )
+    known = "W_pack、down_proj、gate_proj、o_proj、up_proj、all-linear"
+    assert lacks(str(caught.value), f"--lora_module_name 的 {unknown} ", known) == []
 
 
 def test_lora_settings_reach_peft(make):
@@ -234,7 +231,7 @@ def test_build_model_reports_the_share_trained(make, capsys):
 
 def test_check_trainable_needs_something(make):
     model, args = make("baichuan2-7b", "full")
-    with pytest.raises(ValueError, match="--train_type full 没有可训练的参数，请检查它的参数"):
+    with pytest.raises(ValueError, match="--train_type full "):
         check_trainable(model.requires_grad_(False), args)
 
 
@@ -249,7 +246,7 @@ def test_check_trainable_needs_something(make):
 def test_check_trainable_refuses_parameters_of_no_method(make, method, flags, intruder):
     model, args = make("baichuan2-7b", method, *flags)
     dict(model.named_parameters())[intruder].requires_grad_(True)
-    with pytest.raises(ValueError, match=rf"--train_type {method} 之外的参数可训练：\['{intruder}'\]"):
+    with pytest.raises(ValueError, match=rf"--train_type {method} .*\['{intruder}'\]"):
         check_trainable(model, args)
 
 
@@ -260,7 +257,7 @@ def test_check_trainable_refuses_a_frozen_parameter_of_the_method(make, method, 
     model, args = make("baichuan2-7b", method, *flags)
     frozen = sorted(expected)[0]
     dict(model.named_parameters())[frozen].requires_grad_(False)
-    with pytest.raises(ValueError, match=rf"--train_type {method} 应训练的参数被冻结了：\['{frozen}'\]"):
+    with pytest.raises(ValueError, match=rf"--train_type {method} .*\['{frozen}'\]"):
         check_trainable(model, args)
 
 
@@ -306,9 +303,7 @@ def test_a_truncated_weight_file(broken):
     path = broken / "model.safetensors"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[: size // 2])
-    with pytest.raises(
-        ValueError, match=rf"model\.safetensors（{size // 2} 字节）损坏或不完整，请重新下载并核对大小："
-    ):
+    with pytest.raises(ValueError, match=rf"model\.safetensors（{size // 2} 字节）"):
         load(broken)
 
 
@@ -321,7 +316,7 @@ def test_a_weight_file_cut_anywhere(broken, name, keep):
         content = (broken / name).read_bytes()
     (broken / "model.safetensors").unlink()
     (broken / name).write_bytes(content[:keep])
-    with pytest.raises(ValueError, match=rf"{name}（{keep} 字节）损坏或不完整"):
+    with pytest.raises(ValueError, match=rf"{name}（{keep} 字节）"):
         load(broken)
 
 
@@ -330,7 +325,7 @@ def test_a_truncated_bin(broken):
     (broken / "model.safetensors").unlink()
     content = (broken / "pytorch_model.bin").read_bytes()
     (broken / "pytorch_model.bin").write_bytes(content[: len(content) * 3 // 4])
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin（\d+ 字节）损坏或不完整"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin（\d+ 字节）"):
         load(broken)
 
 
@@ -341,7 +336,7 @@ def test_a_bin_with_code_is_never_run(broken, tmp_path):
 
     torch.save({"model.norm.weight": Code()}, broken / "pytorch_model.bin")
     (broken / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin（\d+ 字节）损坏或不完整"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin（\d+ 字节）"):
         load(broken)
     assert not (tmp_path / "was_run").exists()
 
@@ -350,10 +345,8 @@ def test_no_weight_file(broken):
     (broken / "model.safetensors").unlink()
     with pytest.raises(ValueError) as caught:
         load(broken)
-    assert str(caught.value) == (
-        f"{broken} 里没有权重文件（model.safetensors、pytorch_model.bin、model.safetensors.index.json、"
-        "pytorch_model.bin.index.json 都不在）"
-    )
+    files = "model.safetensors、pytorch_model.bin、model.safetensors.index.json、pytorch_model.bin.index.json"
+    assert lacks(str(caught.value), broken, files) == []
 
 
 def test_missing_extra_and_wrong_tensors_are_listed_together(broken):
@@ -366,11 +359,9 @@ def test_missing_extra_and_wrong_tensors_are_listed_together(broken):
     edit_tensors(broken, edit)
     with pytest.raises(ValueError) as caught:
         load(broken)
-    assert str(caught.value) == (
-        f"{broken} 的权重与 config.json 不符：缺少 2 个张量，如 ['lm_head.weight', 'model.norm.weight']；"
-        "多出 1 个不认识的张量，如 ['model.layers.2.mlp.up_proj.weight']；"
-        "model.layers.0.self_attn.W_pack.weight 的形状是 (32, 96)，按 config.json 应为 (96, 32)"
-    )
+    missing, unknown = ["lm_head.weight", "model.norm.weight"], ["model.layers.2.mlp.up_proj.weight"]
+    told = [f"{broken} ", f" 2 个张量，如 {missing}", " 1 个", f"如 {unknown}", "(32, 96)", "(96, 32)"]
+    assert lacks(str(caught.value), *told, "model.layers.0.self_attn.W_pack.weight") == []
 
 
 def test_a_vocabulary_size_that_does_not_fit_the_weights(broken):
@@ -386,25 +377,21 @@ def test_a_vocabulary_size_that_does_not_fit_the_weights(broken):
 def test_a_tokenizer_larger_than_the_vocabulary(broken):
     with pytest.raises(ValueError) as caught:
         load_tokenizer(broken, 1999)
-    assert str(caught.value) == (
-        f"{broken} 的分词器有 2000 个词，config.json 的 vocab_size 只有 1999：分词器与权重不是一套"
-    )
+    assert lacks(str(caught.value), f"{broken} ", " 2000 ", "vocab_size", " 1999") == []
 
 
 def test_a_much_smaller_tokenizer_is_told(broken, capsys):
     load_tokenizer(broken, 2200)
     assert capsys.readouterr().out == ""
     load_tokenizer(broken, 2300)
-    assert f"警告：{broken} 的分词器只有 2000 个词，config.json 的 vocab_size 是 2300" in capsys.readouterr().err
+    assert lacks(capsys.readouterr().err, f"警告：{broken} ", " 2000 ", "vocab_size", " 2300") == []
 
 
 def test_the_tokenizer_of_another_model_in_a_real_checkpoint(tiny_checkpoint, tmp_path):
     """真实的弄错：把大词表的分词器放进小词表的检查点。"""
     path = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b", **SIZES, vocab_size=600), tmp_path / "m"))
     shutil.copy(tiny_checkpoint("baichuan2-7b", **SIZES) / "tokenizer.model", path)
-    with pytest.raises(
-        ValueError, match=r"分词器有 2000 个词，config\.json 的 vocab_size 只有 600：分词器与权重不是一套"
-    ):
+    with pytest.raises(ValueError, match=r" 2000 .*config\.json 的 vocab_size .* 600"):
         load_tokenizer(path, load_config(path).vocab_size)
 
 

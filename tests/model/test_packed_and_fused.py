@@ -289,7 +289,7 @@ def test_nothing_to_cache_is_an_error(trained, where):
     model = small_model("rope").requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
-    with pytest.raises(ValueError, match=f"--cache_frozen：最低的可训练参数在{where}，没有可以缓存的底层"):
+    with pytest.raises(ValueError, match=f"--cache_frozen：.*{where}"):
         open_frozen_cache("memory", Path("output"), SimpleNamespace(module=model), None)
 
 

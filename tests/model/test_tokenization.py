@@ -172,9 +172,9 @@ def test_truncation(v2):
 
 
 def test_lone_surrogate_and_wrong_type_are_clear_errors(v2):
-    with pytest.raises(ValueError, match=r"文本第 3 个字符 '\\ud83d' 是孤立的代理字符"):
+    with pytest.raises(ValueError, match=r"第 3 个字符 '\\ud83d'"):
         v2("你好\ud83d")
-    with pytest.raises(ValueError, match="要编码的文本必须是字符串，收到的是 int：3"):
+    with pytest.raises(ValueError, match="int：3"):
         v2.text_to_ids(3)
 
 

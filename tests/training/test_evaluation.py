@@ -151,7 +151,7 @@ def test_interruption_patience_and_rotation(tiny_checkpoint, tmp_path):
     results = run_tasks(tmp_path, tasks, num_ranks=1)
     assert [results[name]["code"] for name in tasks] == [0, 75, 0, 0], results
     assert "被打断，续训时补上" in results["cut"]["output"]
-    assert "连续 3 次评估没有更好（--early_stopping_patience），到此为止" in results["whole"]["output"]
+    assert "--early_stopping_patience" in results["whole"]["output"]
     assert records_of(tmp_path / "cut") == records_of(tmp_path / "whole")
     best, again = (read_json(tmp_path / name / "best.json") for name in ("whole", "cut"))
     assert best == again
