@@ -28,7 +28,7 @@ from finetune.checkpoint.run_record import describe_run
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
 from finetune.data.mixture import hold_out_rows, mix, parse_sources
-from finetune.data.plain_text import replay_pieces
+from finetune.data.plain_text import replay_pieces, replay_share
 from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_format
 from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
@@ -326,11 +326,17 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
         log_rank_0(f"{len(sources)} 个文件按份量合成 {len(train_set)} 条训练样本")
     eval_set = load(args.eval_path) or eval_set
     if args.replay_path is not None:
-        num_samples = round(args.replay_ratio * len(train_set))
-        pieces = replay_pieces(args.replay_path, tokenizer, args.max_len, args.seed, num_samples)
+        source, num_targets = (args.replay_path, tokenizer, args.max_len, args.seed), sum(train_set.num_targets)
+        if args.replay_by == "rows":
+            pieces = replay_pieces(*source, round(args.replay_ratio * len(train_set)))
+        else:
+            pieces = replay_share(*source, num_targets, args.replay_ratio)
+        replayed = sum(piece.num_targets for piece in pieces)
+        log_rank_0(
+            f"重放：{args.replay_path} 的 {len(pieces)} 条混入 {len(train_set)} 条训练样本，"
+            f"占目标 token 的 {replayed / (replayed + num_targets):.1%}"
+        )
         train_set.append(pieces, args.replay_path)
-        num_tokens = sum(len(piece.input_ids) for piece in pieces)
-        log_rank_0(f"重放：{args.replay_path} 的 {num_samples} 条、{num_tokens} token 混入训练")
     return train_set, eval_set
 
 

@@ -10,48 +10,68 @@ setup_env requirements.txt
 trap 'python scripts/deepspeed_ops.py clean_shm > /dev/null || true' EXIT
 
 WORK=.quickstart
-NUM_PREDICTIONS=8
 rm -rf "$WORK"
 mkdir "$WORK"
-# 没有 GPU 时 DeepSpeed 按 LOCAL_SIZE 决定 CPU 进程数；端口取一个空闲的，免得与别的训练相撞
-export LOCAL_SIZE="${LOCAL_SIZE:-1}"
-PORT="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+# 没有 GPU 时 DeepSpeed 按 LOCAL_SIZE 决定 CPU 进程数；这么小的模型一个线程最快
+export LOCAL_SIZE="${LOCAL_SIZE:-1}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-echo "== 1/3 生成微型 Baichuan2（随机权重，官方布局，分词器由 data/ 训练）"
+# train 方法 基座 输出目录 其余参数：情感分类（data/cls_0.json），每轮在 data/cls_1.json 上评估；端口取一个空闲的
+train() {
+    local port
+    port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+    deepspeed -q --num_gpus 1 --master_port "$port" train.py \
+        --train_path data/cls_0.json \
+        --eval_path data/cls_1.json \
+        --train_type "$1" \
+        --model_name_or_path "$2" \
+        --output_dir "$3" \
+        --precision fp32 \
+        --per_device_train_batch_size 16 \
+        --gradient_accumulation_steps 1 \
+        --max_len 128 \
+        --max_src_len 112 \
+        --eval_metric label_f1 \
+        --eval_max_new_tokens 8 \
+        "${@:4}"
+}
+
+# score 检查点 名字：在没有训练过的 data/cls_1.json 上预测、打分
+score() {
+    python predict.py --model_path "$1" --test_path data/cls_1.json --output_path "$WORK/$2.jsonl" \
+        --metric label_f1 --max_new_tokens 8
+}
+
+echo "== 1/4 生成微型 Baichuan2（随机权重，官方布局，分词器由 data/ 训练）"
 python scripts/build_tiny_model.py --arch baichuan2-7b --output_dir "$WORK/tiny-baichuan2" \
     --layers 4 --hidden_size 128 --heads 4 --vocab_size 2000
+score "$WORK/tiny-baichuan2" untrained
 
-echo "== 2/3 用 LoRA 训练（deepspeed 启动器，data/spo_0.json）"
-deepspeed --num_gpus 1 --master_port "$PORT" train.py \
-    --train_path data/spo_0.json \
-    --model_name_or_path "$WORK/tiny-baichuan2" \
-    --mode baichuan2 \
-    --train_type lora \
-    --lora_module_name all-linear \
-    --lora_dim 32 \
-    --learning_rate 5e-3 \
-    --per_device_train_batch_size 8 \
-    --gradient_accumulation_steps 1 \
-    --max_len 384 \
-    --max_src_len 256 \
-    --num_train_epochs 1 \
-    --max_steps 40 \
-    --output_dir "$WORK/output"
+echo "== 2/4 全参数训练：从随机权重学会判断评论的情感"
+train full "$WORK/tiny-baichuan2" "$WORK/full" --learning_rate 1e-3 --num_train_epochs 3
+score "$WORK/full" full
 
-echo "== 3/3 预测，与参考答案对照"
-CHECKPOINT="$(ls -dt "$WORK"/output/epoch-*-step-* | head -n 1)"
-head -n "$NUM_PREDICTIONS" data/spo_1.json > "$WORK/test.json"
-python predict.py --model_path "$CHECKPOINT" --test_path "$WORK/test.json" \
-    --output_path "$WORK/predictions.jsonl" --metric triple_f1 --max_new_tokens 64
-python - "$WORK/predictions.jsonl" "$NUM_PREDICTIONS" <<'PY'
+echo "== 3/4 LoRA：接着它再训练一轮，只存适配器"
+BASE="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["checkpoint"])' "$WORK/full/best.json")"
+train lora "$WORK/full/$BASE" "$WORK/lora" --lora_module_name all-linear --learning_rate 1e-3 --num_train_epochs 1
+score "$WORK/lora" lora
+
+echo "== 4/4 预测与参考答案对照"
+python - "$WORK" <<'PY'
 import json, sys
+from pathlib import Path
 
-rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
-for number, row in enumerate(rows, 1):
-    print(f"[{number}] 输入：{row['input'][:60]}")
-    print("    参考：" + " | ".join(row["output"].splitlines()))
-    print("    预测：" + " | ".join(row["prediction"].splitlines()))
-assert len(rows) == int(sys.argv[2]), f"应有 {sys.argv[2]} 条预测，只有 {len(rows)} 条"
-print("微型模型的权重是随机的，这里只为走通流程；换成真正的检查点，其余命令不变。")
+work = Path(sys.argv[1])
+results = {name: json.loads((work / f"{name}.metrics.json").read_text()) for name in ("untrained", "full", "lora")}
+rows = [json.loads(line) for line in (work / "lora.jsonl").read_text(encoding="utf-8").splitlines()]
+for number, row in enumerate(rows[:8], 1):
+    print(f"[{number}] {row['input']}\n    参考：{row['output']}    预测：{row['prediction']}")
+print("data/cls_1.json 的宏 F1（95% 区间），训练时没有见过这些行：")
+for name, title in (("untrained", "没有训练"), ("full", "全参数"), ("lora", "再加 LoRA")):
+    found = results[name]
+    print(f"    {title}：{found['score']:.3f} [{found['ci_low']:.3f}, {found['ci_high']:.3f}]")
+empty = sum(not row["prediction"].strip() for row in rows)
+assert empty == 0, f"{len(rows)} 条预测里有 {empty} 条是空的"
+assert results["lora"]["ci_low"] > max(0.5, results["untrained"]["ci_high"]), "没有学会：区间没有高出没有训练的与碰运气的 0.5"
+print("换成真正的检查点与自己的数据，其余命令不变。")
 print(f"quickstart: OK, {len(rows)} predictions")
 PY

@@ -177,6 +177,12 @@ def evaluation_problems(args: TrainOptions) -> list[str]:
         problems.append("--forgetting_threshold 需要 --general_path，请加上或去掉")
     if (args.replay_path is None) != (args.replay_ratio is None):
         problems.append("--replay_path 与 --replay_ratio 要一起给出（如 --replay_ratio 0.1），请补上或都去掉")
+    if args.replay_path is None and "replay_by" in args.given:
+        problems.append("--replay_by 只在重放时起作用，请加上 --replay_path 与 --replay_ratio 或去掉")
+    if args.replay_by == "tokens" and (args.replay_ratio or 0) >= 1:
+        problems.append(
+            f"--replay_ratio({args.replay_ratio}) 是目标 token 的份额，必须小于 1；条数之比请加上 --replay_by rows"
+        )
     paths = [Path(path).resolve() for path in (args.general_path, args.replay_path) if path]
     if len(paths) == 2 and paths[0] == paths[1]:
         problems.append(f"--general_path 与 --replay_path 是同一个文件 {paths[0]}：训练过的文字不能衡量遗忘，请分开")

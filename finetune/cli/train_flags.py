@@ -1,14 +1,18 @@
 """train.py 的全部参数：各间屋子的参数合成一份。"""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from finetune.checkpoint.options import ModelOptions, SaveOptions
+from finetune.checkpoint.output_dir import RUN_CONFIG, iter_checkpoints
 from finetune.cli.other_names import TRAIN_NAMES
 from finetune.cli.parser import Parser
 from finetune.data.options import DataOptions
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
 from finetune.options import flag
 from finetune.training.options import EvaluationOptions, ForgettingOptions, LogOptions, StepOptions
+from utils import read_json
 
 
 @dataclass
@@ -49,6 +53,17 @@ def build_parser() -> Parser:
     return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS, TRAIN_NAMES)
 
 
+def recorded_args(options: SaveOptions) -> dict[str, Any] | None:
+    """--resume 接着的那一次训练记下的参数；从头训练、还没有检查点时为 None。"""
+    if options.resume == "no":
+        return None
+    newest = next((path for _, _, path in iter_checkpoints(Path(options.output_dir))), None)
+    directory = newest if options.resume == "auto" else Path(options.resume)
+    if directory is None or not (directory / RUN_CONFIG).is_file():
+        return None
+    return read_json(directory / RUN_CONFIG).get("args")
+
+
 def parse_args(argv: list[str] | None = None) -> TrainOptions:
     """解析命令行，补上随方法而定的缺省。"""
     found, given = build_parser().read(argv)
@@ -58,6 +73,9 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)
     if options.learning_rate is None:
         options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate
+    if options.replay_path is not None and "replay_by" not in options.given:
+        recorded = recorded_args(options)
+        options.replay_by = "tokens" if recorded is None else recorded.get("replay_by", "rows")
     if options.train_type == "ptuning" and options.ptuning_version == 1 and "packing" not in options.given:
         options.packing = False
     return options

@@ -106,6 +106,7 @@ def train(
     ]
     if cell.stage == "replay":
         flags += ["--replay_path", data / "general_train.txt", "--replay_ratio", plan["replay"]["ratio"]]
+        flags += ["--replay_by", plan["replay"].get("by", "rows")]
     started = time.monotonic()
     with TrainingProcess(flags, 1, directory / "log.txt") as run:
         ended = run.wait(TRAIN_TIMEOUT)

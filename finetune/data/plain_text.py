@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,31 @@ def replay_pieces(path: str, tokenizer, max_len: int, seed: int, num_samples: in
     if not pieces:
         raise ValueError(f"--replay_path {path} 的每一行都只有一个 token，没有可训练的目标，请换一个文件")
     return [pieces[index % len(pieces)] for index in range(num_samples)]
+
+
+def replay_share(path: str, tokenizer, max_len: int, seed: int, num_targets: int, share: float) -> list[EncodedSample]:
+    """重放用的各条，由 seed 选定，使它们的目标 token 占全部（加上任务的 num_targets 个）的份额最接近 share。
+
+    Raises:
+        ValueError: 见 read_texts；或份额太小，连一条的一半也没有。
+    """
+    wanted = num_targets * share / (1 - share)
+    pieces = list(encode_pieces(read_texts(path), tokenizer, max_len, seed))
+    if not pieces:
+        raise ValueError(f"--replay_path {path} 的每一行都只有一个 token，没有可训练的目标，请换一个文件")
+    chosen, total = [], 0
+    for piece in cycle(pieces):
+        if total + piece.num_targets / 2 > wanted:  # 再加一条，离得更远
+            break
+        chosen.append(piece)
+        total += piece.num_targets
+    if not chosen:
+        least = pieces[0].num_targets / (pieces[0].num_targets + num_targets)
+        raise ValueError(
+            f"--replay_ratio {share} 只合 {wanted:.0f} 个目标 token，不到一条（{pieces[0].num_targets} 个），"
+            f"请给出至少 {least:.3f}，或把 --replay_path 的段落切短"
+        )
+    return chosen
 
 
 def general_pieces(path: str, tokenizer, max_len: int, replay_path: str | None = None) -> list[EncodedSample]:

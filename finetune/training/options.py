@@ -168,5 +168,14 @@ class ForgettingOptions:
         changes_training=False,  # 续训比较的是内容的哈希
     )
     replay_ratio: float | None = flag(
-        None, "重放的条数与训练样本数之比，如 0.1；一条至多 max_len 个 token（缺省不混）", kind=float, check=above_zero
+        None,
+        "重放占全部目标 token 的份额，(0, 1)，如 0.1；写了 --replay_by rows 时是条数与训练样本数之比。"
+        "一条至多 max_len 个 token（缺省不混）",
+        kind=float,
+        check=above_zero,
+    )
+    replay_by: str = flag(
+        "rows",  # 没有记下它的检查点是按条数的；命令行不写时由 parse_args 定
+        "--replay_ratio 按什么算：tokens 为目标 token 的份额，rows 为条数之比（缺省 tokens；续训时同检查点）",
+        choices=("tokens", "rows"),
     )

@@ -171,7 +171,7 @@ def test_replay_is_deterministic_and_part_of_the_run(tiny_checkpoint, tmp_path):
         "清晨的港口停着许多渔船。\n图书馆新到了一批讲天文的书。\n山坡上的茶园忙起来了。\n", encoding="utf-8"
     )
     base = tiny_checkpoint("baichuan-7b", **SIZES)
-    more = ("--replay_path", replay, "--replay_ratio", 0.4)
+    more = ("--replay_path", replay, "--replay_by", "rows", "--replay_ratio", 0.4)
     first = flags_of(tmp_path, "first", base, "zero2", "full", 1, *more)
     other = [*first[:-1], "0.6", "--resume", "auto"]
     tasks = {

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from baichuan import BaichuanTokenizer
 from data_set import BaichuanDataSet
+from finetune.cli.train_flags import parse_args
 from finetune.data import plain_text as general_text
-from finetune.data.plain_text import encode_pieces, general_pieces, read_texts, replay_pieces
-from utils import read_json
+from finetune.data.plain_text import encode_pieces, general_pieces, read_texts, replay_pieces, replay_share
+from utils import read_json, write_json
 
 DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
 SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
@@ -207,3 +208,30 @@ def test_numbers_of_two_models_zero2(tiny_checkpoint, general, tmp_path):
 @pytest.mark.parametrize("zero", DS_FILES)
 def test_numbers_of_two_models_on_two_ranks(tiny_checkpoint, general, tmp_path, zero):
     check_methods(tiny_checkpoint, general, tmp_path, list(METHODS), zero, num_ranks=2)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.8])
+def test_replay_by_tokens_gives_the_asked_share(general, tokenizer, share):
+    pieces = replay_share(general, tokenizer, 32, seed=1, num_targets=2000, share=share)
+    replayed = sum(piece.num_targets for piece in pieces)
+    assert replayed / (replayed + 2000) == pytest.approx(share, abs=16 / 2000)
+    assert pieces[:2] == replay_pieces(general, tokenizer, 32, seed=1, num_samples=2)  # 同样由 seed 选定
+
+
+def test_a_share_below_one_piece_is_refused(general, tokenizer):
+    with pytest.raises(ValueError, match=r"--replay_ratio 0\.1 只合 1 个目标 token"):
+        replay_share(general, tokenizer, 32, seed=1, num_targets=10, share=0.1)
+
+
+def test_an_old_run_resumes_by_rows(tmp_path):
+    flags = ["--train_path", "x", "--model_name_or_path", "m", "--output_dir", str(tmp_path)]
+    flags += ["--replay_path", "r", "--replay_ratio", "0.5"]
+    assert parse_args(flags).replay_by == "tokens"
+    assert parse_args([*flags, "--resume", "auto"]).replay_by == "tokens"  # 还没有检查点
+    (tmp_path / "epoch-1-step-3").mkdir()
+    for recorded, expected in (({}, "rows"), ({"replay_by": "tokens"}, "tokens")):
+        write_json(tmp_path / "epoch-1-step-3" / "run_config.json", {"args": recorded})
+        assert parse_args([*flags, "--resume", "auto"]).replay_by == expected
+        assert parse_args([*flags, "--resume", str(tmp_path / "epoch-1-step-3")]).replay_by == expected
+    assert parse_args([*flags, "--resume", "auto", "--replay_by", "rows"]).replay_by == "rows"
+    assert parse_args(flags[:6]).replay_by == "rows"  # 不重放：与旧的记录相同
