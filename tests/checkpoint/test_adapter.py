@@ -93,7 +93,7 @@ def test_missing_and_extra_tensors_are_counted(base, tmp_path):
 
 
 def test_an_adapter_of_a_shallower_model_is_refused(tiny_checkpoint, tmp_path):
-    adapter = write_adapter(tiny_checkpoint("baichuan2-7b", num_hidden_layers=2), tmp_path / "adapter")
+    adapter = write_adapter(tiny_checkpoint("baichuan2-7b", layers=2), tmp_path / "adapter")
     refuse(tiny_checkpoint("baichuan2-7b"), adapter, "缺少 4 个（共 8 个）", KEY.format(2, "A"))
 
 
@@ -160,7 +160,7 @@ def test_adapter_model_bin_runs_no_code(base, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"num_hidden_layers": 2}, "num_layers 是 4，基座是 2"), ({"hidden_size": 32}, "token_dim 是 64，基座是 32")],
+    [({"layers": 2}, "num_layers 是 4，基座是 2"), ({"hidden_size": 32}, "token_dim 是 64，基座是 32")],
 )
 def test_ptuning_sizes_are_compared_before_the_weights(tiny_checkpoint, base, tmp_path, options, part):
     adapter = write_adapter(base, tmp_path / "a", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
@@ -205,12 +205,19 @@ def test_settings_of_others_give_the_logits_of_peft_or_a_reason(base, tmp_path, 
         with torch.no_grad():
             actual = BaichuanForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()(IDS).logits
         assert (actual - expected).abs().max() < 1e-4
-    # 第二阶段：每一个都指名拒绝；只套几层的由张量的名字看出
+    # 第二阶段：每一个都指名拒绝
     model = apply_lora(BaichuanForCausalLM.from_pretrained(base), LoraOptions(lora_dim=4, lora_alpha=16))
     with pytest.raises(ValueError) as error:
         check_second_stage(adapter, model)
-    named = "缺少 4 个（共 8 个）" if name == "layers" else next(iter(SETTINGS[name]))
-    assert named in str(error.value)
+    assert next(iter(SETTINGS[name])) in str(error.value)
+
+
+def test_the_second_stage_compares_the_modules_themselves(base, tmp_path):
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=r".*\.[02]\.self_attn\.W_pack")
+    inspect_checkpoint(adapter, base)
+    model = apply_lora(BaichuanForCausalLM.from_pretrained(base), LoraOptions(lora_dim=4, lora_alpha=16))
+    with pytest.raises(ValueError, match="缺少 4 个（共 8 个）"):
+        check_second_stage(adapter, model)
 
 
 @pytest.mark.parametrize(

@@ -195,12 +195,15 @@ def test_replay_is_deterministic_and_part_of_the_run(tiny_checkpoint, tmp_path):
 # 不起训练的
 
 
+class NoRows(list):
+    path, paths, rows, lengths = "rows.json", [], np.zeros(0, int), []
+
+
 def make(state=None, sha256="a", **options) -> Evaluation:
     defaults = {"eval_step": 0, "eval_metric": "nll", "eval_max_new_tokens": 128, "early_stopping_patience": 2}
     data = DataOptions(eval_path=ROOT / "data" / "cls_1.json")
     chosen = EvaluationOptions(**{**defaults, **options})
-    rows = SimpleNamespace(path="rows.json", paths=[], rows=np.zeros(0, int), lengths=[])
-    return Evaluation(chosen, data, rows, None, None, sha256, state)
+    return Evaluation(chosen, data, NoRows(), None, None, sha256, state)
 
 
 def test_when_an_evaluation_is_due():
