@@ -25,6 +25,7 @@ from finetune.inference.predict_file import partial_path, predict_file
 from finetune.inference.predictor import Predictor
 from finetune.inference.serve import serve
 from finetune.inference.side_by_side import compare
+from finetune.process.threads import choose_threads
 from finetune.terminal import format_table, note
 from utils import quiet_libraries, seed_everything
 
@@ -65,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         plan = prepare(args)
         seed_everything(args.seed)
+        if plan.device.type == "cpu":
+            num_threads, reason = choose_threads(args.num_threads)
+            torch.set_num_threads(num_threads)
+            note(f"线程：{num_threads} 个（{reason}）")
         if args.test_path is not None and not args.compare:
             kept = f"；做完的行留在 {partial_path(Path(args.output_path))}，用同样的命令可以接着做"
         run(args, plan)

@@ -34,7 +34,7 @@ from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
-from finetune.process.arithmetic import settle_arithmetic
+from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.launching import process_count_note
@@ -97,6 +97,7 @@ def main() -> int:
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
     release_shared_memory()
     interruption = Interruption()
+    settle_threads(args.num_threads)
     if note := process_count_note():
         log_rank_0(note)
     tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)

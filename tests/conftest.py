@@ -6,6 +6,8 @@ from pathlib import Path
 # 测试不联网；必须在第一次 import transformers 之前设好
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# 逐位比较的几次运行线程数要相同，不随机器忙闲而变
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # MKL 在各种 CPU 上用同样的算法：黄金值来自另一种 CPU，缺省时只有 AVX2 的 CPU 上一处的舍入超出界限（2.1e-5 对 2e-5）
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 

@@ -22,7 +22,7 @@ def read_config(path: str) -> tuple[list[str], bool]:
         raise ValueError(f"--config {path} 应是「参数名: 值」的一张表，实际是 {type(content).__name__}")
     is_record = isinstance(content.get("args"), dict)
     if is_record:
-        used = {name: content[name] for name in ("precision", "num_threads") if name in content}
+        used = {"precision": content.get("precision"), "num_threads": content.get("arithmetic", {}).get("num_threads")}
         content = {name: value for name, value in {**content["args"], **used}.items() if name not in NOT_REPEATED}
     words = []
     for name, value in content.items():

@@ -14,6 +14,7 @@ from finetune.data.rows import check_file
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
 from finetune.inference.options import SAMPLING_DEFAULTS, ServeOptions, check_installed
 from finetune.options import flags_of, problems_of
+from finetune.process.threads import stop_spinning
 from finetune.terminal import note
 from utils import read_json
 
@@ -77,6 +78,7 @@ def option_problems(args: PredictOptions) -> list[str]:
     limits = {
         "batch_size": (lambda value: value >= 1, "必须是正整数"),
         "max_new_tokens": (lambda value: value >= 1, "必须是正整数"),
+        "num_threads": (lambda value: value >= 1, "必须是正整数"),
         "max_src_len": (lambda value: value >= 1, "必须是正整数"),
         "temperature": (lambda value: value > 0, "必须大于 0；想要确定的结果请去掉 --do_sample"),
         "top_p": (lambda value: 0 < value <= 1, "必须在 (0, 1] 之内"),
@@ -138,6 +140,7 @@ def first_look(argv: list[str] | None = None) -> None:
         note("错误：\n" + "\n".join(problems))
         raise SystemExit(2)
     skip_bitsandbytes(args)
+    stop_spinning()
 
 
 def choose_device(requested: str, num_gpus: int) -> "torch.device":

@@ -7,7 +7,7 @@ from finetune.cli.parser import Parser
 from finetune.data.prompting import prompt_format_choice
 from finetune.data.samples import separator_choice
 from finetune.inference.options import GenerationOptions, ServeOptions
-from finetune.options import flag, split_words
+from finetune.options import at_least, flag, split_words
 
 
 @dataclass
@@ -35,6 +35,12 @@ class CheckpointOptions:
     )
     base_model_path: str | None = flag(None, "适配器的基座移动过时的新位置（缺省按 run_config.json 的记录寻找）")
     device: str = flag("auto", "auto、cpu，或加速卡的种类与编号，如 cuda、cuda:1、npu:0；auto 有卡用卡")
+    num_threads: int | None = flag(
+        None,
+        "CPU 线程数（缺省先看 OMP_NUM_THREADS，再由空着的核决定，加速卡上不动）",
+        kind=int,
+        check=at_least(1),
+    )
     num_gpus: int = flag(1, "文件预测分给几个进程，各用一块 GPU（CPU 上就是几个进程；缺省 1）")
     load_in_4bit: bool = flag(False, "基座量化成 4 位（nf4），要 bitsandbytes（缺省不量化）")
     load_in_8bit: bool = flag(False, "基座量化成 8 位（LLM.int8），要 bitsandbytes（缺省不量化）")

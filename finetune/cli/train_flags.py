@@ -10,7 +10,7 @@ from finetune.cli.other_names import TRAIN_NAMES
 from finetune.cli.parser import Parser
 from finetune.data.options import DataOptions
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
-from finetune.options import flag
+from finetune.options import at_least, flag
 from finetune.training.options import EvaluationOptions, ForgettingOptions, LogOptions, StepOptions
 from utils import read_json
 
@@ -27,6 +27,13 @@ class RunOptions:
     dry_run: bool = flag(
         False,
         "只推算 token、步数、显存、主机内存与时间，不读权重也不训练；退出码 0 放得下，1 放不下（缺省训练）",
+        changes_training=False,
+    )
+    num_threads: int | None = flag(
+        None,
+        "每个进程的 CPU 线程数；没有加速卡时它决定末位，续训时同检查点（缺省先看 OMP_NUM_THREADS，再由空着的核决定）",
+        kind=int,
+        check=at_least(1),
         changes_training=False,
     )
     local_rank: int = flag(-1, "由 deepspeed 启动器传入，不必自己写（缺省 -1）", changes_training=False)

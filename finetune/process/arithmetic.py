@@ -7,6 +7,8 @@ import re
 import torch
 
 from finetune.process.accelerator import card_name, has_accelerator
+from finetune.process.threads import choose_threads
+from utils import broadcast_from_rank_0, log_rank_0
 
 # 矩阵库与 OpenMP 由这些环境变量决定怎样算、怎样分块
 ARITHMETIC_VARIABLES = re.compile("MKL_|OMP_(DYNAMIC|THREAD_LIMIT|SCHEDULE)|ATEN_CPU_CAPABILITY|ONEDNN_|DNNL_")
@@ -28,6 +30,16 @@ def settle_arithmetic(num_threads: int | None = None):
     """
     os.environ.setdefault("MKL_CBWR", "AUTO")
     torch.set_num_threads(num_threads or torch.get_num_threads())
+
+
+def settle_threads(requested: int | None):
+    """定下每个进程的线程数并说一声，0 号进程选定，各进程相同；集合操作。有加速卡而没有写明时不动。"""
+    if requested is None and has_accelerator():
+        return
+    num_local = int(os.environ.get("LOCAL_SIZE") or 1)
+    num_threads, reason = broadcast_from_rank_0(lambda: choose_threads(requested, num_local))
+    torch.set_num_threads(num_threads)
+    log_rank_0(f"线程：每个进程 {num_threads} 个（{reason}）")
 
 
 def describe_arithmetic() -> dict:
