@@ -55,7 +55,7 @@ def failing_runs(tiny_checkpoint, directory: Path) -> dict[str, tuple[list[str],
     return {
         "max_src_len": (task("max_src_len", max_src_len=96), "--max_src_len(96) 必须小于 --max_len(96)，请调小前者"),
         "foreign": (task("foreign", train_type="full", lora_dim=4), "--lora_dim 属于 --train_type lora"),
-        "unknown_value": (task("unknown_value", train_type="qlora"), "参数错误：argument --train_type"),
+        "unknown_value": (task("unknown_value", train_type="qlora"), "参数错误：--train_type 应为"),
         "empty": (task("empty", data=content("empty.json", "")), "empty.json 是空的（0 字节），没有任何样本"),
         "blank": (task("blank", data=content("blank.json", "\n \n")), "blank.json 里没有任何样本（只有空白）"),
         "broken_rows": (task("broken_rows", data=broken), f"{broken}:2: output:"),
