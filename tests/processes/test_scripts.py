@@ -1,14 +1,20 @@
 """scripts/*.sh 与 .ci/run：语法、说明的参数都存在；启动脚本真的训练一步（慢）。"""
 
 import os
+import pty
 import re
 import subprocess
+from contextlib import suppress
 
 import pytest
 from paths import ROOT
 
+from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.methods.registry import TRAIN_METHODS
+from finetune.process.accelerator import has_accelerator
+from finetune.process.interruption import EXIT_INTERRUPTED
 from finetune.process.training_process import free_port
+from utils import read_json
 
 SCRIPTS = [*sorted((ROOT / "scripts").glob("*.sh")), ROOT / ".ci" / "run"]
 
@@ -53,3 +59,56 @@ def test_launcher_trains_and_saves(method, tiny_checkpoint, tmp_path):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert (tmp_path / "output" / "epoch-1-step-1" / "run_config.json").is_file()
+
+
+SHORT = ["--precision", "fp32", "--max_len", "128", "--max_src_len", "96", "--show_loss_step", "1"]
+
+
+def script_command(base, *more: str) -> list[str]:
+    """bash scripts/train_lora.sh 检查点 参数…；第二个位置直接写参数。"""
+    return ["bash", str(ROOT / "scripts" / "train_lora.sh"), str(base), *SHORT, *more]
+
+
+def script_environment(directory, num_processes: int) -> dict[str, str]:
+    outer = {name: value for name, value in os.environ.items() if name not in ("PORT", "GPUS", "DS_ACCELERATOR")}
+    return {**outer, "LOCAL_SIZE": str(num_processes), "OUTPUT_DIR": str(directory), "TRAIN_PATH": "data/cls_0.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_local_size_decides_how_many_processes(tiny_checkpoint, tmp_path):
+    if has_accelerator():
+        pytest.skip("有加速卡的机器上由 GPUS 决定")
+    command = script_command(tiny_checkpoint("baichuan2-7b"), "--max_steps", "1")
+    result = subprocess.run(
+        command, env=script_environment(tmp_path / "out", 2), capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert read_json(tmp_path / "out" / "run_config.json")["world_size"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_ctrl_c_in_a_terminal_waits_for_the_checkpoint(tiny_checkpoint, tmp_path):
+    """真的伪终端里按 Ctrl-C：脚本等训练存好才结束，退出码是训练的；--resume auto 接着做。"""
+    if has_accelerator():
+        pytest.skip("脚本在有加速卡的机器上要另给 GPUS")
+    base, environment = tiny_checkpoint("baichuan2-7b"), script_environment(tmp_path / "out", 1)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execvpe("bash", script_command(base, "--max_steps", "200"), environment)
+    screen = ""
+    with suppress(OSError):  # 另一端关了
+        while chunk := os.read(terminal, 65536).decode("utf-8", "replace"):
+            if "步 3/" not in screen and "步 3/" in screen + chunk:
+                os.write(terminal, b"\x03")
+            screen += chunk
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert code == EXIT_INTERRUPTED, screen[-3000:]
+    assert "收到 SIGINT，已保存" in screen
+    [(step, _, checkpoint)] = iter_checkpoints(tmp_path / "out")
+    assert 3 <= step < 200 and (checkpoint / "manifest.json").is_file()
+    command = script_command(base, "--max_steps", "200", "--resume", str(checkpoint), "--num_train_epochs", "1")
+    again = subprocess.run([*command, "--max_steps", str(step + 1)], env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert f"resume: step {step} from" in again.stdout
