@@ -214,21 +214,26 @@ class BaichuanTokenizer(PreTrainedTokenizer):
 
         加入词表的新词取它的编号；解码得到的文字与不替换时相同。用于来自用户的文本，见 `find_control_pieces`。
         """
-        if self._added_words:
-            parts = self._split_added(text)
-            return [
-                i
-                for part in parts
-                for i in ([self._added_words[part]] if part in self._added_words else self._spelled_ids(part))
-            ]
-        return self._spelled_ids(text)
+        return self.encode_user_text(text)[0]
 
-    def _spelled_ids(self, text: str) -> list[int]:
-        """同 `text_to_ids`，保留片段换成按普通字符拼写的编号。"""
+    def encode_user_text(self, text: str) -> tuple[list[int], bool]:
+        """encode_plain 的结果，与文本里有没有控制符号（见 `find_control_pieces`）：只编码一遍。"""
+        if not self._added_words:
+            return self._spelled_ids(text)
+        ids, has_control = [], False
+        for part in self._split_added(text):
+            word = self._added_words.get(part)
+            found, is_control = self._spelled_ids(part) if word is None else ([word], False)
+            ids += found
+            has_control |= is_control
+        return ids, has_control
+
+    def _spelled_ids(self, text: str) -> tuple[list[int], bool]:
+        """同 `text_to_ids`，保留片段换成按普通字符拼写的编号；与有没有换过。"""
         ids = self.text_to_ids(text)
         if self.reserved_ids.isdisjoint(ids):
-            return ids
-        return [spelled for i in ids for spelled in (self._spell(i) if i in self.reserved_ids else (i,))]
+            return ids, False
+        return [spelled for i in ids for spelled in (self._spell(i) if i in self.reserved_ids else (i,))], True
 
     def _spell(self, reserved_id: int) -> list[int]:
         """一个保留片段按普通字符拼写的编号，如 `<`、`reserved`、`_`……"""

@@ -93,7 +93,7 @@ def test_missing_and_extra_tensors_are_counted(base, tmp_path):
 
 
 def test_an_adapter_of_a_shallower_model_is_refused(tiny_checkpoint, tmp_path):
-    adapter = write_adapter(tiny_checkpoint("baichuan2-7b", num_hidden_layers=2), tmp_path / "adapter")
+    adapter = write_adapter(tiny_checkpoint("baichuan2-7b", layers=2), tmp_path / "adapter")
     refuse(tiny_checkpoint("baichuan2-7b"), adapter, "缺少 4 个（共 8 个）", KEY.format(2, "A"))
 
 
@@ -160,7 +160,7 @@ def test_adapter_model_bin_runs_no_code(base, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "part"),
-    [({"num_hidden_layers": 2}, "num_layers 是 4，基座是 2"), ({"hidden_size": 32}, "token_dim 是 64，基座是 32")],
+    [({"layers": 2}, "num_layers 是 4，基座是 2"), ({"hidden_size": 32}, "token_dim 是 64，基座是 32")],
 )
 def test_ptuning_sizes_are_compared_before_the_weights(tiny_checkpoint, base, tmp_path, options, part):
     adapter = write_adapter(base, tmp_path / "a", PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
