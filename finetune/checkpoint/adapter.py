@@ -30,8 +30,6 @@ FREE_FIELDS = {
     *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"),
     *("lora_dropout", "megatron_core", "qalora_group_size", "encoder_dropout", "ensure_weight_tying"),
     *("encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type", "init_lora_weights"),
-    # 套在哪些模块上：由张量的名字核对
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     # 与基座相配由 prompt_problems 核对
     *("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
 }
@@ -242,9 +240,9 @@ def second_stage_problems(path: Path, current: PeftConfig) -> list[str]:
     for field in dataclasses.fields(current):
         before, now = getattr(saved, field.name), getattr(current, field.name)
         is_same = before == now or not (is_set(before) or is_set(now))
-        if field.name == "target_modules" and not isinstance(before, str) and set(before or ()) != set(now or ()):
-            is_same = False
-        elif field.name in FREE_FIELDS:
+        if field.name == "target_modules":
+            is_same = set(_names(before)) == set(_names(now))
+        if field.name in FREE_FIELDS:
             continue
         if is_same:
             continue
