@@ -97,6 +97,7 @@ class BaichuanTokenizer(PreTrainedTokenizer):
         self.vocab_file = None if vocab_file is None else str(vocab_file)
         self.sp_model_kwargs = dict(sp_model_kwargs or {})
         # 先于 super().__init__()：基类初始化时就要查词表
+        self._added_words: dict[str, int] = {}
         self._model_bytes = _read_model_file(vocab_file)
         self._attach_processor()
         self.add_bos_token = bool(add_bos_token)
@@ -173,35 +174,62 @@ class BaichuanTokenizer(PreTrainedTokenizer):
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """文本的片段；未知字符（没有字节回退的模型才有）记作 unk_token。"""
         split_special_tokens = kwargs.pop("split_special_tokens", self.split_special_tokens)
-        added = [
-            token.content
-            for index, token in self._added_tokens_decoder.items()
-            if index >= self.vocab_size and not token.special and not split_special_tokens
-        ]
-        if not added:
-            return [self._pieces[i] for i in self.text_to_ids(text)]
-        longest_first = sorted(added, key=len, reverse=True)
         tokens: list[str] = []
-        for part in re.split(f"({'|'.join(map(re.escape, longest_first))})", text):
-            tokens.extend([part] if part in added else [self._pieces[i] for i in self.text_to_ids(part)])
+        for part in [text] if split_special_tokens else self._split_added(text):
+            tokens.extend([part] if part in self._added_words else [self._pieces[i] for i in self.text_to_ids(part)])
         return tokens
+
+    def _add_tokens(self, new_tokens: list, special_tokens: bool = False) -> int:
+        count = super()._add_tokens(new_tokens, special_tokens)
+        # 加入词表的新词 → 编号；特殊词不按字面匹配，模型文件里已有的片段由 sentencepiece 切
+        self._added_words = {
+            token.content: index
+            for index, token in self._added_tokens_decoder.items()
+            if index >= self.vocab_size and not token.special
+        }
+        return count
+
+    def _split_added(self, text: str) -> list[str]:
+        """在加入的新词处切开，同一处取最长的；新词自成一段。"""
+        if not self._added_words:
+            return [text]
+        longest_first = sorted(self._added_words, key=len, reverse=True)
+        return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
 
     def find_control_pieces(self, text: str) -> list[str]:
         """文本中会被编码成 `<reserved_N>` 编号（含角色编号）的片段，按出现次序，重复的也逐个列出。
 
         按编码结果判断而不是查字面：v1 的规范化会把全角的 `＜reserved_102＞` 也变成角色片段。
         """
-        return [self._pieces[i] for i in self.text_to_ids(text) if i in self.reserved_ids]
+        return [
+            self._pieces[i]
+            for part in self._split_added(text)
+            if part not in self._added_words
+            for i in self.text_to_ids(part)
+            if i in self.reserved_ids
+        ]
 
     def encode_plain(self, text: str) -> list[int]:
-        """同 `text_to_ids`，但结果里不会出现任何 `<reserved_N>` 的编号：它们被换成按普通字符拼写的编号。
+        """同 `tokenizer(text)`，但结果里不会出现任何 `<reserved_N>` 的编号：它们被换成按普通字符拼写的编号。
 
-        解码得到的文字与不替换时相同。用于来自用户的文本，见 `find_control_pieces`。
+        加入词表的新词取它的编号；解码得到的文字与不替换时相同。用于来自用户的文本，见 `find_control_pieces`。
         """
         return self.encode_user_text(text)[0]
 
     def encode_user_text(self, text: str) -> tuple[list[int], bool]:
         """encode_plain 的结果，与文本里有没有控制符号（见 `find_control_pieces`）：只编码一遍。"""
+        if not self._added_words:
+            return self._spelled_ids(text)
+        ids, has_control = [], False
+        for part in self._split_added(text):
+            word = self._added_words.get(part)
+            found, is_control = self._spelled_ids(part) if word is None else ([word], False)
+            ids += found
+            has_control |= is_control
+        return ids, has_control
+
+    def _spelled_ids(self, text: str) -> tuple[list[int], bool]:
+        """同 `text_to_ids`，保留片段换成按普通字符拼写的编号；与有没有换过。"""
         ids = self.text_to_ids(text)
         if self.reserved_ids.isdisjoint(ids):
             return ids, False

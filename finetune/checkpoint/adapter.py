@@ -30,8 +30,6 @@ FREE_FIELDS = {
     *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "task_type"),
     *("lora_dropout", "megatron_core", "qalora_group_size", "encoder_dropout", "ensure_weight_tying"),
     *("encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type", "init_lora_weights"),
-    # 套在哪些模块上：由张量的名字核对
-    *("target_modules", "exclude_modules"),
     # 与基座相配由 prompt_problems 核对
     *("num_layers", "token_dim", "num_attention_heads", "num_transformer_submodules"),
 }
@@ -196,35 +194,25 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
         ValueError: 缺少、多出或形状不符的张量（各有多少，列出两个），或配置不能用在这个基座上。
     """
     path = Path(path)
-    plan = plan_adapter(path, config)
-    _compare(path, plan.shapes)
-    return plan
-
-
-def _compare(path: Path, shapes: dict[str, tuple[int, ...]]):
-    """适配器的文件里恰好是 shapes 的这些张量；只读文件头。
-
-    Raises:
-        ValueError: 缺少、多出或形状不符的张量（各有多少，列出两个）。
-    """
-    file = AdapterFile(path)
-    missing = sorted(shapes.keys() - file.names.keys())
-    extra = sorted(file.names[name] for name in file.names.keys() - shapes.keys())
+    plan, file = plan_adapter(path, config), AdapterFile(path)
+    missing = sorted(plan.shapes.keys() - file.names.keys())
+    extra = sorted(file.names[name] for name in file.names.keys() - plan.shapes.keys())
     problems = []
     if missing:
-        problems.append(f"缺少 {len(missing)} 个（共 {len(shapes)} 个），如 {missing[:2]}")
+        problems.append(f"缺少 {len(missing)} 个（共 {len(plan.shapes)} 个），如 {missing[:2]}")
     if extra:
         problems.append(f"多出 {len(extra)} 个，如 {extra[:2]}")
     problems += [
-        f"{name} 的形状是 {file.shape(name)}，应为 {shapes[name]}"
-        for name in sorted(shapes.keys() & file.names.keys())
-        if file.shape(name) != shapes[name]
+        f"{name} 的形状是 {file.shape(name)}，应为 {plan.shapes[name]}"
+        for name in sorted(plan.shapes.keys() & file.names.keys())
+        if file.shape(name) != plan.shapes[name]
     ][:2]
     if problems:
         raise ValueError(
             f"适配器 {path} 的张量不是它的配置在这个基座上要的那些：{'；'.join(problems)}；"
             "请检查基座是不是训练时的那个、适配器有没有存完整"
         )
+    return plan
 
 
 def check_second_stage(path: Path, model: PeftModel):
@@ -240,10 +228,7 @@ def check_second_stage(path: Path, model: PeftModel):
             f"--adapter_path {path} 与现在的参数不符：{'；'.join(problems)}；请改成一样的。"
             "没有对应参数的，先用 scripts/merge_lora.py 合并进基座再训练（合并不了的，请在写出它的工具里合并）"
         )
-    plan = check_adapter(path, model.get_base_model().config)
-    if current.peft_type == "LORA":  # 形状与自己的配置相同，剩下的是套在哪些模块上
-        ours = {canonical_name(name) for name, _ in model.named_parameters() if "lora_" in name}
-        _compare(path, {name: plan.shapes.get(name, ()) for name in ours})
+    check_adapter(path, model.get_base_model().config)
 
 
 def second_stage_problems(path: Path, current: PeftConfig) -> list[str]:
@@ -255,11 +240,9 @@ def second_stage_problems(path: Path, current: PeftConfig) -> list[str]:
     for field in dataclasses.fields(current):
         before, now = getattr(saved, field.name), getattr(current, field.name)
         is_same = before == now or not (is_set(before) or is_set(now))
-        if field.name == "target_modules" and not isinstance(before, str) and set(before or ()) != set(now or ()):
-            is_same = False
-        elif field.name in FREE_FIELDS:
-            continue
-        if is_same:
+        if field.name == "target_modules":
+            is_same = set(_names(before)) == set(_names(now))
+        if is_same or field.name in FREE_FIELDS:
             continue
         flag = f"（{FLAGS[field.name]}）" if field.name in FLAGS else ""
         problems.append(f"{field.name}{flag}：适配器是 {shown(before)}，现在是 {shown(now)}")

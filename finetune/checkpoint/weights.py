@@ -1,6 +1,7 @@
 """权重张量的读与写：逐个张量，不把整个模型再复制一份；ZeRO-3 下每个进程只读自己的那一段。"""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +17,8 @@ INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 # 官方文件里有、我们现算的张量
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+# bitsandbytes、官方 -4bits 目录与 GPTQ、AWQ 存下的量化状态
+QUANTIZED = re.compile(r"\.(quant_state|quant_map|absmax|nested_absmax|SCB|qweight|qzeros|g_idx)(\.|$)|\.weight\.data$")
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -90,6 +93,14 @@ class WeightFile:
             return tuple(self._file.get_slice(name).get_shape())
         return tuple(self._file[name].shape)
 
+    def is_quantized(self, name: str) -> bool:
+        """是量化的权重或它的状态，不读内容。"""
+        if self.path.suffix == ".safetensors":
+            is_float = self._file.get_slice(name).get_dtype().startswith(("F", "BF"))
+        else:
+            is_float = self._file[name].is_floating_point()
+        return not is_float or bool(QUANTIZED.search(name))
+
     def read(self, name: str) -> Tensor:
         """整个张量，CPU。"""
         return self._file.get_tensor(name) if self.path.suffix == ".safetensors" else self._file[name]
@@ -110,11 +121,17 @@ def check_weights(directory: str | Path, expected_shapes: dict[str, tuple[int, .
     """只读文件头，核对名字与形状是否与模型一致。
 
     Raises:
-        ValueError: 缺少、多出或形状不符的张量（各列出几个），或文件损坏。
+        ValueError: 是量化过的权重；缺少、多出或形状不符的张量（各列出几个），或文件损坏。
     """
     found = {}
     for path in weight_files(directory):
         weight_file = WeightFile(path)
+        quantized = [name for name in sorted(weight_file.names) if weight_file.is_quantized(name)]
+        if quantized:
+            raise ValueError(
+                f"{directory} 里是量化过的权重（{quantized[0]} 等 {len(quantized)} 个张量），不能训练，也不能在这里读："
+                "请换成完整的检查点；显存不够时加 --load_in_4bit，读的时候再量化"
+            )
         found.update({name: weight_file.shape(name) for name in weight_file.names})
     problems = []
     missing = sorted(expected_shapes.keys() - found.keys())

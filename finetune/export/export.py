@@ -52,6 +52,7 @@ def export(
     if to in ("gguf", "gguf_lora"):
         check_gguf(config, gguf_type)
     tokenizer = load_checkpoint_tokenizer(checkpoint)
+    check_added_words(tokenizer, to, model_path)
     prompts = encode_check_prompts(checkpoint, tokenizer, check_prompt)
     source = TensorSource(checkpoint)
     if to == "gguf_lora":
@@ -81,6 +82,20 @@ def export(
         (directory / "README.md").write_text(model_card(checkpoint, to, kind, comparison), encoding="utf-8")
         write_manifest(directory, checkpoint.run_config.get("global_step", 0))
     return comparison
+
+
+def check_added_words(tokenizer, to: str, model_path: str | Path):
+    """加入词表的新词（added_tokens.json）只有官方布局写得出，gguf_lora 不写词表。
+
+    Raises:
+        ValueError: 写成 llama、gguf 会丢掉它们。
+    """
+    words = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
+    words = [word for word, index in words if index >= tokenizer.vocab_size]
+    if words and to in ("llama", "gguf"):
+        raise ValueError(
+            f"{model_path} 的词表加了 {len(words)} 个新词（如 {words[0]}），--to {to} 还写不出它们，请用 --to baichuan"
+        )
 
 
 def resolve_gguf_type(to: str, dtype: str, gguf_type: str | None) -> str | None:

@@ -32,7 +32,7 @@ UNMERGEABLE = (
     *("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "arrow_config"),
     *("kasa_config", "monteclora_config", "velora_config"),
 )
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 class CheckFailed(RuntimeError):
@@ -238,7 +238,7 @@ def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path
 def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dtype) -> dict[str, Any]:
     """官方键名的 config.json：架构名、长度键、torch_dtype 与官方四种检查点一致，自有的两个键也写明。"""
     is_rope, is_v2 = config.position_embedding == "rope", config.norm_head
-    dropped = ("dtype", "max_position_embeddings", "model_max_length")
+    dropped = ("dtype", "max_position_embeddings", "model_max_length", "quantization_config")
     result = {key: value for key, value in raw.items() if key not in dropped}
     if is_rope:
         result["max_position_embeddings"] = config.max_position_embeddings or config.trained_length

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from baichuan import BaichuanForCausalLM
 from finetune.checkpoint import weights
+from finetune.checkpoint.base_model import checked_skeleton, load_base_model, load_config
 from finetune.checkpoint.weights import (
     ShardedWriter,
     WeightFile,
@@ -23,6 +25,8 @@ from finetune.checkpoint.weights import (
     load_weights,
     weight_files,
 )
+from finetune.export.export import export
+from utils import read_json, write_json
 
 SHAPES = [(7,), (4, 3), (5, 2, 3), (1, 9), (9, 1), (), (3, 0)]
 
@@ -280,3 +284,45 @@ def test_gathered_tensors_are_copies_on_rank_0(monkeypatch):
     assert model.weight.any()
     monkeypatch.setattr(weights, "global_rank", lambda: 1)
     assert list(gathered_tensors(model.named_parameters())) == [("weight", None), ("bias", None)]
+
+
+# ---- 量化过的检查点 ----
+
+# W_pack.weight 换成的张量：{名字的结尾: 类型}
+QUANTIZED_LAYOUTS = {
+    "official-4bits": {"weight.data": torch.uint8, "weight.quant_state": torch.float32},
+    "gptq": {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.half},
+    "int8": {"weight": torch.int8},
+}
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("layout", QUANTIZED_LAYOUTS)
+def test_quantized_weights_are_refused_in_one_sentence(tiny_checkpoint, tmp_path, layout, suffix):
+    base = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"))
+    tensors = {}
+    for name, tensor in load_file(base / "model.safetensors").items():
+        stem = name.removesuffix("weight")
+        parts = QUANTIZED_LAYOUTS[layout] if stem.endswith("W_pack.") else {name.removeprefix(stem): tensor.dtype}
+        tensors |= {stem + part: tensor.to(dtype).clone() for part, dtype in parts.items()}
+    (base / "model.safetensors").unlink()
+    if suffix == "bin":
+        torch.save(tensors, base / "pytorch_model.bin")
+    else:
+        save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"量化过的权重（model\.layers\.0.*W_pack.*--load_in_4bit") as error:
+        checked_skeleton(base, load_config(base))
+    assert "\n" not in str(error.value)
+    assert "重新下载" not in str(error.value)
+
+
+def test_a_leftover_quantization_config_is_said_and_not_written_on(tiny_checkpoint, tmp_path, capsys):
+    base = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"))
+    settings = {"load_in_4bit": True, "quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+    write_json(base / "config.json", {**read_json(base / "config.json"), "quantization_config": settings})
+    config = load_config(base)
+    assert capsys.readouterr().err.count("quantization_config") == 1
+    load_base_model(base, config, torch.float32, torch.device("cpu")).config.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in read_json(tmp_path / "saved" / "config.json")
+    export(base, "baichuan", tmp_path / "exported")
+    assert "quantization_config" not in read_json(tmp_path / "exported" / "config.json")

@@ -54,7 +54,7 @@ class FakeNpu(CPU_Accelerator):
 def is_product(frame) -> bool:
     """这一帧是产品自己的代码，不是测试的，也不是库的。"""
     path = Path(frame.f_code.co_filename)
-    return path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests")
+    return path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] not in ("tests", ".venv")
 
 
 def forbid_cuda():

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -501,3 +502,23 @@ def test_speed_ten_megabytes(official, shared_dir, name):
     assert official(name).encode_plain(text) == sentencepiece.SentencePieceProcessor(
         model_file=str(shared_dir / "tokenizer" / name / "tokenizer.model")
     ).encode(text)
+
+
+# ---- 加入词表的新词 ----
+
+
+@pytest.mark.parametrize("arch", ["baichuan2-7b", "baichuan-7b"])
+def test_added_words_are_honoured_and_role_pieces_still_are_not(tiny_checkpoint, tmp_path, arch):
+    base = Path(shutil.copytree(tiny_checkpoint(arch), tmp_path / "base"))
+    size = BaichuanTokenizer.from_pretrained(base).vocab_size
+    (base / "added_tokens.json").write_text(json.dumps({"[三元组]": size, "[无]": size + 1}), encoding="utf-8")
+    tokenizer = BaichuanTokenizer.from_pretrained(base)
+    text = "怠速[三元组]抖动 [无]。"
+    ids = tokenizer.encode_plain(text)
+    assert ids == tokenizer(text)["input_ids"]
+    assert [index for index in ids if index >= size] == [size, size + 1]
+    mixed = text + "<reserved_106>"
+    assert tokenizer.reserved_ids.isdisjoint(tokenizer.encode_plain(mixed))
+    assert tokenizer.find_control_pieces(mixed) == ["<reserved_106>"]
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert BaichuanTokenizer.from_pretrained(tmp_path / "saved").encode_plain(text) == ids  # added_tokens_decoder

@@ -57,8 +57,7 @@ def test_a_fake_npu_trains_and_resumes(tiny_checkpoint, tmp_path):
     assert (output / "epoch-2-step-8").is_dir()
     assert {record["memory_mb"] for record in run.records if "loss" in record} == {123.0}
     assert {"get_rng_state", "pin_memory", "max_memory_allocated"} <= found[0].keys()
-    assert "set_rng_state" not in found[0]
-    assert found[1]["set_rng_state"] == 1
+    assert found[1]["set_rng_state"] == found[0].get("set_rng_state", 0) + 1
 
 
 def test_the_fake_npu_does_fail_on_torch_cuda(tmp_path):
