@@ -376,7 +376,8 @@ def test_added_words_match_but_added_special_tokens_do_not(checkpoint, tmp_path)
         assert loaded.decode([486, 640, 486, 642]) == "你好[新词]你好[PAD]"
         assert loaded.decode([486, 640, 486, 642], skip_special_tokens=True) == "你好[新词]你好"
         assert 642 not in loaded.encode("[PAD]")
-        assert 640 not in loaded.encode_plain("[新词]")
+        assert loaded.encode_plain("[新词]") == [640]
+        assert 642 not in loaded.encode_plain("[PAD]")
 
 
 # ---- 存取 ----
