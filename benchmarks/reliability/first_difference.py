@@ -177,7 +177,6 @@ def record(path: Path, level: str, steps: tuple[int, int], command: list[str]):
     torch.manual_seed(0)
     script = Path(command[0]).resolve()
     sys.argv = [str(script), *command[1:]]
-    sys.path[:0] = [str(script.parent)]
     rank = os.environ.get("RANK")
     recorder = Recorder(path if rank is None else path.with_name(f"{path.name}.{rank}"), level == "op", steps)
     with recorder:

@@ -51,7 +51,6 @@ def run_script(script: str, words: list, env: dict[str, str], log: Path):
     os.chdir(ROOT)
     os.environ.update(env)
     sys.argv = [script, *map(str, words)]
-    sys.path[:0] = [str(ROOT), str((ROOT / script).parent)]
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 

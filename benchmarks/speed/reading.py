@@ -1,7 +1,7 @@
 """读数据的速度：各种写法混在一起的文件，与 d90914c 读 instruction/input/output 的文件相比，一个进程里交替地量。
 
     git worktree add --detach OLD d90914c
-    PYTHONPATH=. python benchmarks/speed/reading.py --old OLD --model_name_or_path baichuan2-7B/ --rows 100000
+    PYTHONPATH=.:OLD python benchmarks/speed/reading.py --model_name_or_path baichuan2-7B/ --rows 100000
 
 「读」是从文件的一行到 input_ids 与 labels（训练开头的「分词」）；「解析」只到消息。单位是每秒（CPU 时间）的行数。
 """
@@ -9,7 +9,6 @@
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -54,13 +53,11 @@ def measure(lines: list[bytes], parse: Callable, encode: Callable | None) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", required=True, help="d90914c 的工作目录（必填）")
     parser.add_argument("--model_name_or_path", required=True, help="有分词器的检查点目录（必填）")
     parser.add_argument("--rows", type=int, default=100_000, help="行数（缺省 %(default)s）")
     parser.add_argument("--repeats", type=int, default=5, help="交替几遍（缺省 %(default)s）")
     args = parser.parse_args()
-    sys.path.append(args.old)
-    import data_check
+    import data_check  # d90914c 的
     import prompting
 
     tokenizer = BaichuanTokenizer.from_pretrained(args.model_name_or_path)

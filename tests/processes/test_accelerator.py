@@ -2,6 +2,7 @@
 
 import json
 import re
+import os
 import subprocess
 import sys
 
@@ -63,11 +64,12 @@ def test_a_fake_npu_trains_and_resumes(tiny_checkpoint, tmp_path):
 def test_the_fake_npu_does_fail_on_torch_cuda(tmp_path):
     """守卫真的会发现：产品目录里的一行 torch.cuda 使它失败。"""
     program = (
-        "import sys; sys.path.insert(0, 'tests/helpers'); import fake_npu, torch; fake_npu.forbid_cuda();"
+        "import fake_npu, torch; fake_npu.forbid_cuda();"
         "torch.cuda.is_available();"
         f"code = compile('import torch; torch.cuda.is_available()', {str(ROOT / 'train.py')!r}, 'exec');"
         "exec(code)"
     )
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'helpers'}"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 1
     assert "产品调用了 torch.cuda.is_available" in result.stderr
