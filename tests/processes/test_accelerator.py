@@ -1,8 +1,8 @@
 """加速卡一律经 DeepSpeed 询问：产品里只有一个模块提到 torch.cuda；名为 npu 的假卡从头训练、续训，不碰 torch.cuda。"""
 
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 
