@@ -8,6 +8,7 @@ import torch
 from launching import run_tasks
 from paths import ROOT
 from peft import PeftModel
+from train_runs import DS_FILES, SIZES
 from transformers import AutoModelForCausalLM
 
 from baichuan import BaichuanTokenizer
@@ -16,8 +17,6 @@ from finetune.data import plain_text as general_text
 from finetune.data.plain_text import encode_pieces, general_pieces, read_texts, replay_pieces
 from utils import read_json
 
-DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
-SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 METHODS = {
     "freeze": ("baichuan-13b", ["--freeze_module_name", "layers.1.,lm_head"]),
     "lora": ("baichuan2-7b", ["--lora_module_name", "all-linear"]),
