@@ -107,7 +107,7 @@ def test_full_checkpoint_needs_no_run_config(base, tiny_checkpoint):
     model = load_checkpoint_model(checkpoint, torch.float32, CPU)
     expected = BaichuanForCausalLM.from_pretrained(base, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="是完整的模型，不需要基座"):
+    with pytest.raises(ValueError, match="--base_model_path"):
         inspect_checkpoint(base, tiny_checkpoint("baichuan2-7b"))
 
 

@@ -174,9 +174,7 @@ def test_check_weights_needs_every_tensor_of_the_index(tmp_path):
     """索引里有、分片里却没有的张量，按缺少报告。"""
     write(tmp_path, tensors_of(2), max_shard_bytes=200)
     save_file({"other": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(
-        ValueError, match=r"缺少 1 个张量，如 \['layer\.1\.weight'\]；多出 1 个不认识的张量，如 \['other'\]"
-    ):
+    with pytest.raises(ValueError, match=r" 1 .*\['layer\.1\.weight'\]；.* 1 .*\['other'\]"):
         check_weights(tmp_path, {name: (10, 4) for name in tensors_of(2)})
 
 

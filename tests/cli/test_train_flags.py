@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import pytest
+from asserting import lacks
 from commands import USER_COMMAND
 from paths import ROOT
 
@@ -312,13 +313,15 @@ def test_numbers_fixed_by_the_ds_file_are_told(required, tmp_path, capsys):
     args = parse_args([*required, "--ds_file", path])
     validate_args(args)
     assert (args.learning_rate, args.weight_decay, args.per_device_train_batch_size) == (3e-4, 0.02, 2)
-    assert capsys.readouterr().out.splitlines() == [
-        f"注意：per_device_train_batch_size 以 {path} 的 train_micro_batch_size_per_gpu 为准：2（缺省是 4）",
-        f"注意：learning_rate 以 {path} 的 optimizer.params.lr 为准：0.0003（缺省是 0.0002）",
-        f"注意：weight_decay 以 {path} 的 optimizer.params.weight_decay 为准：0.02（缺省是 0.1）",
-        f"注意：预热以 {path} 的 scheduler.params.warmup_num_steps（5）为准，不是 --warmup_ratio 0.1",
-        f"注意：{path} 的 scheduler.params.total_num_steps 写成 100，不随命令行变化",
+    told = [
+        ("per_device_train_batch_size ", "train_micro_batch_size_per_gpu ", "：2（", " 4）"),
+        ("learning_rate ", "optimizer.params.lr ", "：0.0003（", " 0.0002）"),
+        ("weight_decay ", "optimizer.params.weight_decay ", "：0.02（", " 0.1）"),
+        ("scheduler.params.warmup_num_steps（5）", "--warmup_ratio 0.1"),
+        ("scheduler.params.total_num_steps ", " 100"),
     ]
+    lines = capsys.readouterr().out.splitlines()
+    assert [lacks(line, "注意：", f"{path} ", *parts) for line, parts in zip(lines, told, strict=True)] == [[]] * 5
 
 
 def test_numbers_fixed_twice_are_refused(required, tmp_path):
@@ -339,7 +342,7 @@ def test_broken_rows_are_told_with_the_arguments(required, tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text('{"instruction": "问", "output": "答"}\n{"instruction": 3, "output": "答"}\n', encoding="utf-8")
     total, row, spike = problems_of(*required, "--train_path", rows, "--loss_spike_factor", "1")
-    assert total == f"数据文件 {rows} 有 1 处错误，请改正后重试："
+    assert f"{rows} 有 1 处" in total
     assert row.startswith(f"  {rows}:2: instruction: ")
     assert spike.startswith("--loss_spike_factor '1' 应为 0（不看）、大于 1 的数")
 
@@ -387,14 +390,12 @@ def test_the_rows_above_name_every_method_flag():
 
 def test_settings_without_effect_are_refused(required):
     ptuning = [*required, "--train_type", "ptuning"]
-    assert problems_of(*ptuning, "--prefix_hidden_size", 64) == [
-        "--prefix_hidden_size 只在 --prefix_projection 或 --ptuning_version 1 时起作用，请去掉或加上其一"
-    ]
+    (problem,) = problems_of(*ptuning, "--prefix_hidden_size", 64)
+    assert lacks(problem, "--prefix_hidden_size", "--prefix_projection", "--ptuning_version 1") == []
     validate_args(parse_args([*ptuning, "--prefix_projection", "--prefix_hidden_size", "64"]))
     validate_args(parse_args([*ptuning, "--ptuning_version", "1", "--prefix_hidden_size", "64"]))
-    assert problems_of(*ptuning, "--ptuning_version", 1, "--packing") == [
-        "--ptuning_version 1 的提示放在词嵌入处，不能与 --packing 同用，请去掉 --packing"
-    ]
+    (problem,) = problems_of(*ptuning, "--ptuning_version", 1, "--packing")
+    assert lacks(problem, "--ptuning_version 1", "--packing") == []
     (problem,) = problems_of(*ptuning, "--ptuning_version", 1, "--prefix_projection")
     assert "--prefix_projection" in problem
 
@@ -414,9 +415,8 @@ def test_a_config_of_another_model_is_refused(required, tiny_checkpoint, tmp_pat
         (problem,) = problems_of(*required, "--model_name_or_path", other)
         return problem
 
-    assert with_config(json.dumps({**content, "model_type": "llama"})) == (
-        f"{other / 'config.json'} 的 model_type 是 'llama'，本项目只训练 baichuan"
-    )
+    problem = with_config(json.dumps({**content, "model_type": "llama"}))
+    assert lacks(problem, f"{other / 'config.json'} ", "model_type", "'llama'", "baichuan") == []
     assert "config.json" in with_config("{broken")
     assert "hidden_size(64) 必须能被 num_attention_heads(5) 整除" in with_config(
         json.dumps({**content, "num_attention_heads": 5})

@@ -1,18 +1,15 @@
 """续训的测试共用：小数据、各方法的参数、一组进程接连做几个任务、逐位的比较。"""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from paths import ROOT
 from safetensors.torch import load_file
+from train_runs import DS_FILES
 
 from finetune.checkpoint.manifest import verify_checkpoint
 from utils import read_json
 
-DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
-SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 # 方法 → (结构, 它的参数)
 METHODS = {
     "freeze": ("baichuan-13b", ["--freeze_module_name", "layers.1.,lm_head"]),
@@ -23,13 +20,6 @@ METHODS = {
 # 13 行、全局 batch 4：每轮 4 步，最后一步只有 1 行；两轮 8 步，在第 3、4、6、8 步保存
 NUM_ROWS, GLOBAL_BATCH, STEPS = 13, 4, 8
 SAVED = ["epoch-1-step-3", "epoch-1-step-4", "epoch-2-step-6", "epoch-2-step-8"]
-CLOCKS = ("tokens_per_second", "elapsed_seconds", "memory_mb")
-
-
-def write_rows(path: Path, num_rows: int = NUM_ROWS) -> Path:
-    lines = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:num_rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def flags_of(base: Path, rows: Path, output: Path, zero: str, method: str, num_ranks: int, *more) -> list[str]:
@@ -41,12 +31,6 @@ def flags_of(base: Path, rows: Path, output: Path, zero: str, method: str, num_r
         *("--gradient_accumulation_steps", GLOBAL_BATCH // num_ranks, *METHODS[method][1], *more),
     ]
     return [str(flag) for flag in flags]
-
-
-def records_of(output: Path) -> list[dict]:
-    """train_log.jsonl，去掉与时钟有关的几项。"""
-    lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in lines]
 
 
 def assert_same_bits(found: Path, expected: Path):

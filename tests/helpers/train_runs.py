@@ -1,5 +1,6 @@
 """train.py 的测试共用：小数据、参数、各方法的结构、读回检查点。"""
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from transformers import AutoModelForCausalLM
 
 WORKER = ROOT / "tests" / "helpers" / "train_worker.py"
 ZERO2, ZERO3 = ROOT / "ds_zero2_no_offload.json", ROOT / "ds_zero3_offload.json"
+DS_FILES = {"zero2": ZERO2, "zero3": ZERO3}
 SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 RELATIVE = 1e-5
+CLOCKS = ("tokens_per_second", "elapsed_seconds", "memory_mb")
 
 
 def write_rows(path: Path, num_rows: int, start: int = 0) -> Path:
@@ -29,6 +32,12 @@ def flags_of(*, rows: Path, model: Path, output: Path, ds: Path = ZERO2, **optio
     for name, value in options.items():
         flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return flags
+
+
+def records_of(output: Path) -> list[dict]:
+    """train_log.jsonl，去掉与时钟有关的几项。"""
+    lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in lines]
 
 
 def checkpoints_in(output: Path) -> list[str]:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from launching import run_tasks
 from paths import ROOT
-from resume_runs import assert_same_bits, cut_after, flags_of, write_rows
+from resume_runs import NUM_ROWS, assert_same_bits, cut_after, flags_of
+from train_runs import write_rows
 
 import predict
 from finetune.checkpoint.base_model import load_base_model, load_config
@@ -121,7 +122,7 @@ def test_training_lowers_the_loss(tiny_checkpoint, quantization, precision):
 def test_train_resume_merge_predict(tiny_checkpoint, tmp_path, capsys):
     """真实的训练进程：8 步，停在第 3 步之后续训，逐位相同；只存适配器；合并进没有量化的基座；两种基座都能预测。"""
     base = tiny_checkpoint("baichuan2-7b", **SIZES)
-    rows = write_rows(tmp_path / "rows.json")
+    rows = write_rows(tmp_path / "rows.json", NUM_ROWS)
 
     def flags(name, quantization, *more):
         return flags_of(base, rows, tmp_path / name, "zero2", "lora", 1, f"--load_in_{quantization}", *more)

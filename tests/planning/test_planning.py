@@ -198,7 +198,7 @@ def test_dry_run_of_a_tiny_model(tiny_checkpoint, tmp_path, capsys):
     assert "步数：每轮 60，共 180；" in printed  # 480 / (2 × 4)
     assert "结论：本机（没有 GPU）放得下" in printed
     assert " 0.00 GiB" not in printed
-    assert re.search(r"若每个进程一张卡（bf16）：每张卡的峰值 \d\.\d\d GiB，放得进 16 GB、24 GB、40 GB", printed)
+    assert re.search(r"（bf16）：.* \d\.\d\d GiB，放得进 16 GB、24 GB、40 GB", printed)
     assert not (tmp_path / "output").exists() and not torch.distributed.is_initialized()
 
 
@@ -227,8 +227,8 @@ def large_model(tiny_checkpoint, tmp_path):
 def test_dry_run_needs_no_weights_and_says_what_does_not_fit(large_model, tmp_path, capsys):
     assert run_dry(large_model, tmp_path / "output", "--train_type", "full") == 1
     printed = capsys.readouterr().out
-    assert "一张卡都放不进（到 141 GB）" in printed
-    assert "结论：本机（没有 GPU）放不下，能推算的改法都不够。还可以试：换 --train_type lora 或 freeze；调小" in printed
+    assert "（到 141 GB）" in printed
+    assert re.search("结论：.*放不下.*--train_type lora 或 freeze", printed)
 
 
 def test_suggestions_fit_and_are_ranked(large_model, tmp_path):
@@ -269,7 +269,7 @@ def test_cards_are_planned_as_cards(cards, gib_of_card):
     others = sum(size for name, size in on_other.plan.device.items() if name not in ("碎片", "CUDA 与通信"))
     assert on_other.plan.device["碎片"] == int(0.05 * others)
     lines = describe(args, model, SAMPLE, machine, evaluate(args, ZERO2, model, SAMPLE, machine, cards), on_other)
-    assert lines[-1] == f"若每个进程一张卡（bf16）：每张卡的峰值 {gib_of_card}，放得进 40 GB、48 GB、80 GB、141 GB"
+    assert lines[-1].endswith(f" {gib_of_card}，放得进 40 GB、48 GB、80 GB、141 GB")
 
 
 def test_suggestions_on_a_cpu():

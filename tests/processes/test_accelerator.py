@@ -10,8 +10,9 @@ import pytest
 import torch
 from launching import launch
 from paths import ROOT
-from resume_runs import SIZES, flags_of, write_rows
+from resume_runs import NUM_ROWS, flags_of
 from safetensors.torch import load_file
+from train_runs import SIZES, write_rows
 
 from finetune.process import accelerator
 
@@ -41,7 +42,7 @@ def test_without_an_accelerator_everything_is_the_cpu():
 @pytest.mark.deepspeed
 def test_a_fake_npu_trains_and_resumes(tiny_checkpoint, tmp_path):
     """train.py 自己的 main()：从头训练一轮，再续训一轮；卡的随机状态存进检查点，续训时放回。"""
-    base, rows = tiny_checkpoint("baichuan2-7b", **SIZES), write_rows(tmp_path / "rows.json")
+    base, rows = tiny_checkpoint("baichuan2-7b", **SIZES), write_rows(tmp_path / "rows.json", NUM_ROWS)
     output, calls = tmp_path / "output", tmp_path / "calls.json"
     flags = flags_of(base, rows, output, "zero2", "lora", 1)
     environment = {"FAKE_NPU_CALLS": str(calls), "PYTHONPATH": str(ROOT)}

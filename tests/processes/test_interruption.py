@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
-from resume_runs import assert_same_bits, records_of, write_rows
+from resume_runs import assert_same_bits
+from train_runs import SIZES, records_of, write_rows
 
 from finetune.checkpoint.manifest import verify_checkpoint
 from finetune.process.interruption import EXIT_INTERRUPTED, Interruption
 from finetune.process.training_process import Ended, TrainingProcess, free_port
 
-SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 # 48 行、全局 batch 2：每轮 24 步，共 10 轮；每轮末评估并保存。被打断的总是其中很早的一步
 STEPS_PER_EPOCH, STEPS = 24, 240
 DEVICE = torch.device("cpu")
@@ -102,7 +102,7 @@ def test_a_killed_rank_ends_the_run(base, tmp_path):
         ended = run.wait(60)
     assert ended.returncode not in (None, 0, EXIT_INTERRUPTED)
     assert ended.seconds < 45
-    assert "与其他进程的通信断了" in ended.output, ended.output[-3000:]
+    assert "通信断了" in ended.output, ended.output[-3000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

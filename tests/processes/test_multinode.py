@@ -22,7 +22,7 @@ def run_script(*words: str, **variables: str) -> subprocess.CompletedProcess:
 def test_the_script_asks_for_the_model():
     result = run_script()
     assert result.returncode != 0
-    assert "请给出检查点目录" in result.stderr
+    assert "检查点目录" in result.stderr
 
 
 def test_the_script_asks_for_the_hostfile(tmp_path):
@@ -35,7 +35,7 @@ def test_the_script_asks_for_the_master(tmp_path):
     (tmp_path / "hostfile").write_text("10.0.0.1 slots=1\n10.0.0.2 slots=1\n", encoding="utf-8")
     result = run_script("base", HOSTFILE=str(tmp_path / "hostfile"), NODE_RANK="0")
     assert result.returncode != 0
-    assert "请给出 0 号机器的地址" in result.stderr
+    assert "0 号机器" in result.stderr
 
 
 @pytest.mark.slow

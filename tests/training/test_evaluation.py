@@ -1,6 +1,5 @@
 """evaluation.py 与检查点的取舍：评估不改变训练，1 与 2 个进程、ZeRO-2 与 ZeRO-3 结果相同，最好的留下，被打断的补上。"""
 
-import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import torch
 from launching import run_tasks
 from paths import ROOT
 from safetensors.torch import load_file
+from train_runs import DS_FILES, SIZES, records_of, write_rows
 
 from finetune.checkpoint.output_dir import iter_checkpoints, rotate_checkpoints
 from finetune.cli.train_checks import validate_args
@@ -20,21 +20,12 @@ from finetune.training.evaluation import Evaluation
 from finetune.training.options import EvaluationOptions
 from utils import read_json
 
-DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
-SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 METHODS = {
     "freeze": ("baichuan-13b", ["--freeze_module_name", "layers.1.,lm_head"]),
     "lora": ("baichuan2-7b", ["--lora_module_name", "all-linear"]),
     "ptuning": ("baichuan2-13b", []),
     "full": ("baichuan-7b", []),
 }
-CLOCKS = ("tokens_per_second", "elapsed_seconds", "memory_mb")
-
-
-def write_rows(path: Path, num_rows: int, start: int = 0) -> Path:
-    lines = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[start : start + num_rows]
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def flags_of(directory: Path, name: str, base: Path, zero: str, method: str, num_ranks: int, *more) -> list[str]:
@@ -47,11 +38,6 @@ def flags_of(directory: Path, name: str, base: Path, zero: str, method: str, num
         *METHODS[method][1], *more,
     ]  # fmt: skip
     return [str(flag) for flag in flags]
-
-
-def records_of(output: Path) -> list[dict]:
-    lines = (output / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in lines]
 
 
 def split_records(output: Path) -> tuple[list[dict], list[dict]]:

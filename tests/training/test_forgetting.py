@@ -8,6 +8,7 @@ import torch
 from launching import run_tasks
 from paths import ROOT
 from peft import PeftModel
+from train_runs import DS_FILES, SIZES
 from transformers import AutoModelForCausalLM
 
 from baichuan import BaichuanTokenizer
@@ -17,8 +18,6 @@ from finetune.data import plain_text as general_text
 from finetune.data.plain_text import encode_pieces, general_pieces, read_texts, replay_pieces, replay_share
 from utils import read_json, write_json
 
-DS_FILES = {"zero2": ROOT / "ds_zero2_no_offload.json", "zero3": ROOT / "ds_zero3_offload.json"}
-SIZES = {"layers": 2, "hidden_size": 32, "heads": 4, "intermediate_size": 48}
 METHODS = {
     "freeze": ("baichuan-13b", ["--freeze_module_name", "layers.1.,lm_head"]),
     "lora": ("baichuan2-7b", ["--lora_module_name", "all-linear"]),
@@ -192,7 +191,7 @@ def check_methods(tiny_checkpoint, general, directory: Path, methods: list[str],
         assert found["general_nll_after"] == pytest.approx(after, rel=1e-5)
         assert found["kl"] == pytest.approx(kl, rel=1e-2, abs=2e-5) and kl > 1e-3
         assert found["is_forgetting"] is (after - before > found["threshold"])
-        assert ("这次训练有遗忘" in results[method]["output"]) is found["is_forgetting"]
+        assert ("有遗忘" in results[method]["output"]) is found["is_forgetting"]
         assert losses_of(directory / method) == losses_of(directory / f"{method}-plain")
 
 
