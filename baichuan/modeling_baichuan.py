@@ -1,6 +1,6 @@
 """Baichuan 与 Baichuan2 的模型：旋转位置编码（7B）或 ALiBi（13B），普通或归一化的词表投影（NormHead）。
 
-张量名、配置键与官方检查点相同，数值与官方代码一致（tests/test_modeling.py 对照官方代码算出的结果）。
+张量名、配置键与官方检查点相同，数值与官方代码一致（tests/model/test_goldens.py 对照官方代码算出的结果）。
 """
 
 import math
