@@ -180,5 +180,5 @@ def test_full_disk_leaves_nothing(trained, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert code == 1
-    assert "请检查磁盘空间" in capsys.readouterr().err
+    assert "请检查磁盘空间与权限" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
