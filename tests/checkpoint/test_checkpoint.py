@@ -374,7 +374,7 @@ def test_hash_of_any_directory(tmp_path):
     listing.write_text("不是哈希 a.bin\n", encoding="utf-8")
     with pytest.raises(ValueError, match="每一行应是"):
         hash_problems(hash_directory(base), listing)
-    with pytest.raises(ValueError, match="目录"):
+    with pytest.raises(ValueError, match="nothing 不是目录，或里面没有文件"):
         hash_directory(tmp_path / "nothing")
 
 

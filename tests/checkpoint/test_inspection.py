@@ -135,7 +135,7 @@ def test_adapter_without_run_config(base, adapter):
 
 
 def test_wrong_directories(adapter, tmp_path):
-    with pytest.raises(ValueError, match="nothing "):
+    with pytest.raises(ValueError, match="nothing 不存在，请给出检查点目录"):
         inspect_checkpoint(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"run_config\.json 不是目录"):
         inspect_checkpoint(adapter / "run_config.json")

@@ -104,7 +104,7 @@ def test_full_checkpoints_have_nothing_to_merge(trained, tmp_path, method):
 
 
 def test_base_model_has_nothing_to_merge(tiny_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="适配器"):
+    with pytest.raises(ValueError, match="是完整模型，没有适配器可以合并"):
         script.merge_lora(tiny_checkpoint("baichuan-7b"), tmp_path / "merged")
 
 
@@ -131,7 +131,7 @@ def test_moved_and_other_base(trained, tiny_checkpoint, tmp_path):
 def test_output_dir_is_never_overwritten(trained, tmp_path):
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "note.txt").write_text("mine")
-    with pytest.raises(ValueError, match="已有内容"):
+    with pytest.raises(ValueError, match="已有内容，不会覆盖，请换一个目录"):
         script.merge_lora(trained("baichuan2-7b", "lora"), tmp_path / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 

@@ -78,7 +78,7 @@ def test_changed_settings_are_refused_with_the_difference(flags, tmp_path, monke
     assert re.search(r"--max_new_tokens：.* 8，.* 7；--stop：.*\[\]，.*\['甲'\]", text)
     (tmp_path / "test.json").write_text('{"instruction": "另一个文件"}\n', encoding="utf-8")
     assert run(flags) == 2
-    assert "提示词" in capsys.readouterr().err
+    assert "提示词的摘要：当时" in capsys.readouterr().err
     assert partial.read_bytes() == before
     partial.write_text("[]\n")  # 不是我们写的
     assert run(flags) == 2

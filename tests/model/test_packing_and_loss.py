@@ -336,5 +336,5 @@ def test_frozen_norm_head_follows_weight_updates(golden_dir):
 
 
 def test_vocabulary_cannot_be_resized(architecture):
-    with pytest.raises(ValueError, match="词表"):
+    with pytest.raises(ValueError, match="词表不能改变大小"):
         load_model(architecture).resize_token_embeddings(600)
