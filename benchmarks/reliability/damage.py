@@ -123,7 +123,7 @@ def _save_own_checkpoint(base: Path, output_dir: Path, method: str) -> None:
 
     flags = ["--train_path", "-", "--output_dir", "-", "--model_name_or_path", str(base), "--train_type", method]
     config = load_config(base)
-    model = build_model(parse_args(flags), config, torch.float32, torch.device("cpu"), None)
+    model = build_model(parse_args(flags), config, "fp32", {})
     output_dir.mkdir(parents=True)
     tokenizer = load_tokenizer(base, config.vocab_size)
     save_checkpoint(SimpleNamespace(module=model, global_steps=7), tokenizer, {"train_type": method}, output_dir, 1)
