@@ -5,8 +5,9 @@
     python tests/helpers/recorder.py --output before.json
     python tests/helpers/recorder.py --compare before.json [--only 'lora-*' '*-2']
 
-只用命令行与标准库，不导入项目，所以能记录任何一个提交（--root）。fp32，每个进程一个线程，所以忙的机器上也逐位相同；
-换了 CPU 型号或库的版本，末位会不同。
+只用命令行与标准库，不导入项目，所以能记录任何一个提交（--root）。fp32，每个进程一个线程，MKL 照它自己的缺省
+（MKL_CBWR 是空的；train.py 会设它，记录的那个提交不设），所以忙的机器上也逐位相同；换了 CPU 型号或库的版本，
+末位会不同。
 """
 
 import argparse
@@ -49,7 +50,7 @@ def sha256(path: Path) -> str:
 def environment(root: Path, **more: str) -> dict[str, str]:
     """子进程的环境：模块取自 root，一个线程，不联网，没有 GPU。"""
     fixed = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **fixed, **more}
+    return {**os.environ, **fixed, "MKL_CBWR": "", **more}
 
 
 def run_ranks(command: list[str], root: Path, num_ranks: int, cwd: Path | None = None):
