@@ -480,9 +480,9 @@ def test_unusable_model_file(checkpoint, tmp_path, content, message):
 
 
 def seconds_to_encode(tokenizer, text):
-    start = time.perf_counter()
+    start = time.process_time()
     tokenizer(text)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def test_speed_small(v2):
