@@ -99,7 +99,7 @@ def compare_problems(args: PredictOptions, single: bool) -> list[str]:
         problems.append(f"--compare 要两个以上的检查点目录，现在只有 {args.compare[0]}，请再给一个")
     if not single and args.test_path is None:
         problems.append("--compare 需要提示词，请同时给出 --test_path 或 --instruction/--input")
-    unused = [name for name in ("adapter", "metric", "label_scores") if getattr(args, name) is not None]
+    unused = [name for name in ("adapter", "label_scores") if getattr(args, name) is not None]
     problems += [f"--{name} 不能与 --compare 同用，请去掉它" for name in unused]
     return problems
 

@@ -56,7 +56,9 @@ class GenerationOptions:
     )
     seed: int = flag(1234, "采样的随机种子")
     metric: str | None = flag(
-        None, "按文件里的 output 评测，结果写到 *.metrics.json（缺省不评测）", choices=tuple(METRICS)
+        None,
+        "按文件里的 output 评测，结果写到 *.metrics.json，--compare 时只打印（缺省不评测）",
+        choices=tuple(METRICS),
     )
     label_scores: list[str] | None = flag(
         None,

@@ -84,16 +84,19 @@ def output_row(row: Sample, record: Record) -> dict[str, Any]:
 
 def write_metrics(args: GenerationOptions, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
     """评测，写 *.metrics.json，打印表。"""
-    if args.metric == "nll":
-        result = METRICS["nll"](*zip(*(record["nll"] for record in records), strict=True))
-    else:
-        predictions = [record["prediction"] for record in records]
-        result = METRICS[args.metric](predictions, [row.references for row in rows])
+    result = score(args.metric, rows, records)
     path = metrics_path(output_path)
     content = {**result, "model_path": args.model_path, "test_path": args.test_path}
     write_lines(path, [json.dumps(content, ensure_ascii=False, indent=2)], output_path)
     print(format_result(result))
     note(f"评测结果已写到 {path}")
+
+
+def score(metric: str, rows: list[Sample], records: list[Record]) -> dict[str, Any]:
+    """各行的预测按参考评分。"""
+    if metric == "nll":
+        return METRICS["nll"](*zip(*(record["nll"] for record in records), strict=True))
+    return METRICS[metric]([record["prediction"] for record in records], [row.references for row in rows])
 
 
 def metrics_path(output_path: Path) -> Path:
