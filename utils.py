@@ -164,10 +164,11 @@ def shown(value: Any) -> str:
     return repr(value)[:40]
 
 
-def file_sha256(path: Path) -> str:
-    """文件内容的 SHA-256，十六进制；分块读取。"""
+def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda number: None) -> str:
+    """文件内容的 SHA-256，十六进制；分块读取，每读一块告诉 on_bytes 有多少字节。"""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(2**22):
             digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()

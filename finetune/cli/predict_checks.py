@@ -14,7 +14,7 @@ from finetune.data.rows import check_file
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
 from finetune.inference.options import SAMPLING_DEFAULTS, ServeOptions, check_installed
 from finetune.options import flags_of, problems_of
-from finetune.process.threads import stop_spinning
+from finetune.process.threads import begin_loading
 from finetune.terminal import note
 from utils import read_json
 
@@ -140,7 +140,7 @@ def first_look(argv: list[str] | None = None) -> None:
         note("错误：\n" + "\n".join(problems))
         raise SystemExit(2)
     skip_bitsandbytes(args)
-    stop_spinning()
+    begin_loading()
 
 
 def choose_device(requested: str, num_gpus: int) -> "torch.device":

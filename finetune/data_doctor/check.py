@@ -19,7 +19,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
 from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
@@ -29,6 +28,7 @@ from finetune.data_doctor import show as show_module
 from finetune.data_doctor.duplicates import FILE_SHIFT, LINE_MASK, TEST_BIT, compare
 from finetune.data_doctor.report import draw_picture, render, to_json
 from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
+from finetune.terminal import long_job
 from utils import write_json
 
 SEVERITIES = ("note", "warning", "error")
@@ -101,13 +101,11 @@ def examine_file(
         report.add(_file_findings(path))
         chunks = split_chunks(chain([first] if first is not None else [], rows))
         examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding, options=options)
-        with tqdm(
-            total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"检查 {Path(path).name}", disable=None
-        ) as bar:
+        with long_job(f"检查 {Path(path).name}", os.path.getsize(path), "B") as job:
             for chunk in map_chunks(examine, chunks, path, choose_workers(path, workers)):
                 report.add_chunk(chunk)
                 digests.append(np.column_stack([chunk.digests, chunk.lines | base]))
-                bar.update(chunk.num_bytes)
+                job.update(chunk.num_bytes)
     except (ValueError, OSError) as error:
         what, _, remedy = str(error).partition("，请")
         report.add([Problem(path, 1, "文件", what, f"请{remedy}" if remedy else "请检查文件内容与路径", code="file")])

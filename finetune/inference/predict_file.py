@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from finetune.checkpoint.inspection import Checkpoint, weights_fingerprint
 from finetune.data.samples import Sample
@@ -27,7 +26,7 @@ from finetune.inference.predictor import Predictor, Record, prediction_dtype, re
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
 from finetune.process import accelerator
-from finetune.terminal import note
+from finetune.terminal import long_job, note
 from utils import first_free, quiet_libraries, replacing, try_lock
 
 Batches = list[list[int]]
@@ -49,10 +48,10 @@ def predict_file(
         batches = batches_left(plan_batches(prompts, args.batch_size), progress.records, whole=args.do_sample)
         found = predict_in_workers(predictor, rows, prompts, batches, device, num_workers)
         next(found, None)  # 载入模型；此后才有进度条，两者才不会写在同一行
-        with tqdm(total=len(rows), initial=num_kept, desc="预测", unit="条", dynamic_ncols=True, disable=None) as bar:
+        with long_job("预测", len(rows), "条", done=num_kept) as job:
             for batch, records in found:
                 progress.add(batch, records)
-                bar.update(len(batch))
+                job.update(len(batch))
         records = [progress.records[index] for index in range(len(rows))]
         report_unfinished(records, args.max_new_tokens)
         pairs = zip(rows, records, strict=True)
