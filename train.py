@@ -7,7 +7,7 @@
 """
 
 from finetune.cli.train_checks import first_look, validate_args
-from finetune.cli.train_flags import TrainOptions, parse_args
+from finetune.cli.train_flags import TrainOptions, describe_flags, parse_args
 
 if __name__ == "__main__":
     first_look()  # 命令行写错了马上说：下面的库要载入好几秒
@@ -38,6 +38,7 @@ from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.launching import process_count_note
+from finetune.process.libraries import quiet_libraries
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
 from finetune.training.anomaly import NumberWatch
@@ -53,7 +54,6 @@ from utils import (
     broadcast_from_rank_0,
     global_rank,
     log_rank_0,
-    quiet_libraries,
     raise_together,
     seed_everything,
     world_size,
@@ -86,9 +86,10 @@ class Run:
 
 def main() -> int:
     """从命令行到训练结束；返回退出码。"""
-    quiet_libraries()
     args = parse_args()
+    quiet_libraries(args.log_level)
     ds_config, config = validate_args(args)
+    log_rank_0(describe_flags(args))
     if args.dry_run:
         return dry_run(args, ds_config, config)
     settle_arithmetic()

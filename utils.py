@@ -7,7 +7,6 @@ import json
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,11 +76,6 @@ def broadcast_from_rank_0(function: Callable[[], Any]) -> Any:
     if dist:
         dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def quiet_libraries():
-    """不显示各库写给自己开发者的 FutureWarning（将来改名之类）；用户改不了它们。"""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|peft)\b")
 
 
 def seed_everything(seed: int):

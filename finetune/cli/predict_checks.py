@@ -14,6 +14,7 @@ from finetune.data.rows import check_file
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
 from finetune.inference.options import SAMPLING_DEFAULTS, ServeOptions, check_installed
 from finetune.options import flags_of, problems_of
+from finetune.process.libraries import quiet_libraries
 from finetune.process.threads import begin_loading
 from finetune.terminal import note
 from utils import read_json
@@ -109,7 +110,7 @@ def serve_problems(args: PredictOptions) -> list[str]:
     if args.serve is None:
         return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
     used = {field.name for field in (*flags_of(CheckpointOptions), *flags_of(ServeOptions))} - {"compare", "num_gpus"}
-    used |= {"precision", "batch_size", "max_new_tokens"}
+    used |= {"precision", "batch_size", "max_new_tokens", "log_level"}
     problems = [f"--{name} 对 --serve 不起作用，请去掉它，或写在请求里" for name in args.given if name not in used]
     try:
         check_installed()
@@ -141,6 +142,7 @@ def first_look(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     skip_bitsandbytes(args)
     begin_loading()
+    quiet_libraries(args.log_level)
 
 
 def choose_device(requested: str, num_gpus: int) -> "torch.device":

@@ -10,7 +10,7 @@ from finetune.cli.other_names import TRAIN_NAMES
 from finetune.cli.parser import Parser
 from finetune.data.options import DataOptions
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
-from finetune.options import at_least, flag
+from finetune.options import at_least, flag, flags_of
 from finetune.training.options import EvaluationOptions, ForgettingOptions, LogOptions, StepOptions
 from utils import read_json
 
@@ -58,6 +58,20 @@ class TrainOptions(*reversed([options for group in GROUPS.values() for options i
 def build_parser() -> Parser:
     """train.py 的解析器；结果里只有命令行写出的参数。"""
     return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS, TRAIN_NAMES)
+
+
+def describe_flags(options: TrainOptions) -> str:
+    """最后定下的参数，一组一行，写明的前面有 *；别的方法的、没有值的略去。"""
+    hidden = ("config", "local_rank", *(["replay_by"] if options.replay_path is None else []))
+    others = {method.options for name, method in TRAIN_METHODS.items() if name != options.train_type}
+    lines = ["参数（* 是写明的，其余是缺省）："]
+    for title, classes in GROUPS.items():
+        names = [field.name for group in classes if group not in others for field in flags_of(group)]
+        values = {name: getattr(options, name) for name in names if name not in hidden}
+        marks = {name: "*" if name in options.given else "" for name in values}
+        words = [f"{marks[name]}{name} {value}" for name, value in values.items() if value not in (None, "")]
+        lines.append(f"  {title}：{'，'.join(words)}")
+    return "\n".join(lines)
 
 
 def recorded_args(options: SaveOptions) -> dict[str, Any] | None:

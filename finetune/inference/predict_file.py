@@ -26,8 +26,9 @@ from finetune.inference.predictor import Predictor, Record, prediction_dtype, re
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
 from finetune.process import accelerator
+from finetune.process.libraries import quiet_libraries
 from finetune.terminal import long_job, note
-from utils import first_free, quiet_libraries, replacing, try_lock
+from utils import first_free, replacing, try_lock
 
 Batches = list[list[int]]
 
@@ -292,7 +293,7 @@ def work(
 ) -> None:
     """一个预测进程：读模型，送回一个空批，再领批，送回结果；任何错误送给主进程。"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由主进程处理
-    quiet_libraries()
+    quiet_libraries(args.log_level)
     torch.set_num_threads(num_threads)
     try:
         if accelerator.is_card(device):
