@@ -19,7 +19,7 @@ UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 
-def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) -> dict:
+def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, precision_reason: str) -> dict:
     """run_config.json 的内容：预测、合并、导出与续训由此知道一切，不必再输入一遍。
 
     基座的每个文件与数据文件都记下 SHA-256；几个文件并行计算。
@@ -39,6 +39,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,
+        "precision_reason": precision_reason,
         "arithmetic": describe_arithmetic(),
         "ds_file": ds_config,
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),

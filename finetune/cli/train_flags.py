@@ -74,15 +74,15 @@ def describe_flags(options: TrainOptions) -> str:
     return "\n".join(lines)
 
 
-def recorded_args(options: SaveOptions) -> dict[str, Any] | None:
-    """--resume 接着的那一次训练记下的参数；从头训练、还没有检查点时为 None。"""
+def recorded_run(options: SaveOptions) -> dict[str, Any]:
+    """--resume 接着的那一次训练的 run_config.json；从头训练、还没有检查点时为空。"""
     if options.resume == "no":
-        return None
+        return {}
     newest = next((path for _, _, path in iter_checkpoints(Path(options.output_dir))), None)
     directory = newest if options.resume == "auto" else Path(options.resume)
     if directory is None or not (directory / RUN_CONFIG).is_file():
-        return None
-    return read_json(directory / RUN_CONFIG).get("args")
+        return {}
+    return read_json(directory / RUN_CONFIG)
 
 
 def parse_args(argv: list[str] | None = None) -> TrainOptions:
@@ -95,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     if options.learning_rate is None:
         options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate
     if options.replay_path is not None and "replay_by" not in options.given:
-        recorded = recorded_args(options)
+        recorded = recorded_run(options).get("args")
         options.replay_by = "tokens" if recorded is None else recorded.get("replay_by", "rows")
     if options.train_type == "ptuning" and options.ptuning_version == 1 and "packing" not in options.given:
         options.packing = False
