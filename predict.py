@@ -25,9 +25,10 @@ from finetune.inference.predict_file import partial_path, predict_file
 from finetune.inference.predictor import Predictor
 from finetune.inference.serve import serve
 from finetune.inference.side_by_side import compare
+from finetune.process.libraries import quiet_libraries
 from finetune.process.threads import choose_threads
 from finetune.terminal import format_table, note
-from utils import quiet_libraries, seed_everything
+from utils import seed_everything
 
 
 def run(args: PredictOptions, plan: Plan) -> None:
@@ -60,8 +61,8 @@ def run(args: PredictOptions, plan: Plan) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """命令行入口；返回退出码。"""
-    quiet_libraries()
     args = parse_args(argv)
+    quiet_libraries(args.log_level)
     kept = ""
     try:
         plan = prepare(args)

@@ -7,7 +7,7 @@
 """
 
 from finetune.cli.train_checks import first_look, validate_args
-from finetune.cli.train_flags import TrainOptions, parse_args
+from finetune.cli.train_flags import TrainOptions, describe_flags, parse_args, recorded_run
 
 if __name__ == "__main__":
     first_look()  # 命令行写错了马上说：下面的库要载入好几秒
@@ -34,10 +34,12 @@ from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.planning.dry_run import dry_run
+from finetune.process.accelerator import has_accelerator
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.launching import process_count_note
+from finetune.process.libraries import quiet_libraries
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
 from finetune.training.anomaly import NumberWatch
@@ -53,7 +55,6 @@ from utils import (
     broadcast_from_rank_0,
     global_rank,
     log_rank_0,
-    quiet_libraries,
     raise_together,
     seed_everything,
     world_size,
@@ -86,9 +87,10 @@ class Run:
 
 def main() -> int:
     """从命令行到训练结束；返回退出码。"""
-    quiet_libraries()
     args = parse_args()
+    quiet_libraries(args.log_level)
     ds_config, config = validate_args(args)
+    log_rank_0(describe_flags(args))
     if args.dry_run:
         return dry_run(args, ds_config, config)
     settle_arithmetic()
@@ -104,10 +106,10 @@ def main() -> int:
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
     train_set, eval_set = load_data(args, tokenizer, prompting)
-    precision, reason = broadcast_from_rank_0(lambda: choose_precision(args.precision))
+    precision, reason = broadcast_from_rank_0(lambda: settle_precision(args, config))
     log_rank_0(f"精度：{precision}（{reason}）")
 
-    run_config = broadcast_from_rank_0(lambda: describe_run(args, prompting, ds_config, precision))
+    run_config = broadcast_from_rank_0(lambda: describe_run(args, prompting, ds_config, precision, reason))
     resume_from = open_run(args, run_config)
     loader = StepLoader(
         train_set,
@@ -288,6 +290,12 @@ def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, pr
     engine = open_engine(model, args.weight_decay, ds_config, saves_state=args.save_trainer_state)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
+
+
+def settle_precision(args: TrainOptions, config: BaichuanConfig) -> tuple[str, str]:
+    """定下精度 → (精度, 理由)；CPU 上是量出来的，续训时同检查点。"""
+    recorded = recorded_run(args).get("precision") if args.precision == "auto" and not has_accelerator() else None
+    return (recorded, "同检查点") if recorded in ("bf16", "fp32") else choose_precision(args.precision, config)
 
 
 def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[BaichuanDataSet, BaichuanDataSet | None]:

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,11 +76,6 @@ def broadcast_from_rank_0(function: Callable[[], Any]) -> Any:
     if dist:
         dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def quiet_libraries():
-    """不显示各库写给自己开发者的 FutureWarning（将来改名之类）；用户改不了它们。"""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|transformers|peft)\b")
 
 
 def seed_everything(seed: int):
@@ -164,10 +158,11 @@ def shown(value: Any) -> str:
     return repr(value)[:40]
 
 
-def file_sha256(path: Path) -> str:
-    """文件内容的 SHA-256，十六进制；分块读取。"""
+def file_sha256(path: Path, on_bytes: Callable[[int], None] = lambda number: None) -> str:
+    """文件内容的 SHA-256，十六进制；分块读取，每读一块告诉 on_bytes 有多少字节。"""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while chunk := stream.read(2**22):
             digest.update(chunk)
+            on_bytes(len(chunk))
     return digest.hexdigest()

@@ -5,13 +5,16 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from utils import global_rank, log_rank_0
 
-# 不在终端里时，一件长的活隔多久说一声
-SECONDS_PER_LINE = 10.0
+# 不在终端里时，一件长的活多久之后说第一声，以后隔多久说一声
+SECONDS_BEFORE_FIRST_LINE, SECONDS_PER_LINE = 4.0, 10.0
+LARGE_UNITS = ("B", "token")  # 数目大的单位：写成 1.5M
+Item = TypeVar("Item")
 
 
 def note(message: str) -> None:
@@ -67,23 +70,34 @@ def markdown_table(header: Sequence, rows: Iterable[Sequence]) -> str:
 
 
 class LongJob:
-    """一件长的活做到了哪里：终端里是进度条，日志里每 10 秒一行；只有 0 号进程显示。"""
+    """一件长的活做到了哪里：终端里是进度条；日志里过几秒第一行，以后每 10 秒一行。走标准错误，只有 0 号进程显示。"""
 
-    def __init__(self, title: str, total: int, unit: str):
-        self.title, self.total, self.unit, self.done = title, total, unit, 0
-        hidden = None if global_rank() == 0 else True  # None：不在终端里就不画
-        self._bar = tqdm(total=total, desc=title, unit=unit, dynamic_ncols=True, leave=False, disable=hidden)
-        self._started = self._said = time.monotonic()
+    def __init__(self, title: str, total: int, unit: str, done: int = 0, is_hidden: bool = False):
+        self.title, self.total, self.unit, self.done, self._begun_at = title, total, unit, done, done
+        self._scale = unit in LARGE_UNITS
+        self._bar = tqdm(
+            total=total, initial=done, desc=title, unit=unit, unit_scale=self._scale, dynamic_ncols=True, leave=False,
+            disable=True if is_hidden or global_rank() != 0 else None,  # None：不在终端里就不画
+        )  # fmt: skip
+        self._is_silent = is_hidden or not self._bar.disable
+        self._started = time.monotonic()
+        self._due = self._started + SECONDS_BEFORE_FIRST_LINE
 
-    def update(self, number: int = 1) -> None:
-        """又做完了 number 个。"""
+    def update(self, number: int = 1, note: str = "") -> None:
+        """又做完了 number 个；note 附在后面，如此刻的损失。"""
         self.done += number
+        if note and not self._bar.disable:
+            self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(number)
         now = time.monotonic()
-        if self._bar.disable and now - self._said >= SECONDS_PER_LINE and self.done < self.total:
-            self._said, spent = now, now - self._started
-            left = spent * (self.total - self.done) / max(1, self.done)
-            log_rank_0(f"{self.title} {self.done}/{self.total} {self.unit}，已 {spent:.0f} 秒，约剩 {left:.0f} 秒")
+        if self._is_silent or now < self._due or self.done >= self.total:
+            return
+        self._due, spent = now + SECONDS_PER_LINE, now - self._started
+        left = spent * (self.total - self.done) / max(1, self.done - self._begun_at)
+        done, total = (tqdm.format_sizeof(n) if self._scale else str(n) for n in (self.done, self.total))
+        tail = f"，{note}" if note else ""
+        message = f"{self.title} {done}/{total} {self.unit}，已 {spent:.0f} 秒，约剩 {left:.0f} 秒{tail}"
+        log_rank_0(message, file=sys.stderr)
 
     def close(self) -> None:
         """收起进度条。"""
@@ -91,10 +105,18 @@ class LongJob:
 
 
 @contextmanager
-def long_job(title: str, total: int, unit: str) -> Iterator[LongJob]:
+def long_job(title: str, total: int, unit: str, **options) -> Iterator[LongJob]:
     """见 LongJob；离开时收起进度条。"""
-    job = LongJob(title, total, unit)
+    job = LongJob(title, total, unit, **options)
     try:
         yield job
     finally:
         job.close()
+
+
+def watched(items: Sequence[Item], title: str, unit: str) -> Iterator[Item]:
+    """逐个给出 items，显示做到了第几个；见 LongJob。"""
+    with long_job(title, len(items), unit) as job:
+        for item in items:
+            yield item
+            job.update()

@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.process.threads import begin_loading
+
+if __name__ == "__main__":
+    begin_loading()
+
 import torch
 from safetensors.torch import save_file
 
@@ -22,6 +27,7 @@ from safetensors.torch import save_file
 from benchmarks.comparison.pretrain import pretrain as pretrain_weights
 from benchmarks.comparison.pretrain import weights_hash
 from finetune.process.precision import NAMED_DTYPES
+from finetune.terminal import watched
 from scripts.tiny_model_tokenizer import ASSISTANT_TOKEN_ID, build_tokenizer, tokenizer_files
 
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -209,7 +215,7 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"{stem}{suffix}" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}{suffix}"
-        tensors = {name: weight(name).to(dtypes[name]) for name in names}
+        tensors = {name: weight(name).to(dtypes[name]) for name in watched(names, f"写 {file}", "个")}
         if format == "safetensors":
             save_file(tensors, directory / file, metadata={"format": "pt"})
         else:

@@ -13,6 +13,11 @@ import signal
 import sys
 from pathlib import Path
 
+from finetune.process.threads import begin_loading
+
+if __name__ == "__main__":
+    begin_loading()
+
 from benchmarks.comparison.base import build_base
 from finetune.comparison.plan import read_plan
 from finetune.comparison.run import compare, held, prepare

@@ -9,6 +9,11 @@ gguf：llama.cpp 的文件（7B、13B）；gguf_lora：LoRA 检查点的适配�
 import argparse
 import sys
 
+from finetune.process.threads import begin_loading
+
+if __name__ == "__main__":
+    begin_loading()
+
 from finetune.export.export import TARGETS, export
 from finetune.export.gguf import GGUF_TYPES
 from finetune.export.tensors import run_command

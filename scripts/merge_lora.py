@@ -6,6 +6,11 @@ python scripts/merge_lora.py --model_path output-lora/epoch-3-step-240 --output_
 import argparse
 import sys
 
+from finetune.process.threads import begin_loading
+
+if __name__ == "__main__":
+    begin_loading()
+
 from finetune.export.merge import merge_lora
 from finetune.export.tensors import run_command
 from finetune.process.precision import NAMED_DTYPES

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from finetune.terminal import long_job, watched
 
 BLOCK_TOKENS = 256  # 纯文本一块的长度，也是任务行的上限
 STEP_TOKENS = 1024  # 一步并排的 token 数；token 少，步数比每步的大小要紧
@@ -29,7 +30,7 @@ Block = tuple[list[int], int]  # (token id, 回答从第几个 token 起；纯�
 def text_blocks(text: str, encode, eos: int) -> list[Block]:
     """纯文本 → 块：各段落依次相接，段落之间是换行，空行处加 eos；切成 BLOCK_TOKENS 长。"""
     ids: list[int] = []
-    for line in text.splitlines(keepends=True):
+    for line in watched(text.splitlines(keepends=True), "预训练：分词", "行"):
         ids += encode(line) if line.strip() else [eos]
     return [(ids[i : i + BLOCK_TOKENS], len(ids[i : i + BLOCK_TOKENS])) for i in range(0, len(ids), BLOCK_TOKENS)]
 
@@ -39,7 +40,8 @@ def row_blocks(path: Path, tokenizer) -> list[Block]:
     from finetune.data.prompting import encode_sample
     from finetune.data.samples import read_samples
 
-    encoded = [encode_sample(s, tokenizer, "plain", BLOCK_TOKENS, BLOCK_TOKENS * 3 // 4) for s in read_samples(path)]
+    samples = watched(read_samples(path), f"预训练：分词 {path.name}", "条")
+    encoded = [encode_sample(s, tokenizer, "plain", BLOCK_TOKENS, BLOCK_TOKENS * 3 // 4) for s in samples]
     return [(list(sample.input_ids), sample.num_src_tokens) for sample in encoded]
 
 
@@ -180,8 +182,7 @@ def pretrain(
     num_tokens = sum(len(ids) for step in steps for ids, _ in step)
     print(f"预训练：{num_tokens:,} token，{len(steps)} 步，{num_threads} 个线程，{precision}（{reason}）", flush=True)
     try:
-        bar = tqdm(total=num_tokens, unit="token", unit_scale=True, desc="预训练", dynamic_ncols=True, mininterval=1)
-        with bar:
+        with long_job("预训练", num_tokens, "token") as job:
             for index, blocks in enumerate(steps):
                 loss, mean = step_loss(model, blocks, device)
                 loss.backward()
@@ -197,10 +198,8 @@ def pretrain(
                         parameter.copy_(masters[name])
                 if not math.isfinite(mean):
                     raise ValueError(f"预训练第 {index + 1} 步的损失是 {mean}，请检查文本")
-                bar.update(sum(len(ids) for ids, _ in blocks))
-                bar.set_postfix_str(f"loss {mean:.3f}")
-                if index % 50 == 0 or index == len(steps) - 1:
-                    tqdm.write(f"预训练 {index + 1}/{len(steps)} 步，loss {mean:.4f}")
+                job.update(sum(len(ids) for ids, _ in blocks), f"loss {mean:.3f}")
+        print(f"预训练：做完 {len(steps)} 步，末步的 loss {mean:.4f}", flush=True)
     finally:
         torch.set_num_threads(previous_threads)
     return {**weights, **{name: tensor.detach().cpu() for name, tensor in masters.items()}}

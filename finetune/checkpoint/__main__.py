@@ -9,8 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from finetune.checkpoint.manifest import verify_checkpoint
-from utils import file_sha256
+from finetune.checkpoint.manifest import hash_files, verify_checkpoint
 
 
 def hash_directory(directory: Path) -> dict[str, str]:
@@ -24,7 +23,8 @@ def hash_directory(directory: Path) -> dict[str, str]:
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     if not names:
         raise ValueError(f"{directory} 不是目录，或里面没有文件，请给出检查点的目录")
-    return {name.as_posix(): file_sha256(directory / name) for name in names}
+    digests = hash_files([directory / name for name in names])
+    return dict(zip([name.as_posix() for name in names], digests, strict=True))
 
 
 def hash_problems(found: dict[str, str], listing: Path) -> list[str]:

@@ -5,7 +5,6 @@
 
 import hashlib
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +15,11 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.checkpoint.adapter import AdapterFile, adapter_weights, check_adapter, read_adapter_config
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
-from finetune.checkpoint.manifest import MANIFEST
+from finetune.checkpoint.manifest import MANIFEST, hash_files
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
 from finetune.checkpoint.weights import weight_files
 from finetune.data.prompting import Prompting, requested_prompting, resolve_prompt_format
-from utils import file_sha256, read_json
+from utils import read_json
 
 WEIGHT_FILE = re.compile(r"\.(bin|safetensors)(\.index\.json)?$")
 
@@ -100,13 +99,13 @@ def base_differences(base_path: Path, run_config: dict[str, Any]) -> list[str]:
     hashes = (run_config.get("base_model") or {}).get("hashes") or {}
     names = [name for name in sorted(hashes) if name == "config.json" or WEIGHT_FILE.search(name)]
 
-    def state(name: str) -> str | None:
-        if not (base_path / name).is_file():
-            return f"{name}（不存在）"
-        return None if file_sha256(base_path / name) == hashes[name] else f"{name}（内容不同）"
-
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        return [result for result in pool.map(state, names) if result]
+    present = [name for name in names if (base_path / name).is_file()]
+    found = dict(zip(present, hash_files([base_path / name for name in present]), strict=True))
+    return [
+        f"{name}（不存在）" if name not in found else f"{name}（内容不同）"
+        for name in names
+        if found.get(name) != hashes[name]
+    ]
 
 
 def weights_fingerprint(checkpoint: Checkpoint) -> str:

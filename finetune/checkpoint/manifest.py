@@ -3,22 +3,35 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from finetune.terminal import long_job
 from utils import file_sha256, read_json
 
 MANIFEST = "manifest.json"
 
 
+def hash_files(paths: Sequence[Path]) -> list[str]:
+    """各文件的 SHA-256，几个文件并行计算；文件大时显示进度。"""
+    num_bytes = sum(path.stat().st_size for path in paths)
+    with long_job("计算 SHA-256", num_bytes, "B") as job, ThreadPoolExecutor(max_workers=8) as pool:
+        return list(pool.map(lambda path: file_sha256(path, job.update), paths))
+
+
 def write_manifest(directory: Path, step: int):
     """写 manifest.json（文件、大小、SHA-256、步数、张量数），并把每个文件刷到磁盘；它总是最后写的文件。"""
-    files, umask = {}, os.umask(0)
+    umask = os.umask(0)
     os.umask(umask)
-    for path in sorted(directory.rglob("*")):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)  # safetensors 建的文件只有属主可读，这里与别的文件一致
-            _fsync(path)
-            files[str(path.relative_to(directory))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    for path in paths:
+        path.chmod(0o666 & ~umask)  # safetensors 建的文件只有属主可读，这里与别的文件一致
+        _fsync(path)
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hash_files(paths), strict=True)
+    }
     manifest = {"step": step, "tensors": _num_tensors(directory), "files": files}
     (directory / MANIFEST).write_bytes(_manifest_bytes(manifest))
     _fsync(directory / MANIFEST)
@@ -60,7 +73,7 @@ def verify_checkpoint(directory: str | Path) -> list[str]:
         checksum = manifest.pop("manifest_sha256", None)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         return [f"{MANIFEST} 损坏：{error}"]
-    problems = []
+    problems, whole = [], {}
     for name, expected in files.items():
         path = directory / name
         expected = expected if isinstance(expected, dict) else {}
@@ -70,7 +83,10 @@ def verify_checkpoint(directory: str | Path) -> list[str]:
             problems.append(f"{name}: 不存在")
         elif path.stat().st_size != expected.get("bytes"):
             problems.append(f"{name}: 大小 {path.stat().st_size}，清单记为 {expected.get('bytes')}")
-        elif file_sha256(path) != expected.get("sha256"):
+        else:
+            whole[name] = expected.get("sha256")
+    for name, digest in zip(whole, hash_files([directory / name for name in whole]), strict=True):
+        if digest != whole[name]:
             problems.append(f"{name}: 内容与清单的 SHA-256 不符")
     present = {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()} - {MANIFEST}
     problems += [f"{name}: 不在清单里" for name in sorted(present - files.keys())]

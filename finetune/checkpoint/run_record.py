@@ -1,7 +1,6 @@
 """run_config.json：一次训练的参数、数据的哈希与软件版本。"""
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import deepspeed
@@ -9,6 +8,7 @@ import peft
 import torch
 import transformers
 
+from finetune.checkpoint.manifest import hash_files
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
 from finetune.options import flags_of
@@ -19,15 +19,14 @@ UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 
 
-def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) -> dict:
+def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, precision_reason: str) -> dict:
     """run_config.json 的内容：预测、合并、导出与续训由此知道一切，不必再输入一遍。
 
     基座的每个文件与数据文件都记下 SHA-256；几个文件并行计算。
     """
     base = Path(args.model_name_or_path)
     hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
-    with ThreadPoolExecutor() as pool:
-        hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
+    hashes = dict(zip([path.name for path in hashed], hash_files(hashed), strict=True))
     paths = {name: getattr(args, f"{name}_path") for name in ("eval", "general", "replay")}
     data = {name: file_sha256(Path(path)) for name, path in paths.items() if path is not None}
     data["train"] = describe_sources(parse_sources(args.train_path), lambda path: file_sha256(Path(path)))
@@ -40,6 +39,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
         "train_type": args.train_type,
         **prompting._asdict(),
         "precision": precision,
+        "precision_reason": precision_reason,
         "arithmetic": describe_arithmetic(),
         "ds_file": ds_config,
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),

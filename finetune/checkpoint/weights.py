@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from finetune.terminal import watched
 from utils import global_rank, read_json, write_json
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -156,7 +157,8 @@ def load_weights(model: nn.Module, directory: str | Path):
     parameters = dict(model.named_parameters())
     for path in weight_files(directory):
         weight_file = WeightFile(path)
-        for name in sorted(weight_file.names & parameters.keys()):
+        names = sorted(weight_file.names & parameters.keys())
+        for name in watched(names, f"读权重 {path.name}", "个"):
             parameter = parameters[name]
             if not hasattr(parameter, "ds_tensor"):
                 parameter.copy_(weight_file.read(name))

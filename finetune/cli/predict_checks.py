@@ -14,7 +14,8 @@ from finetune.data.rows import check_file
 from finetune.data.samples import RowOptions, Sample, read_samples, row_options
 from finetune.inference.options import SAMPLING_DEFAULTS, ServeOptions, check_installed
 from finetune.options import flags_of, problems_of
-from finetune.process.threads import stop_spinning
+from finetune.process.libraries import quiet_libraries
+from finetune.process.threads import begin_loading
 from finetune.terminal import note
 from utils import read_json
 
@@ -99,7 +100,7 @@ def compare_problems(args: PredictOptions, single: bool) -> list[str]:
         problems.append(f"--compare 要两个以上的检查点目录，现在只有 {args.compare[0]}，请再给一个")
     if not single and args.test_path is None:
         problems.append("--compare 需要提示词，请同时给出 --test_path 或 --instruction/--input")
-    unused = [name for name in ("adapter", "metric", "label_scores") if getattr(args, name) is not None]
+    unused = [name for name in ("adapter", "label_scores") if getattr(args, name) is not None]
     problems += [f"--{name} 不能与 --compare 同用，请去掉它" for name in unused]
     return problems
 
@@ -109,7 +110,7 @@ def serve_problems(args: PredictOptions) -> list[str]:
     if args.serve is None:
         return ["--api_key 只用于 --serve，请去掉它"] if args.api_key is not None else []
     used = {field.name for field in (*flags_of(CheckpointOptions), *flags_of(ServeOptions))} - {"compare", "num_gpus"}
-    used |= {"precision", "batch_size", "max_new_tokens"}
+    used |= {"precision", "batch_size", "max_new_tokens", "log_level"}
     problems = [f"--{name} 对 --serve 不起作用，请去掉它，或写在请求里" for name in args.given if name not in used]
     try:
         check_installed()
@@ -140,7 +141,8 @@ def first_look(argv: list[str] | None = None) -> None:
         note("错误：\n" + "\n".join(problems))
         raise SystemExit(2)
     skip_bitsandbytes(args)
-    stop_spinning()
+    begin_loading()
+    quiet_libraries(args.log_level)
 
 
 def choose_device(requested: str, num_gpus: int) -> "torch.device":

@@ -17,6 +17,7 @@ from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.options import flags_of, problems_of
 from finetune.process.launching import leave_quietly_on_interrupt
+from finetune.process.libraries import quiet_libraries
 from finetune.process.threads import stop_spinning
 from finetune.training.options import spike_choice
 from utils import log_rank_0, read_json
@@ -71,6 +72,7 @@ def first_look(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     skip_bitsandbytes(args)
     stop_spinning()
+    quiet_libraries(args.log_level)
     log_rank_0("参数没有问题，载入 torch、transformers 与 deepspeed ……")
 
 

@@ -10,7 +10,7 @@ from finetune.cli.other_names import TRAIN_NAMES
 from finetune.cli.parser import Parser
 from finetune.data.options import DataOptions
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
-from finetune.options import at_least, flag
+from finetune.options import at_least, flag, flags_of
 from finetune.training.options import EvaluationOptions, ForgettingOptions, LogOptions, StepOptions
 from utils import read_json
 
@@ -60,15 +60,29 @@ def build_parser() -> Parser:
     return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS, TRAIN_NAMES)
 
 
-def recorded_args(options: SaveOptions) -> dict[str, Any] | None:
-    """--resume 接着的那一次训练记下的参数；从头训练、还没有检查点时为 None。"""
+def describe_flags(options: TrainOptions) -> str:
+    """最后定下的参数，一组一行，写明的前面有 *；别的方法的、没有值的略去。"""
+    hidden = ("config", "local_rank", *(["replay_by"] if options.replay_path is None else []))
+    others = {method.options for name, method in TRAIN_METHODS.items() if name != options.train_type}
+    lines = ["参数（* 是写明的，其余是缺省）："]
+    for title, classes in GROUPS.items():
+        names = [field.name for group in classes if group not in others for field in flags_of(group)]
+        values = {name: getattr(options, name) for name in names if name not in hidden}
+        marks = {name: "*" if name in options.given else "" for name in values}
+        words = [f"{marks[name]}{name} {value}" for name, value in values.items() if value not in (None, "")]
+        lines.append(f"  {title}：{'，'.join(words)}")
+    return "\n".join(lines)
+
+
+def recorded_run(options: SaveOptions) -> dict[str, Any]:
+    """--resume 接着的那一次训练的 run_config.json；从头训练、还没有检查点时为空。"""
     if options.resume == "no":
-        return None
+        return {}
     newest = next((path for _, _, path in iter_checkpoints(Path(options.output_dir))), None)
     directory = newest if options.resume == "auto" else Path(options.resume)
     if directory is None or not (directory / RUN_CONFIG).is_file():
-        return None
-    return read_json(directory / RUN_CONFIG).get("args")
+        return {}
+    return read_json(directory / RUN_CONFIG)
 
 
 def parse_args(argv: list[str] | None = None) -> TrainOptions:
@@ -81,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     if options.learning_rate is None:
         options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate
     if options.replay_path is not None and "replay_by" not in options.given:
-        recorded = recorded_args(options)
+        recorded = recorded_run(options).get("args")
         options.replay_by = "tokens" if recorded is None else recorded.get("replay_by", "rows")
     if options.train_type == "ptuning" and options.ptuning_version == 1 and "packing" not in options.given:
         options.packing = False

@@ -13,8 +13,9 @@ FONT = Path(__file__).resolve().parent / "font.ttf"
 # 颜色（Okabe–Ito，色盲可辨）与记号
 STYLES = {"freeze": ("#0072b2", "o"), "lora": ("#d55e00", "s"), "ptuning": ("#009e73", "^"), "full": ("#cc79a7", "D")}
 BASE_STYLE = {"color": "#555555", "linestyle": "--", "linewidth": 1.4, "clip_on": False, "zorder": 3}
+CHANCE_STYLE = {**BASE_STYLE, "color": "#999999", "linestyle": ":"}
 FIGURES = {
-    "scores.svg": "各方法的分数与 95% 区间（各种子的平均；小点是各个种子，虚线是没有微调的基座）",
+    "scores.svg": "各方法的分数与 95% 区间（各种子的平均；小点是各个种子，虚线是没有微调的基座，点线是碰运气）",
     "score-memory.svg": "分数对峰值内存：越靠左上越好",
     "score-parameters.svg": "分数对可训练的参数（对数轴）：越靠左上越好",
     "losses.svg": "训练损失（各种子的平均；token 数相同，步数也相同；没有画只有一步的第一点）",
@@ -49,7 +50,7 @@ def draw_all(plan: dict[str, Any], summary: dict[str, Any], base: dict | None, d
     directory.mkdir(parents=True, exist_ok=True)
     shared = (pyplot, plan, tasks, cells)
     figures = [
-        draw_scores(*shared, base),
+        draw_scores(*shared, base, summary["chance"]),
         draw_against(*shared, "peak_memory_mb", "峰值内存（MB）", "linear"),
         draw_against(*shared, "trainable_parameters", "可训练的参数", "log"),
         draw_losses(*shared),
@@ -80,7 +81,7 @@ def draw_point(axis, place: float, cell: dict, method: str, **style):
     axis.errorbar(place, cell["score"], yerr=errors, fmt=marker, color=color, markersize=8, **style)
 
 
-def draw_scores(pyplot, plan, tasks, cells, base):
+def draw_scores(pyplot, plan, tasks, cells, base, chance):
     figure, found = panels(pyplot, plan, tasks, cells)
     for axis, task, methods in found:
         for place, (method, cell) in enumerate(methods.items()):
@@ -90,10 +91,15 @@ def draw_scores(pyplot, plan, tasks, cells, base):
         if base is not None:
             score = base["forgetting"]["other_tasks"][task["name"]]["test_score"]
             axis.axhline(score, label="没有微调的基座", **BASE_STYLE)
+        if chance[task["name"]] is not None:
+            axis.axhline(chance[task["name"]], label="碰运气", **CHANCE_STYLE)
         axis.set_xticks(range(len(methods)), methods)
         axis.set_xlim(-0.5, len(methods) - 0.5)
         axis.set_ylim(bottom=-0.02)  # 基座是 0 分时，虚线不与横轴重合
-    figure.legend(*found[0][0].get_legend_handles_labels(), ncols=2, **LEGEND)
+    labels = {}
+    for axis, _, _ in found:
+        labels.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
+    figure.legend(labels.values(), labels.keys(), ncols=3, **LEGEND)
     return figure
 
 

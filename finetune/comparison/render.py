@@ -23,6 +23,8 @@ table { border-collapse: collapse; margin: 1em 0; font-size: 0.92em; display: bl
 th, td { border: 1px solid #ccc; padding: 0.3em 0.7em; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } th { background: #f3f3f3; }
 figure { margin: 1.2em 0; } figure img { max-width: 100%; height: auto; } figcaption { color: #444; font-size: 0.92em; }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818; } th { background: #262626; }
+  th, td, h2 { border-color: #444; } figcaption { color: #aaa; } }
 """
 FIGURE = re.compile(r"!\[(.*)\]\((.*)\)\n.*")
 

@@ -137,7 +137,7 @@ def scores_part(plan, summary, base) -> list[str]:
     if base is not None:
         others = base["forgetting"]["other_tasks"]
         rows.append(["没有微调的基座", *(with_interval(others[task["name"]], prefix="test_") for task in tasks)])
-    guesses = [chance_score(task, summary) for task in tasks]
+    guesses = [summary["chance"][task["name"]] for task in tasks]
     if any(guess is not None for guess in guesses):
         rows.append(["碰运气（各标签机会相等）", *("—" if guess is None else f"{guess:.3f}" for guess in guesses)])
     return [
@@ -146,16 +146,6 @@ def scores_part(plan, summary, base) -> list[str]:
         "种子只有几个，它们之间的差别因此估得偏小。",
         markdown_table(["方法", *("{}（{}）".format(*names_of(task)) for task in tasks)], rows),
     ]
-
-
-def chance_score(task, summary) -> float | None:
-    """分类任务上碰运气（各标签机会相等）的宏 F1（期望）；别的任务为 None。"""
-    if task["metric"] != "label_f1":
-        return None
-    counts = next(cell["counts"] for (name, _), cell in summary["cells"].items() if name == task["name"])
-    shares = counts[:, 3::3].mean(axis=0)  # 各标签在测试行里的份额，也就是总猜它时的准确率
-    recall = 1 / len(shares)
-    return mean(2 * share * recall / (share + recall) for share in shares)
 
 
 def significance_part(plan, summary) -> list[str]:

@@ -75,12 +75,13 @@ def mean(values: Iterable[float]) -> float:
 
 
 def summarize(plan: dict, results: list[dict], base: dict | None) -> dict[str, Any]:
-    """全部汇总 → {"cells": {(任务, 方法): 汇总}, "pairs": {任务: [比较]}}；只用已做完的正式格子。
+    """全部汇总 → {"cells": {(任务, 方法): 汇总}, "pairs": {任务: [比较]}, "chance": {任务: 分数}}；只用做完的正式格子。
 
     汇总里有 score、ci_low、ci_high、by_seed、各项开销与遗忘的平均、other（别的任务：分数）与 vs_base（同基座之差）。
     """
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     pairs: dict[str, list[dict[str, Any]]] = {}
+    metrics = {task["name"]: task["metric"] for task in plan["tasks"]}
     for task in plan["tasks"]:
         name, drawn, base_drawn = task["name"], {}, None
         if base is not None:
@@ -99,7 +100,17 @@ def summarize(plan: dict, results: list[dict], base: dict | None) -> dict[str, A
         ]
         for entry, adjusted in zip(pairs[name], holm([entry["p_value"] for entry in pairs[name]]), strict=True):
             entry["p_holm"] = adjusted
-    return {"cells": cells, "pairs": pairs}
+    chance = {name: chance_score(metrics[name], cell["counts"]) for (name, _), cell in cells.items()}
+    return {"cells": cells, "pairs": pairs, "chance": chance}
+
+
+def chance_score(metric: str, counts: np.ndarray) -> float | None:
+    """分类任务上碰运气（各标签机会相等）的宏 F1（期望），由一格的计数得到；别的任务为 None。"""
+    if metric != "label_f1":
+        return None
+    shares = counts[:, 3::3].mean(axis=0)  # 各标签在测试行里的份额，也就是总猜它时的准确率
+    recall = 1 / len(shares)
+    return mean(2 * share * recall / (share + recall) for share in shares)
 
 
 def summarize_cell(rows: list[dict], drawn: Drawn, base_drawn: Drawn | None) -> dict[str, Any]:

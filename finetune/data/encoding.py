@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, num_bytes_of, split_chunks
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_sample
 from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
 from finetune.data.samples import RowOptions, parse_row
+from finetune.terminal import long_job
 
 # 编码规则改变时加一，旧缓存随之作废
 ENCODING_VERSION = 2
@@ -124,19 +124,13 @@ def encode_file(
     unused: Counter[str] = Counter()
     kept: list[dict[str, np.ndarray]] = []
     file_bytes = os.path.getsize(path)
-    bar = tqdm(
-        total=file_bytes,
-        unit="B",
-        unit_scale=True,
-        desc=f"分词 {Path(path).name}",
-        disable=True if not progress or file_bytes < PROGRESS_ROWS_BYTES else None,  # None：不是终端时不显示
-    )
-    with bar:
+    is_hidden = not progress or file_bytes < PROGRESS_ROWS_BYTES
+    with long_job(f"分词 {Path(path).name}", file_bytes, "B", is_hidden=is_hidden) as job:
         encode = partial(
             encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options, row_options=row_options
         )
         for chunk in map_chunks(encode, split_chunks(iter_rows(path)), path, choose_workers(path, workers)):
-            bar.update(chunk.num_bytes)
+            job.update(chunk.num_bytes)
             chunk.arrays["rows"] += counts["num_rows"]
             counts["num_rows"] += chunk.num_rows
             formats += chunk.formats

@@ -3,6 +3,7 @@
     python data_set.py check data/spo_0.json --model_name_or_path baichuan2-7B/ --test_path data/spo_1.json
 
 退出码：0 没有问题，1 只有警告（能训练，但多半不是本意），2 有错误（训练会拒绝这份数据，或命令行、路径写错）。
+先是结论与各种发现的数目，再是每种几个例子；--json 写下全部。确实没有答案的空回答只是说明，不影响退出码。
 逐行流式检查：在途的行至多 64 MiB，最长的一行至多 64 MiB，另有每行 32 字节的摘要（见 duplicates.py）。
 不给 --model_name_or_path 时长度按字符数统计，不检查截断。一行的检查见 rows.py，报告的样子见 report.py。
 """
@@ -18,20 +19,21 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
 from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
-from finetune.data.rows import MAX_PROBLEMS, Problem, iter_rows
+from finetune.data.rows import Problem, iter_rows
 from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
 from finetune.data_doctor import show as show_module
-from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, compare
+from finetune.data_doctor.duplicates import FILE_SHIFT, LINE_MASK, TEST_BIT, compare
 from finetune.data_doctor.report import draw_picture, render, to_json
 from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
+from finetune.terminal import long_job
 from utils import write_json
 
 SEVERITIES = ("note", "warning", "error")
 EXIT_CODES = {"note": 0, "warning": 1, "error": 2}
+MAX_EXAMPLES = 3
 MAX_LABELS, MIN_LABEL_ROWS, UNEVEN_RATIO = 50, 20, 10
 
 
@@ -39,9 +41,9 @@ MAX_LABELS, MIN_LABEL_ROWS, UNEVEN_RATIO = 50, 20, 10
 
 
 class FileReport:
-    """一个文件的统计；findings 每种至多留 max_findings 条，counts 是全部的数目。"""
+    """一个文件的统计；findings 每种至多留 max_findings 条（None 为全部），counts 是全部的数目。"""
 
-    def __init__(self, path: str, split: str, max_findings: int):
+    def __init__(self, path: str, split: str, max_findings: int | None):
         self.path, self.split, self.max_findings = path, split, max_findings
         self.num_rows = self.num_samples = 0
         self.counts: Counter[tuple[str, str]] = Counter()  # (severity, code) → 数目
@@ -54,8 +56,13 @@ class FileReport:
     def add(self, findings: Iterable[Problem]) -> None:
         for finding in findings:
             self.counts[finding.severity, finding.code] += 1
-            if len(self.findings[finding.code]) < self.max_findings:
-                self.findings[finding.code].append(finding)
+            self.keep(finding)
+
+    def keep(self, finding: Problem) -> None:
+        """留作例子，不计数。"""
+        kept = self.findings[finding.code]
+        if self.max_findings is None or len(kept) < self.max_findings:
+            kept.append(finding)
 
     def add_chunk(self, chunk: ChunkReport) -> None:
         self.add(chunk.findings)
@@ -94,13 +101,11 @@ def examine_file(
         report.add(_file_findings(path))
         chunks = split_chunks(chain([first] if first is not None else [], rows))
         examine = functools.partial(examine_rows, path=path, split=report.split, encoding=encoding, options=options)
-        with tqdm(
-            total=os.path.getsize(path), unit="B", unit_scale=True, desc=f"检查 {Path(path).name}", disable=None
-        ) as bar:
+        with long_job(f"检查 {Path(path).name}", os.path.getsize(path), "B") as job:
             for chunk in map_chunks(examine, chunks, path, choose_workers(path, workers)):
                 report.add_chunk(chunk)
                 digests.append(np.column_stack([chunk.digests, chunk.lines | base]))
-                bar.update(chunk.num_bytes)
+                job.update(chunk.num_bytes)
     except (ValueError, OSError) as error:
         what, _, remedy = str(error).partition("，请")
         report.add([Problem(path, 1, "文件", what, f"请{remedy}" if remedy else "请检查文件内容与路径", code="file")])
@@ -140,21 +145,27 @@ _CROSS_ROW = {
 }
 
 
-def compare_rows(reports: list[FileReport], digests: np.ndarray, limit: int) -> dict[str, int]:
-    """重复、同一输入不同回答、训练与测试共有的行：例子记入所在文件的 findings，返回各种的总数。"""
-    totals, found = compare(digests, limit)
-
-    def locate(position: int) -> tuple[FileReport, int]:
-        return reports[(position & ~TEST_BIT) >> FILE_SHIFT], position & ((1 << FILE_SHIFT) - 1)
-
+def compare_rows(reports: list[FileReport], digests: np.ndarray) -> dict[str, int]:
+    """重复、同一输入不同回答、训练与测试共有的行：记入所在文件的 counts 与 findings，返回各种的总数。"""
+    totals, found = compare(digests)
     for code, matches in found.items():
         severity, what, remedy = _CROSS_ROW[code]
-        for match in matches:
-            report, line = locate(match.position)
-            other_report, other_line = locate(match.other)
-            text = what.format(f"{other_report.path}:{other_line}", match.count)
-            report.add([Problem(report.path, line, "行", text, remedy, severity, code)])
+        files = _file_of(matches[:, 0])
+        for index, report in enumerate(reports):
+            mine = matches[files == index]
+            if not len(mine):
+                continue
+            report.counts[severity, code] += len(mine)
+            for position, other, count in mine[: report.max_findings].tolist():
+                place = f"{reports[_file_of(other)].path}:{other & LINE_MASK}"
+                text = what.format(place, count)
+                report.keep(Problem(report.path, position & LINE_MASK, "行", text, remedy, severity, code))
     return totals
+
+
+def _file_of(position):
+    """位置（一个或一列）→ 文件的序号。"""
+    return (position & (TEST_BIT - 1)) >> FILE_SHIFT
 
 
 def label_findings(report: FileReport, reports: list[FileReport]) -> Iterator[Problem]:
@@ -207,10 +218,10 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--model_name_or_path", help="检查点目录：长度按它的分词器计（缺省按字符数，不检查截断）")
     add_sample_flags(check)
     check.add_argument(
-        "--max_findings", type=int, default=MAX_PROBLEMS, help="每个文件每种问题至多列几条（缺省 %(default)s）"
+        "--max_findings", type=int, default=MAX_EXAMPLES, help="每种问题至多举几个例子（缺省 %(default)s）"
     )
     check.add_argument("--workers", type=int, help="进程数（缺省：大文件用全部 CPU，小文件 1）")
-    check.add_argument("--json", metavar="OUT", help="把全部结果写成 JSON（缺省不写）")
+    check.add_argument("--json", metavar="OUT", help="把全部结果、每一处发现写成 JSON（缺省不写）")
     check.add_argument("--picture", metavar="PNG", help="把长度与标签的分布画成图（缺省不画）")
     return parser
 
@@ -257,18 +268,18 @@ def check_files(
     paths: list[str],
     test_path: str | None,
     encoding: Encoding | None,
-    max_findings: int,
+    max_findings: int | None,
     workers: int | None = None,
     options: RowOptions = RowOptions(),
 ) -> tuple[list[FileReport], dict[str, int]]:
-    """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)。"""
+    """检查训练文件与测试文件 → (各文件的统计，测试文件在最后；跨行的总数)；max_findings 见 FileReport。"""
     reports = [FileReport(str(path), "train", max_findings) for path in paths]
     if test_path is not None:
         reports.append(FileReport(str(test_path), "predict", max_findings))
     digests = [np.zeros((0, 4), dtype=np.uint64)]
     for index, report in enumerate(reports):
         digests += examine_file(report, index, encoding, workers, options)
-    totals = compare_rows(reports, np.concatenate(digests), max_findings)
+    totals = compare_rows(reports, np.concatenate(digests))
     for report in reports:
         report.add(label_findings(report, reports))
     return reports, totals
@@ -277,23 +288,29 @@ def check_files(
 def main(argv: list[str] | None = None) -> int:
     """命令行入口，返回退出码。"""
     args = build_parser().parse_args(argv)
-    options = row_options(vars(args))
+    options, exit_code = row_options(vars(args)), 0
     try:
         if args.command == "show":
             return show_module.show(args.path, load_encoding(args), options, args.rows, args.json)
         if args.max_findings < 1 or (args.workers is not None and args.workers < 1):
             raise ValueError("--max_findings 与 --workers 必须至少为 1，请改正")
+        files = [*args.paths, *([args.test_path] if args.test_path else [])]
+        if missing := [path for path in files if not os.path.exists(path)]:
+            raise ValueError(f"找不到数据文件 {'、'.join(missing)}，请检查路径")
         encoding = load_encoding(args)
-        reports, totals = check_files(args.paths, args.test_path, encoding, args.max_findings, args.workers, options)
+        kept = None if args.json else args.max_findings
+        reports, totals = check_files(args.paths, args.test_path, encoding, kept, args.workers, options)
         worst = max(
             (severity for report in reports for severity, _ in report.counts), key=SEVERITIES.index, default="note"
         )
         exit_code = EXIT_CODES[worst]
-        print(render(reports, totals, encoding, exit_code), flush=True)
         if args.json:
             write_json(args.json, to_json(reports, totals, encoding, exit_code))
         if args.picture:
             draw_picture(args.picture, reports, encoding)
+        print(render(reports, totals, encoding, exit_code, args.max_findings), flush=True)
+    except BrokenPipeError:  # 读输出的一端（head、less）已经关了
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError) as error:
         print(f"错误：{error}", file=sys.stderr, flush=True)
         return EXIT_CODES["error"]

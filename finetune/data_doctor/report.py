@@ -12,6 +12,34 @@ NUM_BINS, BAR_COLUMNS = 16, 40
 _BLOCKS = " ▏▎▍▌▋▊▉█"
 _VERDICTS = {0: "没有问题", 1: "有警告：能训练，但请看看是否是本意", 2: "有错误：训练会拒绝这份数据，请先改正"}
 _SEVERITY_NAMES = {"error": "错误", "warning": "警告", "note": "说明"}
+_KINDS = {
+    "array": "JSON 数组没有写完或写错",
+    "bom": "开头有 BOM",
+    "blank_output": "回答只有空白",
+    "conflict": "输入相同而回答不同",
+    "control_token": "文字里有控制符号",
+    "cr": "只用 CR 换行",
+    "crlf": "用 CRLF 换行",
+    "duplicate": "与前面的一行完全相同",
+    "empty_output": "回答是空的",
+    "encoding": "编码不是 UTF-8",
+    "field": "字段缺少或写错",
+    "field_name": "字段名像是写错了",
+    "file": "文件读不了",
+    "json": "不是合法的 JSON",
+    "label_balance": "标签不均匀",
+    "label_unseen": "训练集里没有的标签",
+    "label_variant": "同一个标签的不同写法",
+    "no_target": "没有任何目标 token",
+    "odd_character": "损坏或看不见的字符",
+    "plain_turns": "多轮对话而提示格式是 plain",
+    "prompt": "提示拼不出来",
+    "row": "一行不是 JSON 对象",
+    "shared_document": "文档在训练集里出现过",
+    "shared_input": "输入在训练集里出现过",
+    "src_cut": "提示超长被截短",
+    "tgt_cut": "回答超长被截短",
+}
 _LENGTH_NAMES = {"src": "提示", "tgt": "回答", "total": "全长"}
 
 
@@ -75,36 +103,44 @@ def unit_of(encoding) -> str:
 # ---- 文字 ----
 
 
-def render(reports: list, totals: dict[str, int], encoding, exit_code: int) -> str:
-    """整份报告：先逐条列出发现，再是每个文件的统计，最后一行是结论。"""
-    parts = []
-    for report in reports:
-        listed = [finding for findings in report.findings.values() for finding in findings]
-        for severity, name in _SEVERITY_NAMES.items():
-            chosen = sorted((f for f in listed if f.severity == severity), key=lambda f: (f.line, f.code))
-            if chosen:
-                total = sum(count for (level, _), count in report.counts.items() if level == severity)
-                rest = f"，每种只列前 {report.max_findings} 处" if total > len(chosen) else ""
-                parts.append("\n".join([f"{name}（{total} 处{rest}）", *map(str, chosen)]))
-        parts.append(_render_file(report, encoding))
-    parts.append(_render_totals(reports, totals))
-    return "\n\n".join(part for part in [*parts, f"结论：{_VERDICTS[exit_code]}（退出码 {exit_code}）"] if part)
+def render(reports: list, totals: dict[str, int], encoding, exit_code: int, max_examples: int) -> str:
+    """整份报告：结论、各种发现的数目、每种至多 max_examples 个例子，最后是每个文件的统计。"""
+    verdict = [f"结论：{_VERDICTS[exit_code]}（退出码 {exit_code}）", *map(_describe_file, reports)]
+    verdict += _totals_lines(reports, totals)
+    counts = sum((report.counts for report in reports), Counter())
+    order = list(_SEVERITY_NAMES)
+    ranked = sorted(counts.items(), key=lambda item: (order.index(item[0][0]), -item[1], item[0][1]))
+    rows, examples = [], []
+    for (severity, code), count in ranked:
+        name = _SEVERITY_NAMES[severity]
+        rows.append([f"{_KINDS[code]}（{code}）", name, str(count)])
+        shown = [finding for report in reports for finding in report.findings[code]][:max_examples]
+        rest = f"，共 {count} 处，先列 {len(shown)} 处" if count > len(shown) else ""
+        examples.append("\n".join([f"{name}：{_KINDS[code]}{rest}", *(f"  {finding}" for finding in shown)]))
+    table = [format_table(["发现", "级别", "数目"], rows)] if rows else []
+    return "\n\n".join(
+        ["\n".join(verdict), *table, *examples, *(_lengths_and_labels(r, encoding) for r in reports)]
+    ).rstrip()
 
 
-def _render_file(report, encoding) -> str:
+def _describe_file(report) -> str:
     kind = "测试数据" if report.split == "predict" else "训练数据"
-    parts = [f"{kind} {report.path}：{report.num_rows} 行，可用的样本 {report.num_samples} 条"]
+    text = f"{kind} {report.path}：{report.num_rows} 行，可用的样本 {report.num_samples} 条"
     for name, counts in (("写法", report.formats), ("没有用上的字段", report.unused)):
         if counts:
-            parts[0] += f"\n{name}：" + "、".join(f"{key} {count} 行" for key, count in counts.most_common(20))
+            text += f"；{name}：" + "、".join(f"{key} {count} 行" for key, count in counts.most_common(20))
+    return text
+
+
+def _lengths_and_labels(report, encoding) -> str:
     if not report.num_samples:
-        return parts[0]
+        return ""
     cells = [
         [_LENGTH_NAMES[name], *(str(percentile(lengths, p)) for p in PERCENTILES)]
         for name, lengths in report.lengths.items()
     ]
     header = [f"长度（{unit_of(encoding)}）", *(f"p{p}" if p < 100 else "最长" for p in PERCENTILES)]
-    parts += [format_table(header, cells), draw_lengths(report, encoding)]
+    parts = [f"{report.path} 的长度与标签", format_table(header, cells), draw_lengths(report, encoding)]
     if report.is_labelled:
         labels = report.labels.most_common(20)
         parts.append(
@@ -113,10 +149,10 @@ def _render_file(report, encoding) -> str:
     return "\n\n".join(parts)
 
 
-def _render_totals(reports: list, totals: dict[str, int]) -> str:
+def _totals_lines(reports: list, totals: dict[str, int]) -> list[str]:
     num_samples = sum(report.num_samples for report in reports)
     if not num_samples:
-        return ""
+        return []
     lines = [
         f"重复 {totals['duplicate']} 行；输入相同而回答不同的 {totals['conflict']} 组；"
         f"{num_samples} 条样本来自 {totals['documents']} 篇不同的文档"
@@ -126,7 +162,7 @@ def _render_totals(reports: list, totals: dict[str, int]) -> str:
             f"测试集 {reports[-1].num_samples} 条中，输入在训练集里出现过的 {totals['shared_input']} 条，"
             f"文档在训练集里出现过的 {totals['shared_document']} 条"
         )
-    return "\n".join(lines)
+    return lines
 
 
 # ---- JSON ----

@@ -124,14 +124,16 @@ def _meant_field(name: str) -> str | None:
 
 
 def _field_findings(fields: dict[str, Any], sample: Sample, answer: str | None, is_plain: bool) -> Iterator[Problem]:
-    """内容上的警告：空回答、写错的字段名、控制符号、不可见或损坏的字符。"""
+    """内容上的发现：空回答、写错的字段名、控制符号、不可见或损坏的字符。"""
 
     def warn(code: str, field: str, what: str, remedy: str) -> Problem:
         return Problem(sample.path, sample.line, field, what, remedy, "warning", code)
 
-    if answer is not None and not answer.strip():
-        what = "回答是空的" if answer == "" else "回答只有空白"
-        yield warn("empty_output", "output", what, "确实没有答案可以不改（目标只有结束符），否则请补上或删去这一行")
+    if answer == "":
+        remedy = "确实没有答案的不必改（目标只有结束符），否则请补上或删去这一行"
+        yield Problem(sample.path, sample.line, "output", "回答是空的", remedy, "note", "empty_output")
+    elif answer is not None and not answer.strip():
+        yield warn("blank_output", "output", "回答只有空白", "确实没有答案请写成空的，否则请补上或删去这一行")
     for name in sample.unused:
         meant = _meant_field(name)
         if meant in _FIELDS[sample.format] and meant not in fields:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from baichuan import BaichuanConfig
 from baichuan.modeling_baichuan import BaichuanModel
@@ -13,6 +12,7 @@ from finetune.checkpoint.inspection import Checkpoint
 from finetune.data.prompting import encode_prompt
 from finetune.export.tensors import CheckFailed, TensorSource, normalized_head
 from finetune.process.precision import NAMED_DTYPES
+from finetune.terminal import watched
 
 # 合并公式与 fp32 的导出：只有求和次序不同，logits 之差相对于最大的 logit
 EXACT_TOLERANCE = 1e-4
@@ -86,7 +86,7 @@ def streamed_logits(
     embeddings = read("model.embed_tokens.weight")
     states = [embeddings[torch.tensor(prompt)][None].float() for prompt in prompts]  # 各 [1, L, H]
     del embeddings
-    for index in tqdm(range(config.num_hidden_layers), desc="核对", unit="层", dynamic_ncols=True, disable=None):
+    for index in watched(range(config.num_hidden_layers), "核对", "层"):
         prefix = f"model.layers.{index}."
         for name, parameter in layer.named_parameters():
             parameter.copy_(read(prefix + name))
@@ -124,7 +124,7 @@ def check_export(
         merged = compare_logits(expected, streamed_logits(source.config, source.read, prompts))
         if not merged.max_difference <= EXACT_TOLERANCE * max(1.0, merged.max_logit):
             raise CheckFailed(f"fp32 合并与不合并的适配器不同：{merged}")
-    for name in tqdm(source.names, desc="核对权重", unit="个", dynamic_ncols=True, disable=None):
+    for name in watched(source.names, "核对权重", "个"):
         tensor = source.read(name)
         if source.config.norm_head and not config.norm_head:
             tensor = normalized_head(source.config, name, tensor)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.data.prompting import Prompting
 from finetune.export.fast_tokenizer import PIECE_TYPES, chat_template, read_model_proto
 from finetune.export.tensors import TensorSource, normalized_head
+from finetune.terminal import watched
 
 # --gguf_type → 核对的精度名
 GGUF_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
@@ -118,7 +118,7 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for official in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True, disable=None):
+        for official in watched(source.names, "写权重", "个"):
             for tensor in gguf_tensors(source.config, official, source.read(official)):
                 if gguf_type == "f16" and not tensor.abs().max() <= torch.finfo(torch.float16).max:
                     raise ValueError(f"{official} 有 f16 放不下的数，或来源就有 NaN；前者请换 --gguf_type bf16 或 f32")

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from finetune.checkpoint.adapter import PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
@@ -21,6 +20,7 @@ from finetune.checkpoint.inspection import Checkpoint, inspect_checkpoint
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, TEMPORARY_PREFIX, choose_checkpoint
 from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, weight_files
 from finetune.process.precision import NAMED_DTYPES
+from finetune.terminal import watched
 from utils import read_json, write_json
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -196,7 +196,7 @@ def write_tensors(
     convert：(官方名字, fp32 张量) → {写出的名字: 张量}。
     """
     writer = ShardedWriter(directory, max_shard_bytes=MAX_SHARD_BYTES)
-    for name in tqdm(source.names, desc="写权重", unit="个", dynamic_ncols=True, disable=None):
+    for name in watched(source.names, "写权重", "个"):
         for new_name, tensor in convert(name, source.read(name)).items():
             # 切出的视图与别的张量共享存储，safetensors 不收
             rounded = tensor.to(dtype, copy=tensor._is_view())

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
 from finetune.options import PRECISIONS, flag
+from finetune.process.libraries import LOG_LEVEL_HELP, LOG_LEVELS
 
 # 采样时没有写的取这些
 SAMPLING_DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -55,8 +56,11 @@ class GenerationOptions:
         None, "出现任一文字就停，结果不含它；\\n 是换行（缺省只在 eos 处停）", nargs="+", metavar="文字"
     )
     seed: int = flag(1234, "采样的随机种子")
+    log_level: str = flag("info", LOG_LEVEL_HELP, choices=LOG_LEVELS)
     metric: str | None = flag(
-        None, "按文件里的 output 评测，结果写到 *.metrics.json（缺省不评测）", choices=tuple(METRICS)
+        None,
+        "按文件里的 output 评测，结果写到 *.metrics.json，--compare 时只打印（缺省不评测）",
+        choices=tuple(METRICS),
     )
     label_scores: list[str] | None = flag(
         None,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from finetune.checkpoint.inspection import Checkpoint, weights_fingerprint
 from finetune.data.samples import Sample
@@ -27,8 +26,9 @@ from finetune.inference.predictor import Predictor, Record, prediction_dtype, re
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
 from finetune.process import accelerator
-from finetune.terminal import note
-from utils import first_free, quiet_libraries, replacing, try_lock
+from finetune.process.libraries import quiet_libraries
+from finetune.terminal import long_job, note
+from utils import first_free, replacing, try_lock
 
 Batches = list[list[int]]
 
@@ -49,10 +49,10 @@ def predict_file(
         batches = batches_left(plan_batches(prompts, args.batch_size), progress.records, whole=args.do_sample)
         found = predict_in_workers(predictor, rows, prompts, batches, device, num_workers)
         next(found, None)  # 载入模型；此后才有进度条，两者才不会写在同一行
-        with tqdm(total=len(rows), initial=num_kept, desc="预测", unit="条", dynamic_ncols=True, disable=None) as bar:
+        with long_job("预测", len(rows), "条", done=num_kept) as job:
             for batch, records in found:
                 progress.add(batch, records)
-                bar.update(len(batch))
+                job.update(len(batch))
         records = [progress.records[index] for index in range(len(rows))]
         report_unfinished(records, args.max_new_tokens)
         pairs = zip(rows, records, strict=True)
@@ -84,16 +84,19 @@ def output_row(row: Sample, record: Record) -> dict[str, Any]:
 
 def write_metrics(args: GenerationOptions, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
     """评测，写 *.metrics.json，打印表。"""
-    if args.metric == "nll":
-        result = METRICS["nll"](*zip(*(record["nll"] for record in records), strict=True))
-    else:
-        predictions = [record["prediction"] for record in records]
-        result = METRICS[args.metric](predictions, [row.references for row in rows])
+    result = score(args.metric, rows, records)
     path = metrics_path(output_path)
     content = {**result, "model_path": args.model_path, "test_path": args.test_path}
     write_lines(path, [json.dumps(content, ensure_ascii=False, indent=2)], output_path)
     print(format_result(result))
     note(f"评测结果已写到 {path}")
+
+
+def score(metric: str, rows: list[Sample], records: list[Record]) -> dict[str, Any]:
+    """各行的预测按参考评分。"""
+    if metric == "nll":
+        return METRICS["nll"](*zip(*(record["nll"] for record in records), strict=True))
+    return METRICS[metric]([record["prediction"] for record in records], [row.references for row in rows])
 
 
 def metrics_path(output_path: Path) -> Path:
@@ -290,7 +293,7 @@ def work(
 ) -> None:
     """一个预测进程：读模型，送回一个空批，再领批，送回结果；任何错误送给主进程。"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由主进程处理
-    quiet_libraries()
+    quiet_libraries(args.log_level)
     torch.set_num_threads(num_threads)
     try:
         if accelerator.is_card(device):

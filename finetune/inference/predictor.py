@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
@@ -24,7 +23,7 @@ from finetune.inference.generation import (
 )
 from finetune.inference.options import SAMPLING_DEFAULTS, GenerationOptions
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
-from finetune.terminal import note
+from finetune.terminal import long_job, note
 
 # 对话里不用任何适配器的名字
 NO_ADAPTER = "无"
@@ -197,9 +196,7 @@ class Predictor:
     def predict(self, rows: list[Sample], prompts: list[list[int]], title: str = "预测") -> list[Record]:
         """全部行的记录，次序同输入。"""
         records: list[Record] = [{} for _ in rows]
-        with tqdm(
-            total=len(rows), desc=title, unit="条", dynamic_ncols=True, disable=True if len(rows) == 1 else None
-        ) as progress:
+        with long_job(title, len(rows), "条", is_hidden=len(rows) == 1) as progress:
             for batch, found in self.predict_batches(rows, prompts, plan_batches(prompts, self.args.batch_size)):
                 for index, record in zip(batch, found, strict=True):
                     records[index] = record

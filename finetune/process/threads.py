@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,12 @@ def stop_spinning() -> None:
     if os.environ.get("OMP_WAIT_POLICY") is None and os.environ.get("GOMP_SPINCOUNT") is None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+
+def begin_loading() -> None:
+    """脚本的第一句，在载入 torch 之前：OpenMP 不空转，并说一声要等几秒。"""
+    stop_spinning()
+    print("载入 torch 与 transformers ……", file=sys.stderr, flush=True)
 
 
 def allowed_cores() -> int:

@@ -13,6 +13,7 @@ from finetune.data.packing import collate
 from finetune.data.plain_text import general_pieces
 from finetune.data.prompting import EncodedSample
 from finetune.data.step_loader import batch_to_device
+from finetune.terminal import watched
 from finetune.training.evaluation import evaluating
 from finetune.training.options import ForgettingOptions
 from utils import global_rank, log_rank_0, raise_together, world_size, write_failed, write_json
@@ -95,7 +96,7 @@ class Forgetting:
     def _passes(self, engine) -> Iterator[tuple[Tensor, Tensor]]:
         """逐块给出 (对数概率 [行, V] fp32, 目标 [行])；行的次序每次相同。"""
         with evaluating(engine):
-            for pieces in self._batches:
+            for pieces in watched(self._batches, "遗忘：通用文字", "批"):
                 batch = batch_to_device(collate(pieces, self.pad_token_id, packing=False), engine.device)
                 labels, rows = batch.pop("labels"), batch.pop("target_rows")
                 logits = engine(**batch, use_cache=False).logits

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
 from finetune.options import PRECISIONS, above_zero, at_least, flag, share
+from finetune.process.libraries import LOG_LEVEL_HELP, LOG_LEVELS
 
 
 def checkpointing_choice(value: str) -> str:
@@ -108,6 +109,7 @@ class LogOptions:
         "一步的损失超过近来平均的多少倍时警告，如 3；写成 3,stop 则在更新之前停下；0 为不看",
         changes_training=False,
     )
+    log_level: str = flag("info", LOG_LEVEL_HELP, choices=LOG_LEVELS, changes_training=False)
     logging_dir: str | None = flag(
         None, "TensorBoard 的目录，SwanLab 的在它下面的 swanlab/（缺省 output_dir/runs）", changes_training=False
     )

@@ -21,7 +21,7 @@ from finetune.comparison import report as compare_report
 from finetune.comparison import run as compare_run
 from finetune.comparison import statistics as compare_stats
 from finetune.comparison.plan import Cell
-from finetune.comparison.plots import FONT
+from finetune.comparison.plots import FONT, draw_scores, set_up
 from finetune.metrics.labels import label_f1
 from scripts import compare_methods
 
@@ -427,6 +427,16 @@ def test_report_contents(finished):
         assert "<text" not in picture and "DroidSansFallback" in picture  # 汉字是路径
     assert compare_report.write_report(finished) is None
     assert (finished / "report.html").read_text(encoding="utf-8") == page  # 同样的结果，同样的字节
+
+
+def test_the_chance_line_is_drawn_where_there_is_chance(finished):
+    plan, results = compare_plan.read_plan(finished / "plan.json"), compare_run.load_results(finished)
+    base_ = compare_report.find(results, stage="base")
+    summary = compare_stats.summarize(plan, results, base_)
+    figure = draw_scores(set_up(), plan, plan["tasks"], summary["cells"], base_, summary["chance"])
+    drawn = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in figure.axes]
+    assert [np.round(values, 3).tolist() for values in drawn] == [[], [0.467]]
+    assert "碰运气" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_unfinished_report_says_so(finished):

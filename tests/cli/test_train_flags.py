@@ -12,7 +12,7 @@ from paths import ROOT
 
 from finetune.checkpoint.options import MODEL_FAMILIES
 from finetune.cli.train_checks import validate_args
-from finetune.cli.train_flags import build_parser, parse_args
+from finetune.cli.train_flags import build_parser, describe_flags, parse_args
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES
 from finetune.options import flags_of
 
@@ -46,6 +46,15 @@ def problems_of(*flags: str) -> list[str]:
 
 
 # ---- 解析 ----
+
+
+def test_the_settled_flags_are_listed_once_with_the_given_ones_marked():
+    text = describe_flags(parse("--train_type", "lora", "--lora_dim", 4))
+    words = re.split(r"[：，\n]\s*", text)
+    assert [word for word in words if word.lstrip("*").startswith("lora_")][:2] == ["*lora_dim 4", "lora_alpha 30"]
+    assert {"*train_path data/spo_0.json", "learning_rate 0.0002", "max_len 1024"} <= set(words)
+    assert not any(word.startswith(("pre_seq_len", "eval_path", "replay_by", "local_rank")) for word in words)
+    assert len(text.splitlines()) == 5
 
 
 def test_user_command_parses():

@@ -76,8 +76,8 @@ def findings(*paths: str, test_path: str | None = None, limit: int = 20) -> list
         (b" \n\n", ("error:file", "rows.json:1: 文件: 没有任何样本（只有空白）: 请检查文件内容")),
         (b"", ("error:file", "（0 字节），没有任何样本: 请检查文件内容与路径")),
         (json.dumps(ROW).encode("utf-16"), ("error:file", "是 UTF-16 编码: 请转成 UTF-8：iconv -f UTF-16")),
-        ([{**ROW, "output": ""}], ("warning:empty_output", "rows.json:1: output: 回答是空的: 确实没有答案可以不改")),
-        ([{**ROW, "output": " \n"}], ("warning:empty_output", "rows.json:1: output: 回答只有空白: ")),
+        ([{**ROW, "output": ""}], ("note:empty_output", "rows.json:1: output: 回答是空的: ")),
+        ([{**ROW, "output": " \n"}], ("warning:blank_output", "rows.json:1: output: 回答只有空白: ")),
         ([{"inputs": "x", **ROW}], []),
         (
             [{"instruction": "问", "inputs": "x", "output": "y"}],
@@ -138,7 +138,7 @@ def test_the_rest_is_counted_but_not_listed(write):
     path = write([{**ROW, "input": str(i), "output": ""} for i in range(30)])
     (report,), _ = check_files([path], None, None, 3, workers=1)
     assert len(report.findings["empty_output"]) == 3
-    assert report.counts == Counter({("warning", "empty_output"): 30, ("warning", "label_balance"): 1})
+    assert report.counts == Counter({("note", "empty_output"): 30, ("warning", "label_balance"): 1})
 
 
 # ---- 截断 ----
@@ -192,16 +192,16 @@ def test_duplicates_conflicts_and_rows_shared_with_the_test_file(write):
     train = write([ROW, {**ROW, "output": "别的"}, {**ROW, "input": "Ａ b c"}, ROW, ROW], "train.json")
     other = write([ROW, {**ROW, "input": "独有"}], "other.json")
     test = write([{**ROW, "output": "x"}, {"input": "ab C"}, {"input": "新"}], "test.json")
+    same = "与 train.json:1 完全相同（共 4 行相同）: 加 --drop_duplicates 只留一行，或从文件中删去"
     assert findings(train, other, test_path=test) == [
-        (
-            "warning:duplicate",
-            "train.json:4: 行: 与 train.json:1 完全相同（共 4 行相同）: 加 --drop_duplicates 只留一行，或从文件中删去",
-        ),
+        ("warning:duplicate", f"train.json:4: 行: {same}"),
+        ("warning:duplicate", f"train.json:5: 行: {same}"),
         (
             "note:conflict",
             "train.json:2: 行: 与 train.json:1 的输入相同，回答不同（共 2 种回答）: "
             "答案应当唯一时请统一；本来就有多个答案的不必改",
         ),
+        ("warning:duplicate", f"other.json:1: 行: {same}"),
         (
             "warning:shared_input",
             "test.json:1: 行: 输入与训练集的 train.json:1 相同（测试集里共 1 行）: 测出的分数会偏高，请从其中一份删去",
@@ -227,7 +227,8 @@ def test_comparison_agrees_with_plain_counting():
     answers = rng.integers(0, 3, 400).astype(np.uint64)
     positions = np.arange(1, 401, dtype=np.uint64)
     positions[300:] |= np.uint64(TEST_BIT)
-    totals, found = compare(rng.permutation(np.column_stack([keys, answers, keys, positions])), 5)
+    totals, found = compare(rng.permutation(np.column_stack([keys, answers, keys, positions])))
+    found = {code: matches.tolist() for code, matches in found.items()}
 
     rows = list(zip(keys.tolist(), answers.tolist(), strict=True))
     train, test = rows[:300], rows[300:]
@@ -242,11 +243,11 @@ def test_comparison_agrees_with_plain_counting():
         "documents": len(set(keys.tolist())),
     }
     assert found["shared_document"] == found["shared_input"]
-    assert all(len(matches) == 5 and matches == sorted(matches) for matches in found.values())
+    assert all(len(matches) == totals[code] and matches == sorted(matches) for code, matches in found.items())
     first_repeat = min(i for i, row in enumerate(train, start=1) if row in train[: i - 1])
-    match = found["duplicate"][0]
-    assert (match.position, match.other) == (first_repeat, train.index(train[first_repeat - 1]) + 1)
-    assert match.count == Counter(train)[train[first_repeat - 1]]
+    position, other, count = found["duplicate"][0]
+    assert (position, other) == (first_repeat, train.index(train[first_repeat - 1]) + 1)
+    assert count == Counter(train)[train[first_repeat - 1]]
     firsts = {row: i for i, row in reversed(list(enumerate(train, start=1)))}  # （键, 回答）→ 最前的位置
     conflicts = {
         max(places): (min(places), len(places))
@@ -254,20 +255,22 @@ def test_comparison_agrees_with_plain_counting():
         if len(places := [place for (other, _), place in firsts.items() if other == key]) > 1
     }
     position = min(conflicts)
-    assert found["conflict"][0] == (position, *conflicts[position])
+    assert found["conflict"][0] == [position, *conflicts[position]]
     first_shared = next(i for i, (key, _) in enumerate(test) if key in answers_of)
     key = test[first_shared][0]
-    assert found["shared_input"][0] == (
+    assert found["shared_input"][0] == [
         TEST_BIT + 301 + first_shared,
         next(i for i, row in enumerate(train, start=1) if row[0] == key),
         sum(row[0] == key for row in test),
-    )
+    ]
+    shared_rows = [TEST_BIT + 301 + i for i, (key, _) in enumerate(test) if key in answers_of]
+    assert [position for position, _, _ in found["shared_input"]] == shared_rows
 
 
 def test_nothing_to_compare():
-    totals, found = compare(np.zeros((0, 4), dtype=np.uint64), 5)
+    totals, found = compare(np.zeros((0, 4), dtype=np.uint64))
     assert set(totals.values()) == {0}
-    assert not any(found.values())
+    assert not any(len(matches) for matches in found.values())
 
 
 def test_workers_change_nothing(write):
@@ -337,12 +340,49 @@ def test_report_is_aligned_and_says_the_verdict(write, capsys):
     path = write([{"input": "水" * i, "output": ["正面", "B"][i % 2]} for i in range(1, 41)])
     assert main(["check", path]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"训练数据 {path}：40 行，可用的样本 40 条"
-    assert lines[-1] == "结论：没有问题（退出码 0）"
+    assert lines[0] == "结论：没有问题（退出码 0）"
+    assert lines[1].startswith(f"训练数据 {path}：40 行，可用的样本 40 条")
     start = lines.index(next(line for line in lines if line.startswith("标签（2 种）")))
     bars = lines[start + 2 : start + 4]
     assert len({display_width(line.split("█")[0]) for line in bars}) == 1
     assert [line.split()[:3] for line in bars] == [["B", "20", "50.0%"], ["正面", "20", "50.0%"]]
+
+
+def test_a_leak_stands_at_the_top_with_three_examples_and_json_has_every_row(write, tmp_path, capsys):
+    shared = [{**ROW, "input": f"第 {i} 台", "output": f"水温_{i}"} for i in range(304)]
+    train = write(shared, "train.json")
+    test = write([*shared, *({**ROW, "input": f"新 {i}"} for i in range(10))], "test.json")
+    out = tmp_path / "out.json"
+    assert main(["check", train, "--test_path", test, "--json", str(out)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "（退出码 1）" in lines[0]
+    assert any("304" in line and "314" in line for line in lines[:5])
+    counts = [line.split()[-1] for line in lines[:12] if "（shared_" in line]
+    assert counts == ["304", "304"]
+    assert sum(line.startswith(f"  {test}:") for line in lines) == 6
+    found = json.loads(out.read_text(encoding="utf-8"))["findings"]
+    for code in ("shared_input", "shared_document"):
+        assert [finding["line"] for finding in found if finding["code"] == code] == list(range(1, 305))
+
+
+def test_empty_answers_that_are_meant_change_nothing_but_blank_ones_do(write):
+    assert main(["check", write([ROW, {**ROW, "input": "好", "output": ""}])]) == 0
+    assert main(["check", write([ROW, {**ROW, "input": "好", "output": " "}])]) == 1
+
+
+def test_a_missing_file_is_a_missing_file(write, tmp_path, capsys):
+    names = [str(tmp_path / name) for name in ("none.json", "nowhere.json")]
+    assert main(["check", names[0], write([ROW]), "--test_path", names[1]]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(name in err for name in names)
+
+
+def test_a_reader_may_stop_reading(write):
+    path = write([ROW])
+    command = f"set -o pipefail; {sys.executable} data_set.py check {path} | sleep 0"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_exit_codes_json_and_picture(write, tmp_path, base, capsys):

@@ -12,7 +12,7 @@ import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from finetune.cli.predict_flags import parse_args
 from finetune.data.samples import Sample
-from finetune.inference.side_by_side import comparison_settings, comparison_text, side_by_side, wrap
+from finetune.inference.side_by_side import comparison_settings, comparison_text, shown_answer, side_by_side, wrap
 
 
 def answers_of(base, texts):
@@ -106,6 +106,34 @@ def test_tabs_and_newlines_keep_the_columns():
     row = Sample((("user", "问\t"),), line=3, path="x", references=("答\r",))
     text = comparison_text(["甲", "乙"], [row], [["一\t"], ["二\x0b"]], width=30)
     assert text.split("\n")[1:-1] == ["user：问    ", "参考：答␍", "", "甲：一    ", "乙：二␋"]
+
+
+def test_newlines_blanks_and_right_answers_are_seen():
+    row = Sample((("user", "问"),), line=1, path="x", references=("甲_乙\n丙_丁", "无"))
+    answers = ["甲_乙\n\n  丙_丁\n", " \n\n", "", "无 ", "甲_乙丙_丁"]
+    assert [shown_answer(answer, row) for answer in answers] == [
+        "✓ 甲_乙↵\n丙_丁↵",
+        "（空）",
+        "（空）",
+        "✓ 无 ",
+        "甲_乙丙_丁",
+    ]
+
+
+def test_metric_scores_every_checkpoint(tiny_checkpoint, tmp_path, capsys):
+    bases = [tiny_checkpoint("baichuan2-7b"), tiny_checkpoint("baichuan2-7b", seed=7)]
+    path, html = tmp_path / "test.json", tmp_path / "out.html"
+    answer = answers_of(bases[0], ["风扇不转"])[0]
+    path.write_text("".join(json.dumps({"input": "风扇不转", "output": text}) + "\n" for text in (answer, "别的")))
+    flags = ["--compare", *bases, "--test_path", path, "--output_path", html, "--metric", "label_f1"]
+    flags += ["--device", "cpu", "--precision", "fp32", "--max_new_tokens", 6]
+    assert predict.main([str(flag) for flag in flags]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = [line.split()[-3] for line in lines if re.search(r"\d\.\d{4} \[0\.\d{4}, ", line)]
+    assert scores == ["0.3333", "0.0000"]
+    page = html.read_text(encoding="utf-8")
+    assert [page.count(f" {score} [0.") for score in scores] == [1, 1]
+    assert page.count('<td class="answer right">✓ ') == 1
 
 
 def test_wrap_counts_wide_characters():

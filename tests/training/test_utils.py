@@ -13,6 +13,9 @@ import torch
 from deepspeed.runtime import lr_schedules
 from paths import ROOT
 
+import train
+from baichuan import BaichuanConfig
+from finetune.cli.train_flags import parse_args
 from finetune.process import accelerator, precision
 from finetune.process.precision import choose_precision
 from finetune.training import ds_config
@@ -162,6 +165,41 @@ def test_the_speed_of_bf16_is_measured_and_nothing_else_changes():
 
     ratio = seconds(torch.float32) / seconds(torch.bfloat16)
     assert 1 / 1.5 < ratio < 1.5 or (ratio > 1) == (speedup > 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [({"fp32": 0.03, "bf16": 0.06}, "fp32"), ({"fp32": 0.03, "bf16": 0.02}, "bf16")]
+)
+def test_auto_on_a_cpu_weighs_a_step_of_a_small_model(monkeypatch, seconds, expected):
+    monkeypatch.setattr(precision, "cpu_bf16_speedup", lambda: 6.6)
+    monkeypatch.setattr(precision, "step_seconds", lambda config, name: seconds[name])
+    small = BaichuanConfig(vocab_size=2000, hidden_size=128, intermediate_size=344, num_attention_heads=4)
+    name, reason = choose_precision("auto", small)
+    assert name == expected
+    assert all(f" {1000 * value:.0f} " in reason for value in seconds.values())
+    large = BaichuanConfig(vocab_size=125696)
+    assert choose_precision("auto", large) == choose_precision("auto") == ("bf16", choose_precision("auto")[1])
+
+
+def test_a_resumed_run_takes_the_precision_of_its_checkpoint(tmp_path):
+    checkpoint = tmp_path / "epoch-1-step-4"
+    checkpoint.mkdir()
+    (checkpoint / "run_config.json").write_text('{"precision": "bf16", "args": {}}')
+    small = BaichuanConfig(vocab_size=200, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    flags = ["--train_path", "a", "--model_name_or_path", "b", "--output_dir", str(tmp_path)]
+    assert train.settle_precision(parse_args([*flags, "--resume", "auto"]), small) == ("bf16", "同检查点")
+    assert "毫秒" in train.settle_precision(parse_args(flags), small)[1]
+    asked = parse_args([*flags, "--resume", "auto", "--precision", "fp32"])
+    assert train.settle_precision(asked, small)[0] == "fp32"
+
+
+def test_a_step_is_really_taken_and_nothing_else_changes():
+    random_state, num_threads = torch.get_rng_state(), torch.get_num_threads()
+    config = BaichuanConfig(vocab_size=125696, hidden_size=256, intermediate_size=688, num_attention_heads=4)
+    assert 0 < precision.step_seconds(config, "fp32") < 10
+    assert (config.vocab_size, config.num_hidden_layers) == (125696, 32)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.get_num_threads() == num_threads
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])
