@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG
 from finetune.checkpoint.weights import WeightFile
 from utils import read_json, shown
 
@@ -215,14 +216,17 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
     return plan
 
 
-def check_second_stage(path: Path, model: PeftModel):
-    """从已有的适配器接着训练（--adapter_path）：配置与 model 的相同，张量恰好是 model 要的；只读文件头。
+def check_second_stage(path: Path, model: PeftModel, words: Sequence[str] = ()):
+    """从已有的适配器接着训练（--adapter_path）：配置与 model 的、新词与 words 相同，张量恰好是 model 要的；只读文件头。
 
     Raises:
         ValueError: 不同之处全部列出。
     """
     current = model.active_peft_config
     problems = second_stage_problems(path, current)
+    trained = read_json(path / RUN_CONFIG).get("added_tokens") if (path / RUN_CONFIG).is_file() else None
+    if trained and trained != list(words):
+        problems.append(f"新词（--add_tokens）：适配器有 {len(trained)} 个，如 {trained[:3]}，现在是 {list(words[:3])}")
     if problems:
         raise ValueError(
             f"--adapter_path {path} 与现在的参数不符：{'；'.join(problems)}；请改成一样的。"

@@ -49,17 +49,18 @@ def export(
             f"{model_path} 用 ALiBi 位置编码（13B），Llama 没有这种结构，不能导出成 llama；"
             "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎用）"
         )
+    if to == "gguf_lora" and checkpoint.added is not None:
+        raise ValueError(f"{model_path} 训练过新词，llama.cpp 的适配器放不下它们，请用 --to gguf（合并）")
     if to in ("gguf", "gguf_lora"):
         check_gguf(config, gguf_type)
     tokenizer = load_checkpoint_tokenizer(checkpoint)
-    check_added_words(tokenizer, to, model_path)
     prompts = encode_check_prompts(checkpoint, tokenizer, check_prompt)
     source = TensorSource(checkpoint)
     if to == "gguf_lora":
         check_lora(source, model_path)
     target_dtype = resolve_dtype(dtype, source)
     kind = dtype_name(target_dtype) if gguf_type is None else GGUF_TYPES[gguf_type]
-    exported_config = BaichuanConfig.from_dict({**config.to_dict(), "norm_head": False})
+    exported_config = BaichuanConfig.from_dict({**source.config.to_dict(), "norm_head": False})
     name = Path(output_dir).resolve().name
     with staged_directory(output_dir) as directory:
         if to == "llama":
@@ -82,20 +83,6 @@ def export(
         (directory / "README.md").write_text(model_card(checkpoint, to, kind, comparison), encoding="utf-8")
         write_manifest(directory, checkpoint.run_config.get("global_step", 0))
     return comparison
-
-
-def check_added_words(tokenizer, to: str, model_path: str | Path):
-    """加入词表的新词（added_tokens.json）只有官方布局写得出，gguf_lora 不写词表。
-
-    Raises:
-        ValueError: 写成 llama、gguf 会丢掉它们。
-    """
-    words = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
-    words = [word for word, index in words if index >= tokenizer.vocab_size]
-    if words and to in ("llama", "gguf"):
-        raise ValueError(
-            f"{model_path} 的词表加了 {len(words)} 个新词（如 {words[0]}），--to {to} 还写不出它们，请用 --to baichuan"
-        )
 
 
 def resolve_gguf_type(to: str, dtype: str, gguf_type: str | None) -> str | None:

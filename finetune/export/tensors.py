@@ -82,15 +82,18 @@ class TensorSource:
             skeleton = BaichuanForCausalLM(checkpoint.config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         check_weights(checkpoint.base_path, self.shapes)
-        self.config = checkpoint.config
+        self.config, self.added = checkpoint.grown_config, checkpoint.added
         self.names = list(self.shapes)
         self._weights = WeightDirectory(checkpoint.base_path)
-        self.dtype = self.read_base(self.names[0]).dtype
-        self.lora = read_lora(checkpoint.path, self.config) if checkpoint.is_adapter else {}
+        self.dtype = self._weights.read(self.names[0]).dtype
+        for name in self.added.rows if self.added else ():
+            self.shapes[name] = (self.config.vocab_size, self.config.hidden_size)
+        self.lora = read_lora(checkpoint.path, checkpoint.config) if checkpoint.is_adapter else {}
 
     def read_base(self, name: str) -> Tensor:
-        """没有合并的张量，基座的类型。"""
-        return self._weights.read(name)
+        """没有合并 LoRA 的张量，基座的类型；已接上新词。"""
+        tensor = self._weights.read(name)
+        return tensor if self.added is None else self.added.grow(name, tensor)
 
     def read(self, name: str) -> Tensor:
         """合并之后的张量，fp32：W + 缩放 · B A。"""
@@ -230,9 +233,21 @@ def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path
     if not code_files:
         config.pop("auto_map", None)
     write_json(directory / "config.json", config)
+    copy_added_words(checkpoint.path, directory)
     write_tensors(source, directory, dtype, convert)
     if checkpoint.run_config:
         write_json(directory / RUN_CONFIG, {**checkpoint.run_config, "merged_from": str(checkpoint.path)})
+
+
+def copy_added_words(checkpoint: Path, directory: Path):
+    """适配器的分词器比基座多的词（added_tokens.json）也带走，其余设置留着基座的。"""
+    added, config = (directory / name for name in ("added_tokens.json", "tokenizer_config.json"))
+    if not (checkpoint / added.name).is_file() or (checkpoint / "config.json").is_file():
+        return
+    shutil.copyfile(checkpoint / added.name, added)
+    words = read_json(checkpoint / config.name).get("added_tokens_decoder")
+    if words and config.is_file():
+        write_json(config, {**read_json(config), "added_tokens_decoder": words})
 
 
 def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -248,6 +263,7 @@ def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dt
     result |= {
         "architectures": [f"{prefix}ForCausalLM"],
         "torch_dtype": dtype_name(dtype),
+        "vocab_size": config.vocab_size,
         "position_embedding": config.position_embedding,
         "norm_head": is_v2,
     }
