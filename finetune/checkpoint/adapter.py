@@ -11,8 +11,9 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_mo
 from peft import __version__ as peft_version
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from baichuan import BaichuanConfig, BaichuanForCausalLM
+from baichuan import BaichuanConfig
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG
 from finetune.checkpoint.weights import WeightFile
 from utils import read_json, shown
@@ -131,7 +132,7 @@ class AdapterFile:
 
 
 def plan_adapter(path: Path, config: BaichuanConfig) -> AdapterPlan:
-    """适配器的配置在这个基座上要的张量，由 peft 自己在没有存储的模型上造出来。
+    """适配器的配置在这个基座（也可以是 LlamaConfig）上要的张量，由 peft 自己在没有存储的模型上造出来。
 
     Raises:
         ValueError: 这个配置不能用在这个基座上。
@@ -154,13 +155,17 @@ def plan_adapter(path: Path, config: BaichuanConfig) -> AdapterPlan:
     plain.init_lora_weights = True
     try:
         with torch.device("meta"):
-            model = get_peft_model(BaichuanForCausalLM(config), plain, autocast_adapter_dtype=False)
+            model = get_peft_model(AutoModelForCausalLM.from_config(config), plain, autocast_adapter_dtype=False)
         shapes = {
             name: tuple(tensor.shape)
             for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
         }
     except Exception as error:  # 内容来自外面，peft 对配不上的设置抛各种异常
-        raise ValueError(f"{file} 不能用在这个基座上：{error}") from error
+        is_llama = "q_proj" in str(adapter.target_modules) and config.model_type != "llama"
+        remedy = (
+            "；这是 Llama 布局的适配器，请先用 scripts/export.py --from llama --to baichuan 转换" if is_llama else ""
+        )
+        raise ValueError(f"{file} 不能用在这个基座上：{error}{remedy}") from error
     scalings = {
         name.removeprefix(PREFIX): module.scaling["default"]
         for name, module in model.named_modules()

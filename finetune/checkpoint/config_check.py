@@ -20,11 +20,17 @@ def check_config_file(path: Path) -> None:
     """检查点目录里有 config.json，键与值都对；不载入 transformers。
 
     Raises:
-        ValueError: 目录或 config.json 不在，或内容损坏。
+        ValueError: 目录或 config.json 不在，不是 baichuan，或内容损坏。
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"--model_name_or_path {path} 里没有 config.json，请给出 Baichuan 检查点的本地目录")
-    problems = model_config_problems(read_json(path / "config.json"))
+    content = read_json(path / "config.json")
+    kind = content.get("model_type", "baichuan") if isinstance(content, dict) else "baichuan"
+    if kind != "baichuan":
+        remedy = "；Llama 布局的 Baichuan 请先用 scripts/export.py --from llama --to baichuan 转换"
+        remedy = remedy if kind == "llama" else ""
+        raise ValueError(f"{path / 'config.json'} 的 model_type 是 {kind!r}，本项目只训练 baichuan{remedy}")
+    problems = model_config_problems(content)
     if problems:
         raise ValueError(f"{path / 'config.json'} 损坏，请重新下载：{'；'.join(problems)}")
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
+from transformers import LlamaConfig
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from finetune.checkpoint.adapter import PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
@@ -33,6 +34,9 @@ UNMERGEABLE = (
     *("kasa_config", "monteclora_config", "velora_config"),
 )
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+Lora = dict[str, tuple[Tensor, Tensor, float]]  # 模块名 → (A [r, in], B [out, r], 缩放)
 
 
 class CheckFailed(RuntimeError):
@@ -105,8 +109,8 @@ class TensorSource:
         return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
 
 
-def read_lora(path: Path, config: BaichuanConfig) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；config 是基座的。
+def read_lora(path: Path, config: BaichuanConfig | LlamaConfig) -> Lora:
+    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；config 是基座的，布局由它定。
 
     Raises:
         ValueError: 有合并公式 W + 缩放 · B A 之外的设置，或张量与基座不相配，或文件损坏。
@@ -213,7 +217,7 @@ def write_tensors(
 
 def normalized_head(config: BaichuanConfig, name: str, tensor: Tensor) -> Tensor:
     """NormHead 的词表投影按行归一化（fp32）；别的张量原样。"""
-    if name == "lm_head.weight" and config.norm_head:
+    if name == "lm_head.weight" and getattr(config, "norm_head", False):
         return torch.nn.functional.normalize(tensor)
     return tensor
 
