@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from baichuan import BaichuanConfig
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG
-from finetune.checkpoint.weights import WeightFile
+from finetune.checkpoint.weights import WRAPPER_PARTS, WeightFile
 from utils import read_json, shown
 
 # 后一个是 peft 0.7 以前的
@@ -23,8 +23,8 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_TYPES = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING")
 PEFT_TYPES = ("LORA", *PROMPT_TYPES)
 PREFIX = "base_model.model."
-# torch.compile、FSDP 与 peft 在名字中间加的一段；存适配器时本该去掉
-WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "modules_to_save", "default"}
+# peft 在名字中间加的一段；存适配器时本该去掉
+PEFT_PARTS = {"modules_to_save", "default"}
 # 这样初始化的适配器改写过基座，或要在读进来时再算一次
 PLAIN_INITS = (True, False, "gaussian", None)
 # 不改变适配器的函数，第二阶段训练可以不同
@@ -99,33 +99,15 @@ def read_adapter_config(path: str | Path) -> PeftConfig:
 
 def canonical_name(name: str) -> str:
     """peft 存下的张量名：去掉各种包装与适配器的名字 default，补上 base_model.model.。"""
-    parts = [part for part in name.split(".") if part not in WRAPPER_PARTS]
-    while parts[:1] == ["module"]:
-        parts.pop(0)
-    result = ".".join(parts)
+    result = ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS | PEFT_PARTS)
     return result if result.startswith((PREFIX, "prompt_")) else PREFIX + result
 
 
-class AdapterFile:
-    """一个适配器的张量，按 peft 的名字惰性读取；.bin 只按 weights_only 读。
-
-    Raises:
-        ValueError: 文件缺少或损坏，或两个张量去掉包装之后同名。
-    """
+class AdapterFile(WeightFile):
+    """一个适配器的张量，名字是 peft 的（见 canonical_name）。"""
 
     def __init__(self, path: Path):
-        self._file = WeightFile(adapter_weights(path))
-        self.names: dict[str, str] = {}
-        for name in sorted(self._file.names):
-            other = self.names.setdefault(canonical_name(name), name)
-            if other != name:
-                raise ValueError(f"{self._file.path} 的 {other} 与 {name} 是同一个张量，请换一个检查点")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.shape(self.names[name])
-
-    def read(self, name: str) -> Tensor:
-        return self._file.read(self.names[name])
+        super().__init__(adapter_weights(path), canonical_name)
 
     def read_all(self) -> dict[str, Tensor]:
         return {name: self.read(name) for name in self.names}
@@ -201,8 +183,8 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
     """
     path = Path(path)
     plan, file = plan_adapter(path, config), AdapterFile(path)
-    missing = sorted(plan.shapes.keys() - file.names.keys())
-    extra = sorted(file.names[name] for name in file.names.keys() - plan.shapes.keys())
+    missing = sorted(plan.shapes.keys() - file.names)
+    extra = sorted(file.stored[name] for name in file.names - plan.shapes.keys())
     problems = []
     if missing:
         problems.append(f"缺少 {len(missing)} 个（共 {len(plan.shapes)} 个），如 {missing[:2]}")
@@ -210,7 +192,7 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
         problems.append(f"多出 {len(extra)} 个，如 {extra[:2]}")
     problems += [
         f"{name} 的形状是 {file.shape(name)}，应为 {plan.shapes[name]}"
-        for name in sorted(plan.shapes.keys() & file.names.keys())
+        for name in sorted(plan.shapes.keys() & file.names)
         if file.shape(name) != plan.shapes[name]
     ][:2]
     if problems:

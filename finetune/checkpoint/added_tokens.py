@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from finetune.checkpoint.options import read_words
 from finetune.checkpoint.output_dir import RUN_CONFIG
-from finetune.checkpoint.weights import WeightFile, weight_files
+from finetune.checkpoint.weights import WeightFile, model_files
 from finetune.methods.registry import is_added
 from utils import read_json
 
@@ -110,7 +110,7 @@ def first_rows(base: str | Path, config: BaichuanConfig, tokenizer: BaichuanToke
 
     NormHead 只用各行的方向：取各片段方向的平均，长度取它们的平均长度（优化器的步长与别的行相称）。
     """
-    files = {name: file for file in map(WeightFile, weight_files(base)) for name in file.names}
+    files = {name: file for file in model_files(base) for name in file.names}
     width = config.hidden_size
     pieces = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(word)) for word in words]
 

@@ -103,6 +103,11 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
         read(check_model, args, config)  # 推算时权重可以还没有下载
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+    if args.max_len > config.trained_length:
+        log_rank_0(
+            f"警告：--max_len {args.max_len} 超过了模型训练时的长度 {config.trained_length}（config.json），"
+            "更长的位置它没有见过，请调小，除非有意延长"
+        )
     return ds_config, config
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
+from finetune.checkpoint.config_check import fixed_problems
 from finetune.checkpoint.inspection import inspect_checkpoint
 from finetune.checkpoint.manifest import write_manifest
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG
@@ -126,24 +127,4 @@ def structure_problems(raw: Any) -> list[str]:
     """Llama 的 config.json 里 Baichuan 没有的结构。"""
     if not isinstance(raw, dict) or raw.get("model_type") != "llama":
         return [f"model_type 是 {shown(raw.get('model_type') if isinstance(raw, dict) else raw)}，应为 llama"]
-    heads = raw.get("num_attention_heads")
-    rope = raw.get("rope_parameters") or {}
-    expected = {
-        "hidden_act": "silu",
-        "num_key_value_heads": heads,
-        "head_dim": raw.get("hidden_size", 0) // heads if heads else None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "rope_theta": 10000,
-        "rope_scaling": None,
-    }
-    values = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000))}
-    values["rope_scaling"] = raw.get("rope_scaling") or (
-        rope if rope.get("rope_type", "default") != "default" else None
-    )
-    return [
-        f"{name} 是 {shown(values[name])}，应为 {shown(value)}"
-        for name, value in expected.items()
-        if values.get(name) not in (None, value)
-    ]
+    return fixed_problems(raw)

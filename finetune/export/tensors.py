@@ -20,7 +20,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM
 from finetune.checkpoint.adapter import PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
 from finetune.checkpoint.inspection import Checkpoint, inspect_checkpoint
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, TEMPORARY_PREFIX, choose_checkpoint
-from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, weight_files
+from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, model_files, model_name
 from finetune.process.precision import NAMED_DTYPES
 from utils import read_json, write_json
 
@@ -51,7 +51,7 @@ class WeightDirectory:
     """一个目录里的全部权重，按名字读；同一时刻只开着一个文件。"""
 
     def __init__(self, directory: Path):
-        self._paths = {name: path for path in weight_files(directory) for name in WeightFile(path).names}
+        self._paths = {name: file.path for file in model_files(directory) for name in file.names}
         self._open: WeightFile | None = None
         self._bytes_read = 0
 
@@ -65,7 +65,7 @@ class WeightDirectory:
         path = self._paths[name]
         if self._open is None or self._open.path != path or self._bytes_read > REOPEN_BYTES:
             self._open, self._bytes_read = None, 0  # 先放开旧的映射
-            self._open = WeightFile(path)
+            self._open = WeightFile(path, model_name)
         tensor = self._open.read(name)
         self._bytes_read += tensor.numel() * tensor.element_size()
         return tensor
@@ -234,8 +234,12 @@ def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
     config = official_config(read_json(base / "config.json"), source.config, dtype)
-    if not code_files:
+    tokenizer_config = directory / "tokenizer_config.json"
+    if not code_files:  # auto_map 指着不在这里的代码
         config.pop("auto_map", None)
+        settings = read_json(tokenizer_config) if tokenizer_config.is_file() else {}
+        if settings.pop("auto_map", None):
+            write_json(tokenizer_config, settings)
     write_json(directory / "config.json", config)
     copy_added_words(checkpoint.path, directory)
     write_tensors(source, directory, dtype, convert)
