@@ -234,12 +234,8 @@ def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path
         if path.is_file():
             shutil.copyfile(path, directory / path.name)
     config = official_config(read_json(base / "config.json"), source.config, dtype)
-    tokenizer_config = directory / "tokenizer_config.json"
-    if not code_files:  # auto_map 指着不在这里的代码
+    if not code_files:
         config.pop("auto_map", None)
-        settings = read_json(tokenizer_config) if tokenizer_config.is_file() else {}
-        if settings.pop("auto_map", None):
-            write_json(tokenizer_config, settings)
     write_json(directory / "config.json", config)
     copy_added_words(checkpoint.path, directory)
     write_tensors(source, directory, dtype, convert)

@@ -20,7 +20,9 @@ from finetune.checkpoint.inspection import inspect_checkpoint, load_checkpoint_m
 from finetune.cli.train_checks import early_problems
 from finetune.cli.train_flags import parse_args
 from finetune.data.prompting import encode_prompt
+from finetune.data_doctor.check import main as doctor_main
 from finetune.inference.generation import generate_batch, make_generation_config
+from finetune.planning.activations import plan_model
 from finetune.process.interruption import EXIT_INTERRUPTED
 from model_factory import build_model
 from predict import main as predict_main
@@ -185,6 +187,20 @@ def test_bad_words_are_refused(base, tmp_path):
     words = word_file(tmp_path / "words.txt")
     problems = early_problems(parse_args([*command, "--add_tokens", str(words), "--train_type", "ptuning"]))
     assert len(problems) == 1 and "--add_tokens" in problems[0]
+
+
+def test_show_and_the_dry_run_know_the_words(base, tmp_path, capsys):
+    row = {"instruction": "抽取：", "input": TEXT, "output": WORDS[1]}
+    (tmp_path / "rows.json").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    words, data = str(word_file(tmp_path / "words.txt")), str(tmp_path / "rows.json")
+    shown = ["show", data, "--model_name_or_path", str(base), "--json", str(tmp_path / "out.jsonl")]
+    assert doctor_main([*shown, "--add_tokens", words]) == 0
+    found = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert [index for index in found["input_ids"] if index >= 2000] == [2000, 2001, 2001]
+    assert found["labels"][-2:] == [2001, 2]
+    command = ["--train_path", data, "--model_name_or_path", str(base), "--output_dir", "out", "--add_tokens", words]
+    planned = [plan_model(parse_args([*command, *METHODS["lora"]][:count]), load_config(base)) for count in (6, 8)]
+    assert planned[1].num_trained - planned[0].num_trained == 2 * 2 * 32
 
 
 def test_what_cannot_hold_the_new_words_is_refused(one_rank, base, tmp_path, capsys):
