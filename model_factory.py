@@ -1,5 +1,6 @@
 """由训练参数造模型：读检查点，按 --train_type 包成 freeze、lora、ptuning 或 full，并核对可训练的参数。"""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 
 from baichuan import BaichuanConfig
 from finetune.checkpoint.adapter import AdapterFile, check_second_stage
-from finetune.checkpoint.base_model import load_base_model
-from finetune.checkpoint.options import quantization_of
+from finetune.checkpoint.added_tokens import AddedRows, first_rows, read_rows
+from finetune.checkpoint.base_model import load_base_model, load_tokenizer
+from finetune.checkpoint.options import quantization_of, read_words
 from finetune.cli.train_flags import TrainOptions
-from finetune.methods.registry import TRAIN_METHODS, base_model_of, check_trainable, num_elements
+from finetune.methods.registry import apply_method, base_model_of, check_trainable, num_elements
 from finetune.process.precision import TORCH_DTYPES
 from utils import log_rank_0
 
@@ -23,9 +25,11 @@ def build_model(args: TrainOptions, config: BaichuanConfig, precision: str, ds_c
     zero3_config = ds_config if ds_config.get("zero_optimization", {}).get("stage") == 3 else None
     dtype = TORCH_DTYPES[precision]
     model = load_base_model(args.model_name_or_path, config, dtype, device, zero3_config, quantization_of(args))
-    model = TRAIN_METHODS[args.train_type].apply(model, args)
+    if args.add_tokens is not None:
+        starting_rows(args, config).attach(model, dtype, device)
+    model = apply_method(model, args)
     if args.adapter_path is not None:
-        load_adapter(model, Path(args.adapter_path))
+        load_adapter(model, Path(args.adapter_path), list(read_words(args.add_tokens)))
     num_trainable = check_trainable(model, args)
     num_total = sum(num_elements(parameter) for parameter in model.parameters())
     log_rank_0(
@@ -35,6 +39,15 @@ def build_model(args: TrainOptions, config: BaichuanConfig, precision: str, ds_c
     if args.gradient_checkpointing != "none":
         enable_gradient_checkpointing(model, args.gradient_checkpointing)
     return model
+
+
+def starting_rows(args: TrainOptions, config: BaichuanConfig) -> AddedRows:
+    """新词的行的起点：--adapter_path 里的，没有时由基座算出。"""
+    saved = None if args.adapter_path is None else read_rows(Path(args.adapter_path), config)
+    if saved is not None:
+        return saved
+    tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
+    return first_rows(args.model_name_or_path, config, tokenizer, list(read_words(args.add_tokens)))
 
 
 def enable_gradient_checkpointing(model: nn.Module, choice: str):
@@ -50,13 +63,13 @@ def enable_gradient_checkpointing(model: nn.Module, choice: str):
     base.model.checkpoint_every = named[choice] if choice in named else int(choice)
 
 
-def load_adapter(model: PeftModel, path: Path):
+def load_adapter(model: PeftModel, path: Path, words: Sequence[str] = ()):
     """把已有适配器的权重读进刚套好的模型（--adapter_path）：第二阶段训练的起点，优化器从头开始。
 
     Raises:
         ValueError: 不是适配器，或与现在的方法参数不符（列出不同之处），或张量对不上。
     """
-    check_second_stage(path, model)
+    check_second_stage(path, model, words)
     try:
         set_peft_model_state_dict(model, AdapterFile(path).read_all())
     except (RuntimeError, ValueError, KeyError) as error:

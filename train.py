@@ -21,6 +21,7 @@ import deepspeed
 
 from baichuan import BaichuanConfig
 from data_set import BaichuanDataSet
+from finetune.checkpoint.added_tokens import add_words
 from finetune.checkpoint.base_model import load_tokenizer
 from finetune.checkpoint.output_dir import checkpoint_name, rotate_checkpoints
 from finetune.checkpoint.resume import open_run
@@ -102,7 +103,7 @@ def main() -> int:
     settle_threads(args.num_threads)
     if note := process_count_note():
         log_rank_0(note)
-    tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
+    tokenizer = add_words(load_tokenizer(args.model_name_or_path, config.vocab_size), args.add_tokens)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
     train_set, eval_set = load_data(args, tokenizer, prompting)

@@ -26,7 +26,7 @@ from baichuan.attention import (
     rotary_tables,
 )
 from baichuan.configuration_baichuan import BaichuanConfig
-from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms
+from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms, with_added
 from baichuan.norm_and_swiglu import RMSNormFunction, SwiGLUFunction
 from baichuan.packed_attention_cpu import PackedMatmulAttention
 from baichuan.packed_attention_gpu import layout_on_gpu
@@ -179,20 +179,48 @@ class BaichuanDecoderLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states)), attentions
 
 
+class BaichuanEmbedding(nn.Embedding):
+    """词嵌入；add_rows 之后，新词用它自己的行 added_rows，词表原有的行可以照旧冻结。"""
+
+    def __init__(self, config: BaichuanConfig):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.first_added = config.vocab_size
+        self.register_parameter("added_rows", None)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if self.added_rows is None:
+            return super().forward(input_ids)
+        offsets = input_ids - self.first_added
+        is_added = (offsets >= 0) & (offsets < len(self.added_rows))
+        rows = nn.functional.embedding(offsets.where(is_added, 0), self.added_rows)
+        return torch.where(is_added[..., None], rows, super().forward(input_ids.masked_fill(is_added, 0)))
+
+
 class BaichuanHead(nn.Module):
-    """词表投影。Baichuan2 的 NormHead 把各行归一化，这里是前向里的一个系数：参数从不被改写。"""
+    """词表投影。Baichuan2 的 NormHead 把各行归一化，这里是前向里的一个系数：参数从不被改写。
+
+    add_rows 之后，新词用 added_rows（归一化之前的）。
+    """
 
     def __init__(self, config: BaichuanConfig):
         super().__init__()
         self.norm_head = config.norm_head
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.first_added = config.vocab_size
+        self.register_parameter("added_rows", None)
         self._frozen_scale: tuple[tuple, Tensor] | None = None
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, norm_head={self.norm_head}"
 
     def row_scale(self) -> Tensor | None:
-        """NormHead 各行范数的倒数 [V]；普通投影为 None。权重冻结时只算一次。"""
+        """NormHead 各行（含新词的）范数的倒数；普通投影为 None。"""
+        if not self.norm_head or self.added_rows is None:
+            return self._weight_scale()
+        return with_added(self._weight_scale(), inverse_row_norms(self.added_rows.detach()), self.first_added)
+
+    def _weight_scale(self) -> Tensor | None:
+        """weight 各行范数的倒数 [V]；权重冻结时只算一次。"""
         if not self.norm_head:
             return None
         if self.weight.requires_grad:
@@ -204,16 +232,24 @@ class BaichuanHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
         """没有 targets：[..., H] → logits [..., V]；有：hidden [N, H] 与 targets [N] → 交叉熵之和（标量 fp32）。"""
+        added = self.added_rows
         if targets is not None:
-            tensors = hidden_states, self.weight
+            tensors = hidden_states, self.weight, added
             if not torch.is_grad_enabled():  # autograd.Function 只看 requires_grad：评估时不让它算梯度
-                tensors = [tensor.detach() for tensor in tensors]
-            return LinearCrossEntropy.apply(*tensors, self.row_scale(), targets)
+                tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
+            return LinearCrossEntropy.apply(*tensors[:2], self.row_scale(), targets, tensors[2], self.first_added)
+        logits = self._weight_logits(hidden_states)
+        if added is None:
+            return logits
+        added = nn.functional.normalize(added) if self.norm_head else added
+        return with_added(logits, nn.functional.linear(hidden_states, added), self.first_added)
+
+    def _weight_logits(self, hidden_states: Tensor) -> Tensor:
         if not self.norm_head:
             return nn.functional.linear(hidden_states, self.weight)
         if self.weight.requires_grad and torch.is_grad_enabled():
             return nn.functional.linear(hidden_states, nn.functional.normalize(self.weight))
-        return nn.functional.linear(hidden_states, self.weight) * self.row_scale().to(hidden_states.dtype)
+        return nn.functional.linear(hidden_states, self.weight) * self._weight_scale().to(hidden_states.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,7 +308,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
 
     def __init__(self, config: BaichuanConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = BaichuanEmbedding(config)
         self.layers = nn.ModuleList(BaichuanDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -473,7 +509,12 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError("Baichuan 的词表不能改变大小：词表投影按行归一化，官方分词器的 id 也是固定的")
+        raise ValueError("Baichuan 的词表不能这样改变大小：词表投影按行归一化；要加新词请用 train.py 的 --add_tokens")
+
+    def add_rows(self, first: int, embedding: Tensor, head: Tensor):
+        """新词的行：从 first 号起的 n 个词用 embedding、head（各 [n, H]，head 是归一化之前的），各成一个参数。"""
+        for module, rows in ((self.model.embed_tokens, embedding), (self.lm_head, head)):
+            module.first_added, module.added_rows = first, nn.Parameter(rows)
 
     def forward(
         self,

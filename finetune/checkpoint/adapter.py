@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,10 +11,11 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_mo
 from peft import __version__ as peft_version
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from baichuan import BaichuanConfig, BaichuanForCausalLM
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG
-from finetune.checkpoint.weights import WeightFile
+from baichuan import BaichuanConfig
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG
+from finetune.checkpoint.weights import WRAPPER_PARTS, WeightFile
 from utils import read_json, shown
 
 # 后一个是 peft 0.7 以前的
@@ -21,8 +23,8 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_TYPES = ("PREFIX_TUNING", "P_TUNING", "PROMPT_TUNING")
 PEFT_TYPES = ("LORA", *PROMPT_TYPES)
 PREFIX = "base_model.model."
-# torch.compile、FSDP 与 peft 在名字中间加的一段；存适配器时本该去掉
-WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "modules_to_save", "default"}
+# peft 在名字中间加的一段；存适配器时本该去掉
+PEFT_PARTS = {"modules_to_save", "default"}
 # 这样初始化的适配器改写过基座，或要在读进来时再算一次
 PLAIN_INITS = (True, False, "gaussian", None)
 # 不改变适配器的函数，第二阶段训练可以不同
@@ -97,40 +99,22 @@ def read_adapter_config(path: str | Path) -> PeftConfig:
 
 def canonical_name(name: str) -> str:
     """peft 存下的张量名：去掉各种包装与适配器的名字 default，补上 base_model.model.。"""
-    parts = [part for part in name.split(".") if part not in WRAPPER_PARTS]
-    while parts[:1] == ["module"]:
-        parts.pop(0)
-    result = ".".join(parts)
+    result = ".".join(part for part in name.split(".") if part not in WRAPPER_PARTS | PEFT_PARTS)
     return result if result.startswith((PREFIX, "prompt_")) else PREFIX + result
 
 
-class AdapterFile:
-    """一个适配器的张量，按 peft 的名字惰性读取；.bin 只按 weights_only 读。
-
-    Raises:
-        ValueError: 文件缺少或损坏，或两个张量去掉包装之后同名。
-    """
+class AdapterFile(WeightFile):
+    """一个适配器的张量，名字是 peft 的（见 canonical_name）。"""
 
     def __init__(self, path: Path):
-        self._file = WeightFile(adapter_weights(path))
-        self.names: dict[str, str] = {}
-        for name in sorted(self._file.names):
-            other = self.names.setdefault(canonical_name(name), name)
-            if other != name:
-                raise ValueError(f"{self._file.path} 的 {other} 与 {name} 是同一个张量，请换一个检查点")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._file.shape(self.names[name])
-
-    def read(self, name: str) -> Tensor:
-        return self._file.read(self.names[name])
+        super().__init__(adapter_weights(path), canonical_name)
 
     def read_all(self) -> dict[str, Tensor]:
         return {name: self.read(name) for name in self.names}
 
 
 def plan_adapter(path: Path, config: BaichuanConfig) -> AdapterPlan:
-    """适配器的配置在这个基座上要的张量，由 peft 自己在没有存储的模型上造出来。
+    """适配器的配置在这个基座（也可以是 LlamaConfig）上要的张量，由 peft 自己在没有存储的模型上造出来。
 
     Raises:
         ValueError: 这个配置不能用在这个基座上。
@@ -153,13 +137,17 @@ def plan_adapter(path: Path, config: BaichuanConfig) -> AdapterPlan:
     plain.init_lora_weights = True
     try:
         with torch.device("meta"):
-            model = get_peft_model(BaichuanForCausalLM(config), plain, autocast_adapter_dtype=False)
+            model = get_peft_model(AutoModelForCausalLM.from_config(config), plain, autocast_adapter_dtype=False)
         shapes = {
             name: tuple(tensor.shape)
             for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
         }
     except Exception as error:  # 内容来自外面，peft 对配不上的设置抛各种异常
-        raise ValueError(f"{file} 不能用在这个基座上：{error}") from error
+        is_llama = "q_proj" in str(adapter.target_modules) and config.model_type != "llama"
+        remedy = (
+            "；这是 Llama 布局的适配器，请先用 scripts/export.py --from llama --to baichuan 转换" if is_llama else ""
+        )
+        raise ValueError(f"{file} 不能用在这个基座上：{error}{remedy}") from error
     scalings = {
         name.removeprefix(PREFIX): module.scaling["default"]
         for name, module in model.named_modules()
@@ -195,8 +183,8 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
     """
     path = Path(path)
     plan, file = plan_adapter(path, config), AdapterFile(path)
-    missing = sorted(plan.shapes.keys() - file.names.keys())
-    extra = sorted(file.names[name] for name in file.names.keys() - plan.shapes.keys())
+    missing = sorted(plan.shapes.keys() - file.names)
+    extra = sorted(file.stored[name] for name in file.names - plan.shapes.keys())
     problems = []
     if missing:
         problems.append(f"缺少 {len(missing)} 个（共 {len(plan.shapes)} 个），如 {missing[:2]}")
@@ -204,7 +192,7 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
         problems.append(f"多出 {len(extra)} 个，如 {extra[:2]}")
     problems += [
         f"{name} 的形状是 {file.shape(name)}，应为 {plan.shapes[name]}"
-        for name in sorted(plan.shapes.keys() & file.names.keys())
+        for name in sorted(plan.shapes.keys() & file.names)
         if file.shape(name) != plan.shapes[name]
     ][:2]
     if problems:
@@ -215,14 +203,17 @@ def check_adapter(path: str | Path, config: BaichuanConfig) -> AdapterPlan:
     return plan
 
 
-def check_second_stage(path: Path, model: PeftModel):
-    """从已有的适配器接着训练（--adapter_path）：配置与 model 的相同，张量恰好是 model 要的；只读文件头。
+def check_second_stage(path: Path, model: PeftModel, words: Sequence[str] = ()):
+    """从已有的适配器接着训练（--adapter_path）：配置与 model 的、新词与 words 相同，张量恰好是 model 要的；只读文件头。
 
     Raises:
         ValueError: 不同之处全部列出。
     """
     current = model.active_peft_config
     problems = second_stage_problems(path, current)
+    trained = read_json(path / RUN_CONFIG).get("added_tokens") if (path / RUN_CONFIG).is_file() else None
+    if trained and trained != list(words):
+        problems.append(f"新词（--add_tokens）：适配器有 {len(trained)} 个，如 {trained[:3]}，现在是 {list(words[:3])}")
     if problems:
         raise ValueError(
             f"--adapter_path {path} 与现在的参数不符：{'；'.join(problems)}；请改成一样的。"

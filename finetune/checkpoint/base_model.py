@@ -34,8 +34,8 @@ def load_config(path: str | Path) -> BaichuanConfig:
         raise
     except Exception as error:  # 内容来自外面，transformers 对坏的值抛各种异常
         raise ValueError(f"{path / 'config.json'} 读不了：{error}") from error
-    if config.model_type != "baichuan":
-        raise ValueError(f"{path / 'config.json'} 的 model_type 是 {config.model_type!r}，本项目只训练 baichuan")
+    if hasattr(config, "auto_map"):  # 自带的代码（可能在别人的仓库里）不在写出的目录里
+        del config.auto_map
     if hasattr(config, "quantization_config"):
         # 写出去的话，别的工具会悄悄把完整的权重量化；权重真是量化过的，由 check_weights 拒绝
         del config.quantization_config

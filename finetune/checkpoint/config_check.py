@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.checkpoint.output_dir import checkpoints_below
 from utils import is_number, read_json, shown
 
 CONFIG_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 CONFIG_LENGTHS = ("max_position_embeddings", "model_max_length")
 CONFIG_TOKENS = ("bos_token_id", "eos_token_id")
 CONFIG_NUMBERS = ("rms_norm_eps", "initializer_range", "z_loss_weight")
+DTYPES = ("float32", "float16", "bfloat16")
 CONFIG_SWITCHES = ("norm_head", "tie_word_embeddings", "use_cache")
 STRUCTURE_KEYS = {*CONFIG_LENGTHS, "norm_head", "position_embedding", "z_loss_weight"}
 
@@ -20,13 +22,23 @@ def check_config_file(path: Path) -> None:
     """检查点目录里有 config.json，键与值都对；不载入 transformers。
 
     Raises:
-        ValueError: 目录或 config.json 不在，或内容损坏。
+        ValueError: 目录或 config.json 不在，不是 baichuan，或内容损坏。
     """
     if not (path / "config.json").is_file():
-        raise ValueError(f"--model_name_or_path {path} 里没有 config.json，请给出 Baichuan 检查点的本地目录")
-    problems = model_config_problems(read_json(path / "config.json"))
+        below = checkpoints_below(path)
+        raise ValueError(f"--model_name_or_path {path} 里没有 config.json{below}，请给出 Baichuan 检查点的本地目录")
+    content = read_json(path / "config.json")
+    kind = content.get("model_type", "baichuan") if isinstance(content, dict) else "baichuan"
+    if kind != "baichuan":
+        remedy = "；Llama 布局的 Baichuan 请先用 scripts/export.py --from llama --to baichuan 转换"
+        remedy = remedy if kind == "llama" else ""
+        raise ValueError(f"{path / 'config.json'} 的 model_type 是 {kind!r}，本项目只训练 baichuan{remedy}")
+    problems = model_config_problems(content)
     if problems:
         raise ValueError(f"{path / 'config.json'} 损坏，请重新下载：{'；'.join(problems)}")
+    problems = fixed_problems(content)
+    if problems:
+        raise ValueError(f"{path / 'config.json'} 写的不是 Baichuan 的结构，本项目不会照它算：{'；'.join(problems)}")
 
 
 def model_config_problems(content: Any) -> list[str]:
@@ -40,6 +52,7 @@ def model_config_problems(content: Any) -> list[str]:
         (CONFIG_TOKENS, _is_token, "不小于 0 的整数"),
         (("pad_token_id",), lambda value: value is None or type(value) is int, "整数"),
         (CONFIG_NUMBERS, lambda value: is_number(value) and 0 <= value < 1e6, "不小于 0 的数"),
+        (("torch_dtype", "dtype"), lambda value: value is None or value in DTYPES, "、".join(DTYPES)),
         (CONFIG_SWITCHES, lambda value: value is None or isinstance(value, bool), "true 或 false"),
     ]
     for names, is_valid, expected in rules:
@@ -50,6 +63,31 @@ def model_config_problems(content: Any) -> list[str]:
         alike = [known for known in sorted(STRUCTURE_KEYS) if known not in content and _is_alike(name, known)]
         problems += [f"{name} 不是认识的键，像是 {alike[0]} 写错了"] if alike else []
     return problems
+
+
+def fixed_problems(content: dict[str, Any]) -> list[str]:
+    """结构里 Baichuan 固定的几项写成了别的：别的实现会照着算，这里不会；Llama 布局的 config.json 也这样查。"""
+    heads, width = content.get("num_attention_heads"), content.get("hidden_size")
+    rope = content.get("rope_parameters") or {}
+    expected = {
+        "hidden_act": "silu",
+        "num_key_value_heads": heads,
+        "head_dim": width // heads if is_number(heads) and heads and is_number(width) else None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "output_attentions": False,
+        "rope_theta": 10000,
+        "rope_scaling": None,
+    }
+    values = {"rope_theta": rope.get("rope_theta"), **content}
+    if rope.get("rope_type", "default") != "default":
+        values["rope_scaling"] = rope
+    return [
+        f"{name} 是 {shown(values[name])}，应为 {shown(value)}"
+        for name, value in expected.items()
+        if values.get(name) not in (None, value)
+    ]
 
 
 def tokenizer_model_problems(content: bytes) -> list[str]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.checkpoint.adapter import AdapterFile, adapter_weights, check_adapter, read_adapter_config
+from finetune.checkpoint.added_tokens import AddedRows, read_rows
 from finetune.checkpoint.base_model import load_base_model, load_config, load_tokenizer
 from finetune.checkpoint.manifest import MANIFEST, hash_files
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
@@ -33,6 +34,12 @@ class Checkpoint(NamedTuple):
     run_config: dict[str, Any]  # 没有 run_config.json（官方或合并后的检查点）时为空
     config: BaichuanConfig
     prompting: Prompting  # 提示词格式、族与角色 id
+    added: AddedRows | None = None  # 适配器训练过的新词（--add_tokens）；config 的词表里没有它们
+
+    @property
+    def grown_config(self) -> BaichuanConfig:
+        """接上新词之后的配置。"""
+        return self.config if self.added is None else self.added.grown(self.config)
 
     @property
     def context_length(self) -> int:
@@ -72,10 +79,12 @@ def inspect_checkpoint(
         base_path = path
     weight_files(base_path)  # 缺少权重文件或分片时抛 ValueError
     config = load_config(base_path)
+    added = None
     if is_adapter:
         check_adapter(path, config)
+        added = read_rows(path, config)
     prompting = find_prompting(base_path, run_config, config, prompt_format)
-    return Checkpoint(path, base_path, is_adapter, run_config, config, prompting)
+    return Checkpoint(path, base_path, is_adapter, run_config, config, prompting, added)
 
 
 def find_base_model(path: Path, run_config: dict[str, Any], base_model_path: str | Path | None) -> Path:
@@ -134,7 +143,13 @@ def load_checkpoint_tokenizer(checkpoint: Checkpoint) -> BaichuanTokenizer:
     """检查点的分词器；适配器目录里没有时用基座的。与词表不相配时抛 ValueError。"""
     has_tokenizer = (checkpoint.path / "tokenizer.model").is_file()
     path = checkpoint.path if has_tokenizer else checkpoint.base_path
-    return load_tokenizer(path, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(path, checkpoint.grown_config.vocab_size)
+    if checkpoint.added is not None and len(tokenizer) != checkpoint.added.end:
+        raise ValueError(
+            f"{checkpoint.path} 训练过新词，到 {checkpoint.added.end - 1} 号为止，分词器却有 {len(tokenizer)} 个词："
+            "added_tokens.json 不完整，请换一个检查点"
+        )
+    return tokenizer
 
 
 def load_checkpoint_model(
@@ -145,6 +160,8 @@ def load_checkpoint_model(
     quantization：4bit、8bit，见 quantization.py；None 为不量化。权重文件损坏或与 config.json 不符时抛 ValueError。
     """
     model = load_base_model(checkpoint.base_path, checkpoint.config, dtype, device, quantization=quantization)
+    if checkpoint.added is not None:
+        checkpoint.added.attach(model, dtype, device)
     if checkpoint.is_adapter:
         return attach_adapter(model, checkpoint, dtype, device)
     return model.requires_grad_(False).eval()

@@ -23,6 +23,12 @@ class ModelOptions:
         changes_training=False,  # 续训比较的是各文件的哈希
     )
     mode: str = flag("baichuan", "模型族；结构以检查点的 config.json 为准", choices=MODEL_FAMILIES)
+    add_tokens: str | None = flag(
+        None,
+        "一行一个新词的文件：词表在末尾接上它们，与 freeze、lora、full 一起训练（缺省不加）",
+        changes_training=False,  # 续训比较的是内容
+        metavar="文件",
+    )
 
 
 @dataclass
@@ -52,6 +58,21 @@ class SaveOptions:
     resume: str = flag(
         "no", "no 从头训练；auto 接着 output_dir 里最新的完整检查点；或给出检查点目录", changes_training=False
     )
+
+
+def read_words(path: str | None) -> dict[str, int]:
+    """--add_tokens 的文件：新词 → 行号，次序同文件；没有文件时为空。
+
+    Raises:
+        ValueError: 文件读不了、没有词，或有重复的。
+    """
+    from finetune.data.plain_text import read_texts
+
+    words: dict[str, int] = {}
+    for line, word in [] if path is None else read_texts(path):
+        if words.setdefault(word, line) != line:
+            raise ValueError(f"{path}:{line}: {word!r} 与第 {words[word]} 行重复，请去掉")
+    return words
 
 
 def quantization_of(args) -> str | None:

@@ -35,6 +35,13 @@ def iter_checkpoints(output_dir: Path) -> Iterator[tuple[int, int, Path]]:
     yield from sorted(found, reverse=True)
 
 
+def checkpoints_below(path: Path) -> str:
+    """目录下面像检查点的几个，括号里的一句；没有时为空（中间检查点的目录、下载工具的缓存的上层）。"""
+    patterns = ("*/config.json", "snapshots/*/config.json", "*/snapshots/*/config.json")
+    found = [str(file.parent) for pattern in patterns for file in sorted(path.glob(pattern))]
+    return f"（它下面的 {'、'.join(found[:3])} 里有）" if found else ""
+
+
 def check_directory(path: Path) -> None:
     """检查点必须是目录，且有 config.json 或适配器配置；否则抛 ValueError，说明应该给什么。"""
     if not path.is_dir():
@@ -43,7 +50,10 @@ def check_directory(path: Path) -> None:
     if path.resolve().name.startswith(TEMPORARY_PREFIX):
         raise ValueError(f"检查点 {path} 是没有写完的检查点，请换一个名字不以 {TEMPORARY_PREFIX} 开头的目录")
     if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        raise ValueError(f"检查点 {path} 里没有 config.json，也没有 {ADAPTER_CONFIG}；请给出检查点目录或训练的输出目录")
+        below = checkpoints_below(path)
+        raise ValueError(
+            f"检查点 {path} 里没有 config.json{below}，也没有 {ADAPTER_CONFIG}；请给出检查点目录或训练的输出目录"
+        )
 
 
 def choose_checkpoint(path: str | Path, is_told: bool = True) -> Path:

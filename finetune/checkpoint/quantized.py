@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint.weights import WeightFile, weight_files
+from finetune.checkpoint.weights import model_files
 
 NUM_BITS = {"4bit": 4, "8bit": 8}
 # LLM.int8()（Dettmers 等，2022）：超过它的激活按原精度算
@@ -38,8 +38,7 @@ def load_quantized(
             setattr(skeleton.model.layers.get_submodule(parent), last, layer)
             quantized[f"model.layers.{name}.weight"] = layer
     names = {name for name, _ in skeleton.named_parameters()}
-    for weight_path in weight_files(path):
-        weight_file = WeightFile(weight_path)
+    for weight_file in model_files(path):
         for name in sorted(weight_file.names & names):
             tensor = weight_file.read(name).to(dtype)
             if name in quantized:

@@ -123,6 +123,8 @@ def check_same_run(directory: Path, args, run_config: dict):
     ]
     if saved.get("template") != run_config.get("template"):
         differences.append(f"--prompt_format {args.prompt_format} 的模板变了")
+    if (saved.get("added_tokens") or []) != (run_config.get("added_tokens") or []):
+        differences.append(f"新词（--add_tokens {args.add_tokens}）变了")
     for name, what in (("train", "训练数据"), ("replay", "重放的文字")):
         if saved["data"].get(name) != run_config["data"].get(name):
             differences.append(f"{what} {getattr(args, f'{name}_path')} 的内容变了")

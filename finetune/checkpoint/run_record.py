@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from finetune.checkpoint.manifest import hash_files
+from finetune.checkpoint.options import read_words
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
 from finetune.options import flags_of
@@ -37,6 +38,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
             field.name: getattr(args, field.name) for field in flags_of(type(args)) if field.name not in UNRECORDED
         },
         "train_type": args.train_type,
+        "added_tokens": list(read_words(args.add_tokens)),
         **prompting._asdict(),
         "precision": precision,
         "precision_reason": precision_reason,

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from finetune.checkpoint.added_tokens import AddedRows, rows_in
 from finetune.checkpoint.manifest import _fsync, write_manifest
 from finetune.checkpoint.output_dir import RUN_CONFIG, TEMPORARY_PREFIX, checkpoint_name
 from finetune.checkpoint.weights import ShardedWriter, gathered_tensors
+from finetune.methods.registry import base_model_of, is_added
 from utils import global_rank, log_rank_0, raise_together, write_json
 
 
@@ -78,7 +80,10 @@ def _save_model(module: nn.Module, directory: Path) -> Exception | None:
     is_adapter = isinstance(module, PeftModel)
     writer = None if is_adapter else ShardedWriter(directory)
     adapter, error = {}, None
-    parameters = [(name, p) for name, p in module.named_parameters() if p.requires_grad or not is_adapter]
+    added = AddedRows(base_model_of(module).lm_head.first_added, dict(gathered_tensors(rows_in(module).items())))
+    parameters = [
+        (name, p) for name, p in module.named_parameters() if (p.requires_grad or not is_adapter) and not is_added(name)
+    ]
     for name, tensor in gathered_tensors(parameters):
         if tensor is None or error is not None:
             continue
@@ -86,7 +91,7 @@ def _save_model(module: nn.Module, directory: Path) -> Exception | None:
             adapter[name] = tensor
             continue
         try:
-            writer.add(name, tensor)
+            writer.add(name, added.grow(name, tensor))
         except Exception as write_error:  # safetensors 把磁盘满报成它自己的异常
             error = write_error
     prompt = prompt_embedding(module) if is_adapter else None
@@ -95,9 +100,10 @@ def _save_model(module: nn.Module, directory: Path) -> Exception | None:
     try:
         if is_adapter:
             _write_adapter(module, adapter, prompt, directory)
+            added.save(directory)
         else:
             writer.close()
-            module.config.save_pretrained(directory)
+            added.grown(module.config).save_pretrained(directory)
             module.generation_config.save_pretrained(directory)
     except Exception as write_error:
         error = write_error

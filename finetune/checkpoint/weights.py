@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,6 +18,8 @@ INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 # 官方文件里有、我们现算的张量
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+# torch.compile、FSDP、DDP 加的一段
+WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 # bitsandbytes、官方 -4bits 目录与 GPTQ、AWQ 存下的量化状态
 QUANTIZED = re.compile(r"\.(quant_state|quant_map|absmax|nested_absmax|SCB|qweight|qzeros|g_idx)(\.|$)|\.weight\.data$")
 
@@ -57,19 +59,32 @@ def weight_map(directory: Path, stem: str) -> dict[str, Path]:
     return dict.fromkeys(WeightFile(path).names, path)
 
 
+def model_name(name: str) -> str:
+    """模型的张量名：去掉 DDP、torch.compile、FSDP 与 peft 加在前面或中间的一段。"""
+    return ".".join(part for part in name.removeprefix("base_model.model.").split(".") if part not in WRAPPER_PARTS)
+
+
+def model_files(directory: str | Path) -> "Iterator[WeightFile]":
+    """检查点目录里的各个权重文件，张量名见 model_name。"""
+    return (WeightFile(path, model_name) for path in weight_files(directory))
+
+
 class WeightFile:
     """一个权重文件里的张量，按名字惰性读取；.bin 只按 weights_only 读，绝不执行其中的代码。
 
+    Args:
+        rename: 文件里的名字 → 这里用的名字。
+
     Raises:
-        ValueError: 文件损坏或不完整。
+        ValueError: 文件损坏或不完整，或两个张量改名之后同名。
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, rename: Callable[[str], str] = str):
         self.path = path
         try:
             if path.suffix == ".safetensors":
                 self._file = safe_open(path, framework="pt")
-                self.names = set(self._file.keys())
+                stored = list(self._file.keys())
             else:
                 try:
                     self._file = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -77,11 +92,16 @@ class WeightFile:
                     if "mmap" not in str(error):
                         raise
                     self._file = torch.load(path, map_location="cpu", weights_only=True)  # 旧式（非 zip）的 .bin
-                self.names = {name for name, value in self._file.items() if isinstance(value, Tensor)}
+                stored = [name for name, value in self._file.items() if isinstance(value, Tensor)]
         except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, AttributeError, MemoryError) as error:
             raise ValueError(self._broken(error)) from error
         except Exception as error:  # pickle 的 UnpicklingError 等：内容不可信，一律按损坏处理
             raise ValueError(self._broken(error)) from error
+        self.stored = {rename(name): name for name in stored}  # 这里的名字 → 文件里的
+        self.names = set(self.stored)
+        if len(self.names) < len(stored):
+            twice = sorted(set(stored) - set(self.stored.values()))
+            raise ValueError(f"{path} 的 {twice[0]} 与 {self.stored[rename(twice[0])]} 是同一个张量，请换一个检查点")
 
     def _broken(self, error: Exception) -> str:
         size = self.path.stat().st_size if self.path.exists() else 0
@@ -90,12 +110,14 @@ class WeightFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """张量的形状，不读内容。"""
+        name = self.stored[name]
         if self.path.suffix == ".safetensors":
             return tuple(self._file.get_slice(name).get_shape())
         return tuple(self._file[name].shape)
 
     def is_quantized(self, name: str) -> bool:
         """是量化的权重或它的状态，不读内容。"""
+        name = self.stored[name]
         if self.path.suffix == ".safetensors":
             is_float = self._file.get_slice(name).get_dtype().startswith(("F", "BF"))
         else:
@@ -104,11 +126,12 @@ class WeightFile:
 
     def read(self, name: str) -> Tensor:
         """整个张量，CPU。"""
+        name = self.stored[name]
         return self._file.get_tensor(name) if self.path.suffix == ".safetensors" else self._file[name]
 
     def read_flat(self, name: str, start: int, stop: int) -> Tensor:
         """展平后第 start 到 stop 个元素，[stop - start]；只读到所在的行。"""
-        shape = self.shape(name)
+        shape, name = self.shape(name), self.stored[name]
         row_elements = max(1, int(torch.Size(shape[1:]).numel()))
         first_row, last_row = start // row_elements, -(-stop // row_elements)
         if self.path.suffix == ".safetensors":
@@ -125,8 +148,7 @@ def check_weights(directory: str | Path, expected_shapes: dict[str, tuple[int, .
         ValueError: 是量化过的权重；缺少、多出或形状不符的张量（各列出几个），或文件损坏。
     """
     found = {}
-    for path in weight_files(directory):
-        weight_file = WeightFile(path)
+    for weight_file in model_files(directory):
         quantized = [name for name in sorted(weight_file.names) if weight_file.is_quantized(name)]
         if quantized:
             raise ValueError(
@@ -155,10 +177,9 @@ def load_weights(model: nn.Module, directory: str | Path):
         model: 参数名与官方检查点相同的模型，已经分配好存储。
     """
     parameters = dict(model.named_parameters())
-    for path in weight_files(directory):
-        weight_file = WeightFile(path)
+    for weight_file in model_files(directory):
         names = sorted(weight_file.names & parameters.keys())
-        for name in watched(names, f"读权重 {path.name}", "个"):
+        for name in watched(names, f"读权重 {weight_file.path.name}", "个"):
             parameter = parameters[name]
             if not hasattr(parameter, "ds_tensor"):
                 parameter.copy_(weight_file.read(name))

@@ -212,6 +212,11 @@ def inspect_adapters(args: PredictOptions) -> "dict[str, Checkpoint]":
         if not (Path(path) / ADAPTER_CONFIG).is_file():
             raise ValueError(f"--adapter {path} 里没有 {ADAPTER_CONFIG}，请给出 lora 或 ptuning 的检查点目录")
         checkpoint = inspect_checkpoint(path, args.model_path, args.prompt_format, any_base=True)
+        if checkpoint.added is not None:
+            raise ValueError(
+                f"--adapter {path} 训练过新词（--add_tokens），词表与基座不同：请单独用它，"
+                f"--model_path {path} --base_model_path {args.model_path}"
+            )
         differing = base_differences(checkpoint.base_path, checkpoint.run_config)
         if differing:
             note(f"注意：适配器 {path} 是在别的基座上训练的（{'、'.join(differing[:3])}），结果可能变差")

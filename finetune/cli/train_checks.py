@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.checkpoint.config_check import check_config_file
-from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
+from finetune.checkpoint.options import quantization_problems, read_words, skip_bitsandbytes
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG
 from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import parse_sources
@@ -105,6 +105,11 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
         read(check_model, args, config)  # 推算时权重可以还没有下载
     if problems:
         raise ValueError("\n".join(dict.fromkeys(problems)))
+    if args.max_len > config.trained_length:
+        log_rank_0(
+            f"警告：--max_len {args.max_len} 超过了模型训练时的长度 {config.trained_length}（config.json），"
+            "更长的位置它没有见过，请调小，除非有意延长"
+        )
     return ds_config, config
 
 
@@ -132,6 +137,7 @@ def early_problems(args: TrainOptions) -> list[str]:
     for path in (args.general_path, args.replay_path):
         if path is not None:
             read(read_texts, path)
+    read(read_words, args.add_tokens)
     read(spike_choice, args.loss_spike_factor)
     read(check_config_file, Path(args.model_name_or_path))
     return problems
@@ -148,6 +154,8 @@ def method_problems(args: TrainOptions) -> list[str]:
     problems += method.problems(args)
     if args.adapter_path is not None and not method.saves_adapter:
         problems.append(f"--adapter_path 只用于 lora 与 ptuning，--train_type {method.name} 没有适配器，请去掉")
+    if args.add_tokens is not None and args.train_type == "ptuning":
+        problems.append("--add_tokens 不能与 --train_type ptuning 同用，请换 lora、freeze 或 full")
     if args.cache_frozen != "none" and not args.packing:
         problems.append(f"--cache_frozen {args.cache_frozen} 要开着 --packing，请去掉或改过来")
     return problems
@@ -205,4 +213,4 @@ def check_model(args: TrainOptions, config: "BaichuanConfig"):
     model = TRAIN_METHODS[args.train_type].apply(checked_skeleton(args.model_name_or_path, config), args)
     has_adapter = args.adapter_path is not None and (Path(args.adapter_path) / ADAPTER_CONFIG).is_file()
     if has_adapter and TRAIN_METHODS[args.train_type].saves_adapter:
-        check_second_stage(Path(args.adapter_path), model)
+        check_second_stage(Path(args.adapter_path), model, list(read_words(args.add_tokens)))

@@ -27,10 +27,10 @@ def read_texts(path: str | os.PathLike) -> list[Text]:
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"通用文字 {path} 不是 UTF-8 编码（{error}），请另存为 UTF-8") from error
+        raise ValueError(f"{path} 不是 UTF-8 编码（{error}），请另存为 UTF-8") from error
     texts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not texts:
-        raise ValueError(f"通用文字 {path} 里只有空白，请给出一行一段的纯文本")
+        raise ValueError(f"{path} 里只有空白，请给出纯文本，一行一段（一个词）")
     return texts
 
 

@@ -324,7 +324,8 @@ def resolve_prompt_format(requested: str, directory: str | Path, config) -> Prom
         raise ValueError(f"{path} 损坏，请重新下载：{'；'.join(problems)}")
     prompting = Prompting(
         prompt_format="chat" if "user_token_id" in generation else "plain",
-        family="baichuan2" if config.norm_head else "baichuan",
+        # Llama 布局转来的 Baichuan2 没有 NormHead，由词表认出
+        family="baichuan2" if config.norm_head or config.vocab_size >= 125696 else "baichuan",
         user_token_id=generation.get("user_token_id", 195),
         assistant_token_id=generation.get("assistant_token_id", 196),
     )

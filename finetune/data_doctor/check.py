@@ -237,6 +237,7 @@ def add_sample_flags(parser: argparse.ArgumentParser) -> None:
         metavar="auto|plain|chat|文件.json",
         help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
     )
+    parser.add_argument("--add_tokens", metavar="文件", help="同 train.py（缺省没有）")
     parser.add_argument("--input_separator", default="", type=separator_choice, help="同 train.py（缺省为空）")
     parser.add_argument("--ignore_fields", default="", help="同 train.py（缺省没有）")
     parser.add_argument("--loss_turns", default="all", choices=LOSS_TURNS, help="同 train.py（缺省 %(default)s）")
@@ -250,16 +251,17 @@ def load_encoding(args: argparse.Namespace) -> Encoding | None:
         ValueError: 目录不是可用的检查点，或长度互相矛盾。
     """
     if args.model_name_or_path is None:
-        if args.prompt_format != "auto":
-            raise ValueError("--prompt_format 只在给出 --model_name_or_path 时起作用，请去掉或补上后者")
+        if args.prompt_format != "auto" or args.add_tokens is not None:
+            raise ValueError("--prompt_format、--add_tokens 只在给出 --model_name_or_path 时起作用，请去掉或补上后者")
         return None
     if not 0 < args.max_src_len < args.max_len:
         raise ValueError(f"--max_src_len({args.max_src_len}) 必须大于 0、小于 --max_len({args.max_len})，请改正")
     # 在这里导入：模型的模块要几秒才能载入，只查格式时用不着
+    from finetune.checkpoint.added_tokens import add_words
     from finetune.checkpoint.base_model import load_config, load_tokenizer
 
     config = load_config(args.model_name_or_path)
-    tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
+    tokenizer = add_words(load_tokenizer(args.model_name_or_path, config.vocab_size), args.add_tokens)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     return Encoding(tokenizer, args.max_len, args.max_src_len, prompting._asdict())
 

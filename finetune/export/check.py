@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
 
 from baichuan import BaichuanConfig
 from baichuan.modeling_baichuan import BaichuanModel
-from finetune.checkpoint.inspection import Checkpoint
-from finetune.data.prompting import encode_prompt
+from finetune.data.prompting import Prompting, encode_prompt
 from finetune.export.tensors import CheckFailed, TensorSource, normalized_head
 from finetune.process.precision import NAMED_DTYPES
 from finetune.terminal import watched
@@ -58,16 +58,21 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
 
 @torch.inference_mode()
 def streamed_logits(
-    config: BaichuanConfig, read: Callable[[str], Tensor], prompts: list[list[int]], lora: dict | None = None
+    config: BaichuanConfig | LlamaConfig,
+    read: Callable[[str], Tensor],
+    prompts: list[list[int]],
+    lora: dict | None = None,
 ) -> list[Tensor]:
     """fp32 逐层前向：每次只读一层，返回各提示词的 logits [L, V]。
 
     Args:
+        config: LlamaConfig 时由 transformers 的 Llama 的层来算，read 与 lora 是 Llama 的名字。
         read: 官方名字 → 张量。
         lora: 给出时不合并，在各线性层旁边另算 缩放 · B(A x)，与训练时的适配器相同。
     """
-    layer_config = BaichuanConfig.from_dict({**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 1})
-    model = BaichuanModel(layer_config).float().eval()
+    one_layer = {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": 0}
+    layer_config = type(config).from_dict({**config.to_dict(), **one_layer})
+    model = (LlamaModel if config.model_type == "llama" else BaichuanModel)(layer_config).float().eval()
     final_norm, model.norm = model.norm, torch.nn.Identity()
     active: dict[str, tuple[Tensor, Tensor, float]] = {}
 
@@ -153,13 +158,9 @@ def check_rounding(name: str, exact: Tensor, written: Tensor, kind: str):
         raise CheckFailed(f"写出的 {name} 不是来源舍入一次的结果（{kind}）")
 
 
-def encode_check_prompts(
-    checkpoint: Checkpoint, tokenizer, texts: list[str] | tuple[str, ...] | None
-) -> list[list[int]]:
+def encode_check_prompts(prompting: Prompting, tokenizer, texts: list[str] | tuple[str, ...] | None) -> list[list[int]]:
     """核对用的提示词 id，格式与训练、预测相同。"""
-    prompts = [
-        encode_prompt(tokenizer, [("user", text)], **checkpoint.prompting._asdict()) for text in texts or CHECK_PROMPTS
-    ]
+    prompts = [encode_prompt(tokenizer, [("user", text)], **prompting._asdict()) for text in texts or CHECK_PROMPTS]
     if not all(prompts):
         raise ValueError("--check_prompt 里有空的提示词，请去掉")
     return prompts

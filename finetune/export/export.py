@@ -6,9 +6,11 @@ from baichuan import BaichuanConfig
 from finetune.checkpoint.inspection import load_checkpoint_tokenizer
 from finetune.checkpoint.manifest import write_manifest
 from finetune.export.check import Comparison, check_export, encode_check_prompts
+from finetune.export.from_llama import from_llama
 from finetune.export.gguf import GGUF_TYPES, GgufFile, check_gguf, write_gguf
 from finetune.export.gguf_lora import check_gguf_lora, check_lora, write_gguf_lora
 from finetune.export.llama import LlamaDirectory, write_llama
+from finetune.export.llama_lora import check_lora_layouts, split_lora, write_lora
 from finetune.export.model_card import model_card
 from finetune.export.tensors import (
     TensorSource,
@@ -21,7 +23,7 @@ from finetune.export.tensors import (
 )
 from finetune.process.precision import NAMED_DTYPES
 
-TARGETS = ("llama", "baichuan", "gguf", "gguf_lora")
+TARGETS = ("llama", "baichuan", "gguf", "gguf_lora", "llama_lora")
 
 
 def export(
@@ -32,6 +34,7 @@ def export(
     gguf_type: str | None = None,
     base_model_path: str | Path | None = None,
     check_prompt: list[str] | None = None,
+    source_layout: str = "baichuan",
 ) -> Comparison:
     """导出并核对，返回来源与写出的权重的 logits 之差；各参数与同名命令行选项相同。
 
@@ -42,24 +45,32 @@ def export(
     if to not in TARGETS:
         raise ValueError(f"--to({to}) 不认识，可选：{'、'.join(TARGETS)}")
     gguf_type = resolve_gguf_type(to, dtype, gguf_type)
+    if source_layout == "llama":
+        if to != "baichuan":
+            raise ValueError(f"--from llama 只转换成 --to baichuan，再由它导出成 {to}")
+        return from_llama(model_path, output_dir, dtype, base_model_path, check_prompt)
     checkpoint = open_checkpoint(model_path, base_model_path)
     config = checkpoint.config
-    if to == "llama" and config.position_embedding == "alibi":
+    if to in ("llama", "llama_lora") and config.position_embedding == "alibi":
         raise ValueError(
             f"{model_path} 用 ALiBi 位置编码（13B），Llama 没有这种结构，不能导出成 llama；"
             "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎用）"
         )
+    is_lora, whole = to.endswith("_lora"), to.removesuffix("_lora")
+    if is_lora and checkpoint.added is not None:
+        raise ValueError(f"{model_path} 训练过新词，适配器放不下它们，请用 --to {whole}（合并）")
     if to in ("gguf", "gguf_lora"):
         check_gguf(config, gguf_type)
     tokenizer = load_checkpoint_tokenizer(checkpoint)
-    check_added_words(tokenizer, to, model_path)
-    prompts = encode_check_prompts(checkpoint, tokenizer, check_prompt)
+    prompts = encode_check_prompts(checkpoint.prompting, tokenizer, check_prompt)
     source = TensorSource(checkpoint)
+    if is_lora and not source.lora:
+        raise ValueError(f"{model_path} 是完整的模型，没有适配器，请用 --to {whole}")
     if to == "gguf_lora":
         check_lora(source, model_path)
     target_dtype = resolve_dtype(dtype, source)
     kind = dtype_name(target_dtype) if gguf_type is None else GGUF_TYPES[gguf_type]
-    exported_config = BaichuanConfig.from_dict({**config.to_dict(), "norm_head": False})
+    exported_config = BaichuanConfig.from_dict({**source.config.to_dict(), "norm_head": False})
     name = Path(output_dir).resolve().name
     with staged_directory(output_dir) as directory:
         if to == "llama":
@@ -76,6 +87,9 @@ def export(
             path = directory / f"{name}-lora.gguf"
             write_gguf_lora(source, path, name)
             comparison = check_gguf_lora(source, path, prompts)
+        elif to == "llama_lora":
+            write_lora(split_lora(source.lora), config, directory, None)
+            comparison = check_lora_layouts(source, source.lora, directory, prompts)
         else:
             vector_kind = "float32" if to == "gguf" else kind
             comparison = check_export(source, exported_config, reader.read, prompts, kind, vector_kind)
@@ -84,29 +98,15 @@ def export(
     return comparison
 
 
-def check_added_words(tokenizer, to: str, model_path: str | Path):
-    """加入词表的新词（added_tokens.json）只有官方布局写得出，gguf_lora 不写词表。
-
-    Raises:
-        ValueError: 写成 llama、gguf 会丢掉它们。
-    """
-    words = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
-    words = [word for word, index in words if index >= tokenizer.vocab_size]
-    if words and to in ("llama", "gguf"):
-        raise ValueError(
-            f"{model_path} 的词表加了 {len(words)} 个新词（如 {words[0]}），--to {to} 还写不出它们，请用 --to baichuan"
-        )
-
-
 def resolve_gguf_type(to: str, dtype: str, gguf_type: str | None) -> str | None:
     """GGUF 的类型：--gguf_type；没有给时随 --dtype，auto 为 f16。
 
     Raises:
         ValueError: 给了不起作用或互相矛盾的选项。
     """
-    if to == "gguf_lora":
+    if to.endswith("_lora"):
         if gguf_type is not None or dtype != "auto":
-            raise ValueError("--to gguf_lora 总是 f32，请去掉 --gguf_type 与 --dtype")
+            raise ValueError(f"--to {to} 总是 f32，请去掉 --gguf_type 与 --dtype")
         return "f32"
     if to != "gguf":
         if gguf_type is not None:

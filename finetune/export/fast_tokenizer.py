@@ -125,10 +125,26 @@ def build_fast_tokenizer(tokenizer: BaichuanTokenizer, prompting: Prompting) -> 
         longest_first = sorted(user_defined, key=len, reverse=True)
         fast.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
         added = list(role_pieces(tokenizer, prompting).values())
+    added += added_words(tokenizer)
     fast.add_tokens([AddedToken(piece, normalized=False, special=False) for piece in added])
     strip = [decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []
     fast.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     return fast
+
+
+def added_words(tokenizer: BaichuanTokenizer) -> list[str]:
+    """加入词表的新词，次序同编号。
+
+    Raises:
+        ValueError: 编号不紧接着词表，别的格式放不下。
+    """
+    found = {index: word for word, index in tokenizer.get_added_vocab().items() if index >= tokenizer.vocab_size}
+    expected = list(range(tokenizer.vocab_size, len(tokenizer)))
+    if sorted(found) != expected:
+        raise ValueError(
+            f"新词的编号 {sorted(found)[:5]} 没有紧接着词表（{tokenizer.vocab_size} 个），请用 --to baichuan"
+        )
+    return [found[index] for index in expected]
 
 
 def _normalizer_steps(spec, user_defined: list[str]) -> list:
@@ -195,9 +211,9 @@ def write_fast_tokenizer(tokenizer: BaichuanTokenizer, prompting: Prompting, dir
     long_pieces = (piece.replace("▁", " ") for piece in tokenizer.get_vocab() if len(piece) > 8)
     differing = [
         text
-        for text in (*CHECK_TEXTS, *long_pieces)
+        for text in (*CHECK_TEXTS, *long_pieces, *(f"前 {word}{word}后 。" for word in added_words(tokenizer)))
         if not any(role in text for role in roles)
-        and fast.encode(text, add_special_tokens=False).ids != tokenizer.text_to_ids(text)
+        and fast.encode(text, add_special_tokens=False).ids != tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
     ]
     if differing:
         raise CheckFailed(f"快速分词器有 {len(differing)} 段文本的编号与来源不同，如 {differing[:3]!r}，请报告这个问题")

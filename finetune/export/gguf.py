@@ -12,7 +12,7 @@ from torch import Tensor
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.data.prompting import Prompting
-from finetune.export.fast_tokenizer import PIECE_TYPES, chat_template, read_model_proto
+from finetune.export.fast_tokenizer import PIECE_TYPES, added_words, chat_template, read_model_proto
 from finetune.export.tensors import TensorSource, normalized_head
 from finetune.terminal import watched
 
@@ -152,7 +152,7 @@ def _add_hyperparameters(writer, config: BaichuanConfig, name: str, file_type):
 
 
 def _add_tokenizer(writer, gguf, tokenizer: BaichuanTokenizer, prompting: Prompting, vocab_size: int):
-    """sentencepiece 的片段、得分与类型；模型词表比片段多的部分补成不用的片段。
+    """sentencepiece 的片段、得分与类型，接着是加入的新词（自定义片段）；模型词表比片段多的部分补成不用的片段。
 
     保留片段（含角色片段）作控制符号：只有对话模板里的才认作角色，用户文本里的按普通字符编码，同 encode_plain。
     v1 在句首加空格，llama.cpp 会在每个自定义片段之后再加一次，所以 v1 的自定义片段作普通片段（单个字符的不受影响）。
@@ -168,6 +168,10 @@ def _add_tokenizer(writer, gguf, tokenizer: BaichuanTokenizer, prompting: Prompt
         gguf.TokenType.CONTROL if index in tokenizer.reserved_ids else kinds[piece.type]
         for index, piece in enumerate(proto.pieces)
     ]
+    words = added_words(tokenizer)
+    pieces += [word.encode() for word in words]
+    scores += [0.0] * len(words)
+    types += [gguf.TokenType.USER_DEFINED] * len(words)
     num_padding = vocab_size - len(pieces)
     pieces += [f"[PAD{index}]".encode() for index in range(num_padding)]
     scores += [-1000.0] * num_padding

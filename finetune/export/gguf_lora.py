@@ -12,19 +12,15 @@ from torch import Tensor
 from baichuan import BaichuanConfig
 from finetune.export.check import Comparison, compare_logits, streamed_logits
 from finetune.export.gguf import gguf_names, gguf_tensors, import_gguf, unpermute_rows
-from finetune.export.tensors import CheckFailed, TensorSource
-
-Lora = dict[str, tuple[Tensor, Tensor, float]]  # 模块名 → (A [r, in], B [out, r], 缩放)
+from finetune.export.tensors import CheckFailed, Lora, TensorSource
 
 
 def check_lora(source: TensorSource, model_path: str | Path):
     """能不能写成 llama.cpp 的适配器。
 
     Raises:
-        ValueError: 不是 LoRA 检查点，或各模块的秩、缩放不同。
+        ValueError: 各模块的秩、缩放不同。
     """
-    if not source.lora:
-        raise ValueError(f"{model_path} 是完整的模型，没有适配器，请用 --to gguf")
     if len({(len(lora_a), scaling) for lora_a, _, scaling in source.lora.values()}) > 1:
         raise ValueError(
             f"{model_path} 各模块的秩或缩放不同（rank_pattern、alpha_pattern），llama.cpp 的适配器只有一个缩放，"

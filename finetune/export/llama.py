@@ -1,17 +1,59 @@
 """LlamaForCausalLM 布局的目录（7B）：W_pack 拆成 q、k、v，词表投影已归一化。"""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from baichuan import BaichuanTokenizer
+from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.checkpoint.inspection import Checkpoint
 from finetune.export.fast_tokenizer import write_fast_tokenizer
 from finetune.export.tensors import TensorSource, WeightDirectory, dtype_name, normalized_head, write_tensors
 from utils import read_json, write_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def llama_config(config: BaichuanConfig, dtype: torch.dtype) -> dict:
+    """LlamaForCausalLM 的 config.json。"""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "head_dim": config.head_dim,
+        "hidden_act": config.hidden_act,
+        "hidden_size": config.hidden_size,
+        "initializer_range": config.initializer_range,
+        "intermediate_size": config.intermediate_size,
+        "max_position_embeddings": config.trained_length,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": config.num_attention_heads,
+        "pad_token_id": config.pad_token_id,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype_name(dtype),
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
+
+
+def llama_reader(source: TensorSource) -> Callable[[str], Tensor]:
+    """基座的张量，按 Llama 的名字：W_pack 的一段是 q、k 或 v，词表投影已归一化，fp32。"""
+
+    def read(name: str) -> Tensor:
+        for index, projection in enumerate(PROJECTIONS):
+            if projection in name:
+                return source.read_base(name.replace(projection, "W_pack")).chunk(3)[index].float()
+        return normalized_head(source.config, name, source.read_base(name).float())
+
+    return read
 
 
 def write_llama(
@@ -26,34 +68,7 @@ def write_llama(
             return dict(zip(names, tensor.chunk(3), strict=True))
         return {name: normalized_head(config, name, tensor)}
 
-    write_json(
-        directory / "config.json",
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_id,
-            "head_dim": config.head_dim,
-            "hidden_act": config.hidden_act,
-            "hidden_size": config.hidden_size,
-            "initializer_range": config.initializer_range,
-            "intermediate_size": config.intermediate_size,
-            "max_position_embeddings": config.trained_length,
-            "mlp_bias": False,
-            "model_type": "llama",
-            "num_attention_heads": config.num_attention_heads,
-            "num_hidden_layers": config.num_hidden_layers,
-            "num_key_value_heads": config.num_attention_heads,
-            "pad_token_id": config.pad_token_id,
-            "rms_norm_eps": config.rms_norm_eps,
-            "rope_theta": 10000.0,
-            "tie_word_embeddings": False,
-            "torch_dtype": dtype_name(dtype),
-            "use_cache": True,
-            "vocab_size": config.vocab_size,
-        },
-    )
+    write_json(directory / "config.json", llama_config(config, dtype))
     generation_path = checkpoint.base_path / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     special = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

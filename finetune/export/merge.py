@@ -39,7 +39,7 @@ def merge_lora(
             f"{model_path} 是{kind}，没有适配器可以合并，直接使用即可；要换精度或格式请用 scripts/export.py"
         )
     tokenizer = load_checkpoint_tokenizer(checkpoint)
-    prompts = encode_check_prompts(checkpoint, tokenizer, check_prompt)
+    prompts = encode_check_prompts(checkpoint.prompting, tokenizer, check_prompt)
     source = TensorSource(checkpoint)
     target_dtype = resolve_dtype(dtype, source)
     with staged_directory(output_dir) as directory:

@@ -17,7 +17,7 @@ def model_card(checkpoint: Checkpoint, to: str, kind: str, comparison: Compariso
     role_ids = f"，角色 id {prompting.user_token_id}/{prompting.assistant_token_id}" if is_chat else ""
     merging = ""
     if checkpoint.is_adapter:
-        merging = "，只有适配器，与基座的 GGUF 同用" if to == "gguf_lora" else "，适配器已合并"
+        merging = f"，只有适配器，基座用 {to.removesuffix('_lora')}" if to.endswith("_lora") else "，适配器已合并"
     lines = [
         f"# {checkpoint.path.resolve().name}（{to}，{kind}）",
         "",

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import LlamaConfig
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from finetune.checkpoint.adapter import PLAIN_INITS, PREFIX, AdapterFile, check_adapter, is_set
 from finetune.checkpoint.inspection import Checkpoint, inspect_checkpoint
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, TEMPORARY_PREFIX, choose_checkpoint
-from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, weight_files
+from finetune.checkpoint.weights import ShardedWriter, WeightFile, check_weights, model_files, model_name
 from finetune.process.precision import NAMED_DTYPES
 from finetune.terminal import watched
 from utils import read_json, write_json
@@ -35,6 +36,9 @@ UNMERGEABLE = (
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
+Lora = dict[str, tuple[Tensor, Tensor, float]]  # 模块名 → (A [r, in], B [out, r], 缩放)
+
+
 class CheckFailed(RuntimeError):
     """写出的结果与来源不一致；此时不留下目标目录。"""
 
@@ -47,7 +51,7 @@ class WeightDirectory:
     """一个目录里的全部权重，按名字读；同一时刻只开着一个文件。"""
 
     def __init__(self, directory: Path):
-        self._paths = {name: path for path in weight_files(directory) for name in WeightFile(path).names}
+        self._paths = {name: file.path for file in model_files(directory) for name in file.names}
         self._open: WeightFile | None = None
         self._bytes_read = 0
 
@@ -61,7 +65,7 @@ class WeightDirectory:
         path = self._paths[name]
         if self._open is None or self._open.path != path or self._bytes_read > REOPEN_BYTES:
             self._open, self._bytes_read = None, 0  # 先放开旧的映射
-            self._open = WeightFile(path)
+            self._open = WeightFile(path, model_name)
         tensor = self._open.read(name)
         self._bytes_read += tensor.numel() * tensor.element_size()
         return tensor
@@ -82,15 +86,18 @@ class TensorSource:
             skeleton = BaichuanForCausalLM(checkpoint.config)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         check_weights(checkpoint.base_path, self.shapes)
-        self.config = checkpoint.config
+        self.config, self.added = checkpoint.grown_config, checkpoint.added
         self.names = list(self.shapes)
         self._weights = WeightDirectory(checkpoint.base_path)
-        self.dtype = self.read_base(self.names[0]).dtype
-        self.lora = read_lora(checkpoint.path, self.config) if checkpoint.is_adapter else {}
+        self.dtype = self._weights.read(self.names[0]).dtype
+        for name in self.added.rows if self.added else ():
+            self.shapes[name] = (self.config.vocab_size, self.config.hidden_size)
+        self.lora = read_lora(checkpoint.path, checkpoint.config) if checkpoint.is_adapter else {}
 
     def read_base(self, name: str) -> Tensor:
-        """没有合并的张量，基座的类型。"""
-        return self._weights.read(name)
+        """没有合并 LoRA 的张量，基座的类型；已接上新词。"""
+        tensor = self._weights.read(name)
+        return tensor if self.added is None else self.added.grow(name, tensor)
 
     def read(self, name: str) -> Tensor:
         """合并之后的张量，fp32：W + 缩放 · B A。"""
@@ -102,8 +109,8 @@ class TensorSource:
         return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
 
 
-def read_lora(path: Path, config: BaichuanConfig) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；config 是基座的。
+def read_lora(path: Path, config: BaichuanConfig | LlamaConfig) -> Lora:
+    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；config 是基座的，布局由它定。
 
     Raises:
         ValueError: 有合并公式 W + 缩放 · B A 之外的设置，或张量与基座不相配，或文件损坏。
@@ -210,7 +217,7 @@ def write_tensors(
 
 def normalized_head(config: BaichuanConfig, name: str, tensor: Tensor) -> Tensor:
     """NormHead 的词表投影按行归一化（fp32）；别的张量原样。"""
-    if name == "lm_head.weight" and config.norm_head:
+    if name == "lm_head.weight" and getattr(config, "norm_head", False):
         return torch.nn.functional.normalize(tensor)
     return tensor
 
@@ -230,9 +237,21 @@ def write_baichuan(checkpoint: Checkpoint, source: TensorSource, directory: Path
     if not code_files:
         config.pop("auto_map", None)
     write_json(directory / "config.json", config)
+    copy_added_words(checkpoint.path, directory)
     write_tensors(source, directory, dtype, convert)
     if checkpoint.run_config:
         write_json(directory / RUN_CONFIG, {**checkpoint.run_config, "merged_from": str(checkpoint.path)})
+
+
+def copy_added_words(checkpoint: Path, directory: Path):
+    """适配器的分词器比基座多的词（added_tokens.json）也带走，其余设置留着基座的。"""
+    added, config = (directory / name for name in ("added_tokens.json", "tokenizer_config.json"))
+    if not (checkpoint / added.name).is_file() or (checkpoint / "config.json").is_file():
+        return
+    shutil.copyfile(checkpoint / added.name, added)
+    words = read_json(checkpoint / config.name).get("added_tokens_decoder")
+    if words and config.is_file():
+        write_json(config, {**read_json(config), "added_tokens_decoder": words})
 
 
 def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -248,6 +267,7 @@ def official_config(raw: dict[str, Any], config: BaichuanConfig, dtype: torch.dt
     result |= {
         "architectures": [f"{prefix}ForCausalLM"],
         "torch_dtype": dtype_name(dtype),
+        "vocab_size": config.vocab_size,
         "position_embedding": config.position_embedding,
         "norm_head": is_v2,
     }

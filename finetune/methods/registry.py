@@ -19,8 +19,22 @@ class MethodChoice:
     )
 
 
+def apply_method(model, options):
+    """套上 --train_type 的方法；新词的行（--add_tokens）总是可以训练。options 是 train.py 的全部参数。"""
+    model = TRAIN_METHODS[options.train_type].apply(model, options)
+    for name, parameter in model.named_parameters():
+        if is_added(name):
+            parameter.requires_grad_(True)
+    return model
+
+
+def is_added(name: str) -> bool:
+    """参数名是不是新词的行，见 BaichuanForCausalLM.add_rows。"""
+    return name.endswith(".added_rows")
+
+
 def check_trainable(model, options: MethodChoice) -> int:
-    """核对可训练的参数恰好是这种方法的那些，返回可训练的元素数（ZeRO-3 切分的也按完整大小计）。
+    """核对可训练的参数恰好是这种方法的那些（与新词的行），返回可训练的元素数（ZeRO-3 切分的也按完整大小计）。
 
     Raises:
         ValueError: 没有可训练的参数，或有方法之外的参数可训练，或该训练的被冻结了。
@@ -29,7 +43,7 @@ def check_trainable(model, options: MethodChoice) -> int:
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise ValueError(f"--train_type {method.name} 没有可训练的参数，请检查它的参数")
-    outside = [name for name in trainable if not method.is_trainable(name, options)]
+    outside = [name for name in trainable if not (method.is_trainable(name, options) or is_added(name))]
     if outside:
         raise ValueError(f"--train_type {method.name} 之外的参数可训练：{outside[:5]}")
     frozen = [

@@ -20,7 +20,11 @@ BLEU_COLUMNS = [f"correct{n}" for n in range(1, 5)] + [f"total{n}" for n in rang
 
 
 def segment(text: str) -> list[str]:
-    """中文切分：sacreBLEU 的 zh 切分器，汉字与标点一字一个，连续的西文与数字算一个词。ROUGE、BLEU、distinct 都用它。"""
+    """中文切分：sacreBLEU 的 zh 切分器，汉字与标点一字一个，连续的西文与数字算一个词。ROUGE、BLEU、distinct 都用它。
+
+    以 sacrebleu 2.6.0 为准：U+2001 到 U+2A6D 的符号（℃、“、Ⅲ、①）也一字一个；扩展 B 区起的汉字（U+20000 以上）与假名、
+    谚文不切，连成一个词。
+    """
     from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
     return TokenizerZh()(text).split()
@@ -58,11 +62,15 @@ def rouge_f1(prediction: Sequence[str], reference: Sequence[str]) -> tuple[float
 
 
 def _score_bleu(sums: np.ndarray) -> np.ndarray:
-    """BLEU 的十列充分统计量 → 语料级 BLEU-4，公式与平滑（exp）都由 sacreBLEU 计算，除以 100。"""
+    """BLEU 的十列充分统计量 → 语料级 BLEU-4，公式与平滑（exp）都由 sacreBLEU 计算，除以 100。
+
+    全部预测都没有四个词时，只算到有的阶（effective order），全对就是 1；有四元组时与不用它相同。
+    """
     from sacrebleu.metrics import BLEU
 
     def one(row: list[int]) -> float:
-        return BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score / 100.0
+        statistics = (row[:4], row[4:8], row[8], row[9])
+        return BLEU.compute_bleu(*statistics, smooth_method="exp", effective_order=True).score / 100.0
 
     return np.asarray([one(row) for row in sums.round().astype(int).tolist()])
 

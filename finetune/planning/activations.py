@@ -11,9 +11,9 @@ from torch import nn
 from baichuan import BaichuanConfig, BaichuanForCausalLM
 from baichuan.linear_cross_entropy import MAX_LOGITS_ELEMENTS
 from baichuan.packed_attention_cpu import MAX_SAVED_SCORES, query_blocks
-from finetune.checkpoint.options import quantization_of
+from finetune.checkpoint.options import quantization_of, read_words
 from finetune.cli.train_flags import TrainOptions
-from finetune.methods.registry import TRAIN_METHODS, num_elements
+from finetune.methods.registry import TRAIN_METHODS, apply_method, num_elements
 from finetune.planning.flops import Shape
 
 # nf4 每 64 个权重一个系数，系数再量化成 8 位；LLM.int8() 每行一个系数，不计
@@ -87,11 +87,13 @@ def plan_model(args: TrainOptions, config: BaichuanConfig) -> PlannedModel:
     """
     method = TRAIN_METHODS[args.train_type]
     with torch.device("meta"):
-        model = method.apply(BaichuanForCausalLM(config), args)
+        model = BaichuanForCausalLM(config)
+        if words := read_words(args.add_tokens):
+            model.add_rows(config.vocab_size, *torch.empty(2, len(words), config.hidden_size))
+        model = apply_method(model, args)
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     prompt = method.prompt(args)
-    embedding_is_trained = any("embed_tokens" in name for name in trainable)
-    needs_grad = embedding_is_trained or prompt.tokens > 0
+    needs_grad = any("embed_tokens" in name for name in trainable) or prompt.tokens > 0
     layers = []
     for index in range(config.num_hidden_layers):
         names = [name for name in trainable if f"layers.{index}." in name and "prompt_encoder" not in name]
@@ -108,8 +110,8 @@ def plan_model(args: TrainOptions, config: BaichuanConfig) -> PlannedModel:
         num_trained_vectors=sum(num_elements(p) for p in trainable.values() if p.dim() <= 1),
         largest_module=max(_own_parameters(module) for module in model.modules()),
         layers=layers,
-        head_is_trained=any("lm_head" in name for name in trainable),
-        embedding_is_trained=embedding_is_trained,
+        head_is_trained=any("lm_head.weight" in name for name in trainable),
+        embedding_is_trained=any("embed_tokens.weight" in name for name in trainable),
         prefix_length=prompt.key_values,
         prompt_length=prompt.tokens,
         lora_dim=args.lora_dim,

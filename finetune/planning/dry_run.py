@@ -3,6 +3,7 @@
 import os
 
 from baichuan import BaichuanConfig
+from finetune.checkpoint.added_tokens import add_words
 from finetune.checkpoint.base_model import load_tokenizer
 from finetune.cli.train_flags import TrainOptions
 from finetune.data.prompting import resolve_prompt_format
@@ -25,7 +26,7 @@ def dry_run(args: TrainOptions, ds_config: dict, config: BaichuanConfig) -> int:
     """
     if global_rank() != 0:
         return EXIT_FITS
-    tokenizer = load_tokenizer(args.model_name_or_path, config.vocab_size)
+    tokenizer = add_words(load_tokenizer(args.model_name_or_path, config.vocab_size), args.add_tokens)
     prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
     sample = sample_data(args, tokenizer, prompting)
     model = plan_model(args, config)

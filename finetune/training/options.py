@@ -178,6 +178,7 @@ class ForgettingOptions:
     )
     replay_by: str = flag(
         "rows",  # 没有记下它的检查点是按条数的；命令行不写时由 parse_args 定
-        "--replay_ratio 按什么算：tokens 为目标 token 的份额，rows 为条数之比（写了 --replay_path 时缺省 tokens，续训时同检查点）",
+        "--replay_ratio 按什么算：tokens 为目标 token 的份额，rows 为条数之比"
+        "（写了 --replay_path 时缺省 tokens，续训时同检查点）",
         choices=("tokens", "rows"),
     )

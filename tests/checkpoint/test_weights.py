@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from baichuan import BaichuanForCausalLM
 from finetune.checkpoint import weights
-from finetune.checkpoint.base_model import checked_skeleton, load_base_model, load_config
+from finetune.checkpoint.base_model import checked_skeleton, load_base_model, load_config, load_tokenizer
 from finetune.checkpoint.weights import (
     ShardedWriter,
     WeightFile,
@@ -324,3 +324,76 @@ def test_a_leftover_quantization_config_is_said_and_not_written_on(tiny_checkpoi
     assert "quantization_config" not in read_json(tmp_path / "saved" / "config.json")
     export(base, "baichuan", tmp_path / "exported")
     assert "quantization_config" not in read_json(tmp_path / "exported" / "config.json")
+
+
+# ---- 别的训练器存下的名字与设置 ----
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+def test_wrapped_names_are_read(tiny_checkpoint, tmp_path, prefix, suffix):
+    source = tiny_checkpoint("baichuan2-7b")
+    base = Path(shutil.copytree(source, tmp_path / "base"))
+    tensors = {prefix + name: tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    (base / "model.safetensors").unlink()
+    if suffix == "bin":
+        torch.save(tensors, base / "pytorch_model.bin")
+    else:
+        save_file(tensors, base / "model.safetensors")
+    model, expected = (
+        load_base_model(path, load_config(path), torch.float32, torch.device("cpu")) for path in (base, source)
+    )
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+    export(base, "baichuan", tmp_path / "exported")
+    assert load_file(tmp_path / "exported" / "model.safetensors").keys() == dict(expected.named_parameters()).keys()
+
+
+def test_the_same_tensor_twice_is_refused(tiny_checkpoint, tmp_path):
+    base = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    tensors["module.lm_head.weight"] = tensors["lm_head.weight"] + 1
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ValueError, match=r"module\.lm_head\.weight.*同一个张量"):
+        checked_skeleton(base, load_config(base))
+
+
+def test_auto_map_with_a_repository_is_not_followed(tiny_checkpoint, tmp_path):
+    base = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"))
+    for name, value in {
+        "config.json": {"AutoConfig": "owner/repo--configuration_baichuan.BaichuanConfig"},
+        "tokenizer_config.json": {"AutoTokenizer": ["owner/repo--tokenization_baichuan.BaichuanTokenizer", None]},
+    }.items():
+        write_json(base / name, {**read_json(base / name), "auto_map": value})
+    config = load_config(base)
+    load_tokenizer(base, config.vocab_size).save_pretrained(tmp_path / "saved")
+    load_base_model(base, config, torch.float32, torch.device("cpu")).config.save_pretrained(tmp_path / "saved")
+    export(base, "baichuan", tmp_path / "exported")
+    for name in ("saved/config.json", "saved/tokenizer_config.json", "exported/config.json"):
+        assert "auto_map" not in read_json(tmp_path / name)
+
+
+# config.json 里的一项 → 拒绝时指出的名字；None 为照常读
+ODD_SETTINGS = [
+    ({"gradient_checkpointing": [False], "_from_model_config": True, "transformers_version": "4.29.2"}, None),
+    ({"pad_token_id": None, "eos_token_id": [2], "use_cache": False, "torch_dtype": None}, None),
+    ({"num_key_value_heads": 4, "rope_theta": 10000.0, "rope_scaling": None}, None),
+    ({"num_key_value_heads": 2}, "num_key_value_heads"),
+    ({"rope_theta": 500000.0}, "rope_theta"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+    ({"torch_dtype": "auto"}, "torch_dtype"),
+    ({"z_loss_weight": None}, "z_loss_weight"),
+    ({"output_attentions": True}, "output_attentions"),
+]
+
+
+@pytest.mark.parametrize(("settings", "name"), ODD_SETTINGS, ids=str)
+def test_odd_settings_are_read_or_refused_by_name(tiny_checkpoint, tmp_path, settings, name):
+    base = Path(shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"))
+    write_json(base / "config.json", {**read_json(base / "config.json"), **settings})
+    if name is not None:
+        with pytest.raises(ValueError, match=name):
+            load_config(base)
+        return
+    load_base_model(base, load_config(base), torch.float32, torch.device("cpu"))

@@ -11,6 +11,7 @@ from commands import USER_COMMAND
 from paths import ROOT
 
 from finetune.checkpoint.options import MODEL_FAMILIES
+from finetune.checkpoint.output_dir import choose_checkpoint
 from finetune.cli.train_checks import validate_args
 from finetune.cli.train_flags import build_parser, describe_flags, parse_args
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES
@@ -430,3 +431,24 @@ def test_a_config_of_another_model_is_refused(required, tiny_checkpoint, tmp_pat
     assert "hidden_size(64) 必须能被 num_attention_heads(5) 整除" in with_config(
         json.dumps({**content, "num_attention_heads": 5})
     )
+
+
+# ---- 不是错误，但要说的；目录给浅了 ----
+
+
+def test_a_max_len_above_the_trained_length_is_said(required, tiny_checkpoint, capsys):
+    short = ["--max_src_len", "40", "--model_name_or_path", str(tiny_checkpoint("baichuan2-13b", model_max_length=64))]
+    validate_args(parse_args([*required, *short, "--max_len", "64"]))
+    assert "--max_len" not in capsys.readouterr().out
+    validate_args(parse_args([*required, *short, "--max_len", "65"]))
+    assert re.search(r"--max_len 65 .*64（config\.json）", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("below", ["train_00220B", "snapshots/0f1e2d", "models--owner--name/snapshots/0f1e2d"])
+def test_a_directory_above_the_checkpoint_is_answered_with_it(required, tiny_checkpoint, tmp_path, below):
+    target = tmp_path / "above" / below
+    shutil.copytree(tiny_checkpoint("baichuan2-7b"), target)
+    [problem] = problems_of(*required, "--model_name_or_path", tmp_path / "above")
+    assert f"{tmp_path / 'above'} 里没有 config.json" in problem and str(target) in problem
+    with pytest.raises(ValueError, match=re.escape(str(target))):
+        choose_checkpoint(tmp_path / "above")

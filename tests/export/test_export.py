@@ -24,7 +24,7 @@ from finetune.export import gguf as gguf_module
 from finetune.export import tensors as tensors_module
 from finetune.inference.generation import generate_batch, make_generation_config
 from scripts import export as script
-from utils import read_json
+from utils import read_json, write_json
 
 CPU = torch.device("cpu")
 MAX_NEW_TOKENS = 8
@@ -523,6 +523,53 @@ def test_missing_gguf_names_the_install(tiny_checkpoint, tmp_path, monkeypatch):
     base = tiny_checkpoint("baichuan2-7b", layers=32, **GGUF_SIZES)
     with pytest.raises(ValueError, match="请运行 pip install gguf"):
         script.export(base, "gguf", tmp_path / "exported")
+
+
+# ---- 加入的新词 ----
+
+ADDED_TEXT = "怠速 [三元组][三元组]<reserved_106>\n[无]，抖动"
+
+
+def with_added_words(base, path):
+    """词表大出 32 行，added_tokens.json 里有两个词的检查点。"""
+    shutil.copytree(base, path)
+    weights = load_file(path / "model.safetensors")
+    torch.manual_seed(0)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[name] = torch.cat([weights[name], 0.1 * torch.randn(32, weights[name].shape[1])])
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    write_json(path / "config.json", {**read_json(path / "config.json"), "vocab_size": 2032})
+    write_json(path / "added_tokens.json", {"[三元组]": 2000, "[无]": 2001})
+    return path
+
+
+@pytest.mark.parametrize("arch", ["baichuan-7b", "baichuan2-7b"])
+def test_added_words_of_a_base_are_exported(tiny_checkpoint, tmp_path, arch):
+    from transformers import AutoTokenizer
+
+    source = with_added_words(tiny_checkpoint(arch), tmp_path / "source")
+    ids = BaichuanTokenizer.from_pretrained(source)(ADDED_TEXT)["input_ids"]
+    assert ids.count(2000) == 2 and ids.count(2001) == 1
+    for to in ("llama", "baichuan"):
+        script.export(source, to, tmp_path / to)
+    assert AutoTokenizer.from_pretrained(tmp_path / "llama")(ADDED_TEXT)["input_ids"] == ids
+    assert BaichuanTokenizer.from_pretrained(tmp_path / "baichuan")(ADDED_TEXT)["input_ids"] == ids
+
+
+def test_added_words_in_gguf(gguf, tiny_checkpoint, tmp_path):
+    source = with_added_words(tiny_checkpoint("baichuan2-7b", layers=32, **GGUF_SIZES), tmp_path / "source")
+    script.export(source, "gguf", tmp_path / "gguf")
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "gguf-f16.gguf").fields
+    tokens, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert tokens[2000:2003] == ["[三元组]", "[无]", "[PAD0]"] and kinds[2000:2003] == [4, 4, 5]
+    assert len(tokens) == 2032 == fields["baichuan.vocab_size"].contents()
+
+
+def test_added_words_with_gaps_are_refused(tiny_checkpoint, tmp_path):
+    source = with_added_words(tiny_checkpoint("baichuan2-7b"), tmp_path / "source")
+    write_json(source / "added_tokens.json", {"[三元组]": 2000, "[无]": 2010})
+    with pytest.raises(ValueError, match=r"\[2000, 2010\].*--to baichuan"):
+        script.export(source, "llama", tmp_path / "exported")
 
 
 # ---- llama.cpp ----

@@ -131,6 +131,12 @@ def test_segment_keeps_latin_words_and_splits_han():
     assert text.segment("风扇ABC 12.5km，不转") == ["风", "扇", "ABC", "12.5km", "，", "不", "转"]
 
 
+def test_segment_is_that_of_the_pinned_sacrebleu():
+    """docs/evaluation.md 说的；换了 sacrebleu 的版本要重看。"""
+    assert text.segment("㐀豈３℃“Ⅲ①—") == list("㐀豈３℃“Ⅲ①—")
+    assert text.segment("\U00020000\U00020001 あア한") == ["\U00020000\U00020001", "あア한"]
+
+
 def test_rouge_exact_values():
     result = rouge(["风扇不转了吗"], ["风扇不转动了"])
     # 六字对六字，共有 5 字；二元组共有 风扇、扇不、不转；最长公共子序列 风扇不转了
@@ -186,8 +192,19 @@ def test_bleu_agrees_with_sacrebleu_on_the_corpus(pairs):
     from sacrebleu.metrics import BLEU
 
     predictions, references = [p for p, _ in pairs], [r for _, r in pairs]
-    expected = BLEU(tokenize="zh").corpus_score(predictions, [references]).score / 100
-    assert score(rouge(predictions, references, num_resamples=2), "bleu4") == pytest.approx(expected)
+    expected = BLEU(tokenize="zh", effective_order=True).corpus_score(predictions, [references]).score / 100
+    found = score(rouge(predictions, references, num_resamples=2), "bleu4")
+    assert found == pytest.approx(expected)
+    if any(len(text.segment(prediction)) > 3 for prediction in predictions):
+        assert found == pytest.approx(BLEU(tokenize="zh").corpus_score(predictions, [references]).score / 100)
+
+
+@pytest.mark.parametrize("answers", [["正面", "负面"], ["好"], ["正面", "水温高"]])
+def test_bleu_of_right_answers_under_four_words_is_one(answers):
+    result = rouge(answers, answers, num_resamples=20)
+    assert [result["details"]["bleu4"][key] for key in ("ci_low", "ci_high")] == pytest.approx([1.0, 1.0])
+    assert score(result, "bleu4") == pytest.approx(1.0)
+    assert score(rouge(["正中", "反面"], ["正面", "反面"]), "bleu4") == pytest.approx((3 / 4 * 1 / 2) ** 0.5)
 
 
 @given(st.text(alphabet="abcd", max_size=12), st.text(alphabet="abcd", max_size=12))

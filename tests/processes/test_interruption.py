@@ -117,6 +117,7 @@ SENT = [
     ("group", signal.SIGUSR1, -10),
     ("launcher", signal.SIGTERM, 1),
     ("launcher", signal.SIGINT, 1),
+    ("launcher", signal.SIGKILL, 0),
     ("runner", signal.SIGTERM, -15),
     ("runner", signal.SIGINT, -2),
     ("runner", signal.SIGUSR1, -10),
@@ -132,9 +133,11 @@ def test_any_signal_to_anyone_saves(base, tmp_path, target, number, code):
         run.send(target, number, rank=1)
         ended = run.wait(90)
     # launch.py 收到什么都给各 rank 补发 SIGTERM；deepspeed 什么也不转告，rank 自己发现它没了
-    reason = {"runner": "启动器已消失", "launcher": "SIGTERM"}.get(target, number.name)
+    is_told = target == "launcher" and number != signal.SIGKILL
+    reason = "SIGTERM" if is_told else "启动器已消失" if target in ("runner", "launcher") else number.name
     saved = check_saved(ended, tmp_path, reason)
     assert ended.returncode == code
+    assert not (tmp_path / "output" / "summary.json").exists()  # 只有走完的才有
     print(f"{target} {number.name}：退出码 {ended.returncode}，{ended.seconds:.1f} 秒，存在 {saved.name}")
 
 
