@@ -251,8 +251,9 @@ def load_encoding(args: argparse.Namespace) -> Encoding | None:
         ValueError: 目录不是可用的检查点，或长度互相矛盾。
     """
     if args.model_name_or_path is None:
-        if args.prompt_format != "auto" or args.add_tokens is not None:
-            raise ValueError("--prompt_format、--add_tokens 只在给出 --model_name_or_path 时起作用，请去掉或补上后者")
+        for name, default in (("prompt_format", "auto"), ("add_tokens", None)):
+            if getattr(args, name) != default:
+                raise ValueError(f"--{name} 只在给出 --model_name_or_path 时起作用，请去掉或补上后者")
         return None
     if not 0 < args.max_src_len < args.max_len:
         raise ValueError(f"--max_src_len({args.max_src_len}) 必须大于 0、小于 --max_len({args.max_len})，请改正")

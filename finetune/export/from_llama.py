@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from baichuan import BaichuanConfig, BaichuanTokenizer
-from finetune.checkpoint.config_check import fixed_problems
+from finetune.checkpoint.config_check import fixed_problems, model_config_problems
 from finetune.checkpoint.inspection import inspect_checkpoint
 from finetune.checkpoint.manifest import write_manifest
 from finetune.checkpoint.output_dir import ADAPTER_CONFIG
@@ -29,6 +29,11 @@ from finetune.export.tensors import (
     write_tensors,
 )
 from utils import read_json, shown, write_json
+
+# 两种布局的 config.json 意思相同的键
+KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+KEPT += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "use_cache", "tie_word_embeddings")
+KEPT += ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def from_llama(
@@ -73,10 +78,7 @@ def _whole_model(
         tokenizer.save_pretrained(directory)
         if (path / "generation_config.json").is_file():
             shutil.copyfile(path / "generation_config.json", directory / "generation_config.json")
-        kept = {"bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "rms_norm_eps", "use_cache"}
-        sizes = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-        raw = {key: value for key, value in source.baichuan.to_dict().items() if key in kept | sizes | {"hidden_act"}}
-        raw |= {"model_type": "baichuan", "tie_word_embeddings": False}
+        raw = {name: getattr(source.baichuan, name) for name in (*KEPT, "model_type", "hidden_act")}
         write_json(directory / "config.json", official_config(raw, source.baichuan, target_dtype))
         write_tensors(source, directory, target_dtype, lambda name, tensor: {name: tensor})
         kind = dtype_name(target_dtype)
@@ -112,10 +114,7 @@ class LlamaSource:
             for name, _ in skeleton.named_parameters()
             if not name.endswith(("k_proj.weight", "v_proj.weight"))
         ]
-        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        same += ("max_position_embeddings", "rms_norm_eps", "initializer_range", "use_cache")
-        same += ("bos_token_id", "eos_token_id", "pad_token_id")
-        values = {name: getattr(self.config, name) for name in same}
+        values = {name: getattr(self.config, name) for name in KEPT}
         self.baichuan = BaichuanConfig(**values, position_embedding="rope", norm_head=False)
 
     def read(self, name: str) -> Tensor:
@@ -127,4 +126,4 @@ def structure_problems(raw: Any) -> list[str]:
     """Llama 的 config.json 里 Baichuan 没有的结构。"""
     if not isinstance(raw, dict) or raw.get("model_type") != "llama":
         return [f"model_type 是 {shown(raw.get('model_type') if isinstance(raw, dict) else raw)}，应为 llama"]
-    return fixed_problems(raw)
+    return [*model_config_problems(raw), *fixed_problems(raw)]
