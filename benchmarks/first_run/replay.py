@@ -3,7 +3,8 @@
 python benchmarks/first_run/replay.py                  # 约十分钟；改写 docs/first-run.md 里的记录
 python benchmarks/first_run/replay.py --output 记录.txt # 只看看
 
-在项目的副本里运行，只带 git 认得的文件。进度条只留最后的样子。末行是各库的行数：它们至多占 5%。
+在项目的副本里运行，只带 git 认得的文件。进度条只留最后的样子，虚拟环境的路径写成 .venv。
+末行是各库的行数：它们至多占 5%。
 """
 
 import argparse
@@ -127,7 +128,7 @@ def replay(directory: Path) -> list[str]:
     for scene in SCENES:
         began = time.monotonic()
         code, text = play(scene, directory, environment)
-        shown = lines_on_screen(text)
+        shown = lines_on_screen(text.replace(sys.prefix, ".venv"))
         record += [f"$ {scene.command}", *shown, f"（退出码 {code}，{time.monotonic() - began:.0f} 秒）", ""]
         print("\n".join(record[-len(shown) - 3 :]), flush=True)
         if code != scene.code:
