@@ -8,14 +8,17 @@ python benchmarks/first_run/replay.py --output 记录.txt # 只看看
 """
 
 import argparse
+import fcntl
 import os
 import pty
 import re
 import select
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +26,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, BEGIN, END = ROOT / "docs" / "first-run.md", "<!-- 记录开始 -->\n", "<!-- 记录结束 -->\n"
-COLUMNS = "110"
+COLUMNS = 110
 # 各库自己的行：带时间的记录、警告、编译与载入扩展、回溯
 LIBRARY_LINE = re.compile(
     r"^\[(W?\d|rank)|Warning|warnings\.warn|^(DeepSpeed|Using|Loading|Building|Detected|ninja) |Traceback|^ +File "
@@ -47,7 +50,7 @@ class Scene(NamedTuple):
 SCENES = [
     Scene("python scripts/build_tiny_model.py --arch baichuan2-7b --output_dir baichuan2-tiny --hidden_size 128"),
     Scene("python data_set.py check data/cls_0.json --test_path data/cls_1.json --model_name_or_path baichuan2-tiny"),
-    Scene("python data_set.py check data/cls.json", code=2),
+    Scene("python data_set.py check cls_0.json", code=2),
     Scene(
         "python train.py --model baichuan2-tiny --dataset data/cls_0.json --finetuning_type lora --lora_rnk 8", code=2
     ),
@@ -73,6 +76,7 @@ def play(scene: Scene, directory: Path, environment: dict[str, str]) -> tuple[in
     """在伪终端里运行一条命令 → (退出码, 屏幕上的文字)。"""
     process, terminal = pty.fork()
     if process == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, COLUMNS, 0, 0))
         os.chdir(directory)
         os.execvpe("bash", ["bash", "-c", scene.command], environment)
     screen, is_pressed = b"", False
@@ -121,8 +125,10 @@ def replay(directory: Path) -> list[str]:
     Raises:
         RuntimeError: 有一条的退出码不是该有的。
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "LOCAL_SIZE")}
-    environment |= {"PYTHONPATH": str(directory), "COLUMNS": COLUMNS, "HF_HUB_OFFLINE": "1"}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "LOCAL_SIZE", "COLUMNS")
+    }
+    environment |= {"PYTHONPATH": str(directory), "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     record = []
     for scene in SCENES:

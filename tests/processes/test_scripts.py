@@ -1,10 +1,13 @@
 """scripts/*.sh 与 .ci/run：语法、说明的参数都存在；启动脚本真的训练一步（慢）。"""
 
+import fcntl
 import os
 import pty
 import re
 import select
+import struct
 import subprocess
+import termios
 from contextlib import suppress
 
 import pytest
@@ -89,6 +92,7 @@ def test_local_size_decides_how_many_processes(tiny_checkpoint, tmp_path):
 
 
 EVALUATES = ["--eval_path", "data/cls_1.json", "--eval_step", "2", "--eval_metric", "label_f1"]
+EVALUATES += ["--eval_batch_size", "2", "--max_eval_samples", "20", "--eval_max_new_tokens", "32"]
 # 什么时候按：屏幕上有这些字，或 output_dir 里正在写检查点；多给的参数；退出码；屏幕上的说明
 MOMENTS = {
     "load": ("参数没有问题", [], 130, "已停下"),
@@ -102,6 +106,7 @@ def in_a_terminal(command: list[str], environment: dict[str, str], directory, mo
     """在真的伪终端里运行，到 moment 按一次 Ctrl-C → (退出码, 屏幕上的全部文字)。"""
     process, terminal = pty.fork()
     if process == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))  # 宽是 0 时不画进度条
         os.execvpe("bash", command, environment)
     screen, is_pressed = b"", False
     with suppress(OSError):  # 另一端关了
