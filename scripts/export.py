@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from finetune.export.export import TARGETS, export
 from finetune.export.gguf import GGUF_TYPES
 from finetune.export.tensors import run_command
+from finetune.process.libraries import LOG_LEVEL_HELP, LOG_LEVELS, quiet_libraries
 from finetune.process.precision import NAMED_DTYPES
 
 
@@ -37,15 +38,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base_model_path", help="适配器的基座移动过时的新位置（缺省用训练时记下的）；"
         "--from llama 时是官方布局的目录：适配器要它，没有 tokenizer.model 的从它取")  # fmt: skip
     add("--check_prompt", nargs="+", metavar="文本", help="核对 logits 用的提示词（缺省用自带的几句）")
+    add("--log_level", choices=LOG_LEVELS, default="info", help=LOG_LEVEL_HELP)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """命令行入口；返回退出码。"""
     args = parse_args(argv)
+    options = vars(args).copy()
+    quiet_libraries(options.pop("log_level"))
 
     def run():
-        comparison = export(**vars(args))
+        comparison = export(**options)
         print(f"核对（来源对写出的权重）：{comparison}")
         print(f"已写到 {args.output_dir}")
 

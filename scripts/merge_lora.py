@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 from finetune.export.merge import merge_lora
 from finetune.export.tensors import run_command
+from finetune.process.libraries import LOG_LEVEL_HELP, LOG_LEVELS, quiet_libraries
 from finetune.process.precision import NAMED_DTYPES
 
 
@@ -29,15 +30,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="写出的精度；auto 是基座自己的（缺省 %(default)s）",
     )
     add("--check_prompt", nargs="+", metavar="文本", help="核对 logits 用的提示词（缺省用自带的几句）")
+    add("--log_level", choices=LOG_LEVELS, default="info", help=LOG_LEVEL_HELP)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """命令行入口；返回退出码。"""
     args = parse_args(argv)
+    options = vars(args).copy()
+    quiet_libraries(options.pop("log_level"))
 
     def merge():
-        comparison = merge_lora(**vars(args))
+        comparison = merge_lora(**options)
         print(f"核对（未合并的适配器对合并后的检查点）：{comparison}")
         print(f"已写到 {args.output_dir}")
 

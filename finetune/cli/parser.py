@@ -131,8 +131,12 @@ class Parser(argparse.ArgumentParser):
         elsewhere = self.other_names.get(name.lower())
         if elsewhere is not None:
             return f"{flag}：没有这个参数，{'这里是 ' if elsewhere.startswith('--') else ''}{elsewhere}"
-        alike = difflib.get_close_matches(name.lower(), self.fields, n=1, cutoff=ALIKE)
-        return f"{flag}：没有这个参数" + (f"，是不是 --{alike[0]}？" if alike else f"，全部参数见 {self.prog} --help")
+        known = {other: ours for other, ours in self.other_names.items() if ours.startswith("--")}
+        known |= {own: f"--{own}" for own in self.fields}
+        alike = difflib.get_close_matches(name.lower(), known, n=1, cutoff=ALIKE)
+        return f"{flag}：没有这个参数，" + (
+            f"是不是 {known[alike[0]]}？" if alike else f"全部参数见 {self.prog} --help"
+        )
 
     def _argument(self, field) -> dict[str, Any]:
         """一个字段 → add_argument 的参数。"""

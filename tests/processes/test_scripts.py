@@ -1,9 +1,13 @@
 """scripts/*.sh 与 .ci/run：语法、说明的参数都存在；启动脚本真的训练一步（慢）。"""
 
+import fcntl
 import os
 import pty
 import re
+import select
+import struct
 import subprocess
+import termios
 from contextlib import suppress
 
 import pytest
@@ -87,28 +91,55 @@ def test_local_size_decides_how_many_processes(tiny_checkpoint, tmp_path):
     assert read_json(tmp_path / "out" / "run_config.json")["world_size"] == 2
 
 
-@pytest.mark.slow
-@pytest.mark.deepspeed
-def test_ctrl_c_in_a_terminal_waits_for_the_checkpoint(tiny_checkpoint, tmp_path):
-    """真的伪终端里按 Ctrl-C：脚本等训练存好才结束，退出码是训练的；--resume auto 接着做。"""
-    if has_accelerator():
-        pytest.skip("脚本在有加速卡的机器上要另给 GPUS")
-    base, environment = tiny_checkpoint("baichuan2-7b"), script_environment(tmp_path / "out", 1)
+EVALUATES = ["--eval_path", "data/cls_1.json", "--eval_step", "2", "--eval_metric", "label_f1"]
+EVALUATES += ["--eval_batch_size", "2", "--max_eval_samples", "20", "--eval_max_new_tokens", "32"]
+# 什么时候按：屏幕上有这些字，或 output_dir 里正在写检查点；多给的参数；退出码；屏幕上的说明
+MOMENTS = {
+    "load": ("参数没有问题", [], 130, "已停下"),
+    "train": ("步 3/", [], EXIT_INTERRUPTED, "收到 SIGINT，已保存"),
+    "evaluate": ("评估：生成", EVALUATES, EXIT_INTERRUPTED, "收到 SIGINT，已保存"),
+    "save": (".tmp-", ["--save_model_step", "2"], EXIT_INTERRUPTED, "收到 SIGINT，已保存"),
+}
+
+
+def in_a_terminal(command: list[str], environment: dict[str, str], directory, moment: str) -> tuple[int, str]:
+    """在真的伪终端里运行，到 moment 按一次 Ctrl-C → (退出码, 屏幕上的全部文字)。"""
     process, terminal = pty.fork()
     if process == 0:
-        os.execvpe("bash", script_command(base, "--max_steps", "200"), environment)
-    screen = ""
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))  # 宽是 0 时不画进度条
+        os.execvpe("bash", command, environment)
+    screen, is_pressed = b"", False
     with suppress(OSError):  # 另一端关了
-        while chunk := os.read(terminal, 65536).decode("utf-8", "replace"):
-            if "步 3/" not in screen and "步 3/" in screen + chunk:
+        while True:
+            if select.select([terminal], [], [], 0.002)[0]:
+                if not (chunk := os.read(terminal, 65536)):
+                    break
+                screen += chunk
+            seen = any(directory.glob(".tmp-*")) if moment == ".tmp-" else moment.encode() in screen
+            if seen and not is_pressed:
                 os.write(terminal, b"\x03")
-            screen += chunk
-    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    assert code == EXIT_INTERRUPTED, screen[-3000:]
-    assert "收到 SIGINT，已保存" in screen
-    [(step, _, checkpoint)] = iter_checkpoints(tmp_path / "out")
-    assert 3 <= step < 200 and (checkpoint / "manifest.json").is_file()
-    command = script_command(base, "--max_steps", "200", "--resume", str(checkpoint), "--num_train_epochs", "1")
-    again = subprocess.run([*command, "--max_steps", str(step + 1)], env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert f"resume: step {step} from" in again.stdout
+                is_pressed = True
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), screen.decode("utf-8", "replace")
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("name", MOMENTS)
+def test_ctrl_c_in_a_terminal_waits_for_the_checkpoint(name, tiny_checkpoint, tmp_path):
+    """载入、训练、评估、保存时按 Ctrl-C：脚本等训练存好才结束，退出码是训练的；--resume auto 接着做。"""
+    if has_accelerator():
+        pytest.skip("脚本在有加速卡的机器上要另给 GPUS")
+    moment, more, expected, said = MOMENTS[name]
+    base, output = tiny_checkpoint("baichuan2-7b"), tmp_path / "out"
+    environment = script_environment(output, 1)
+    command = script_command(base, "--max_steps", "200", *more)
+    code, screen = in_a_terminal(command, environment, output, moment)
+    assert code == expected, screen[-3000:]
+    assert said in screen and "Traceback" not in screen
+    steps = [step for step, _, checkpoint in iter_checkpoints(output) if (checkpoint / "manifest.json").is_file()]
+    assert (steps == []) == (name == "load") and max(steps, default=0) < 200
+    again = script_command(base, "--max_steps", str(max(steps, default=0) + 1), "--resume", "auto", *more)
+    result = subprocess.run(again, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    where = f"step {steps[0]} from" if steps else "step 0, fresh start"
+    assert f"resume: {where}" in result.stdout
