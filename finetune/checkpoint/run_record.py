@@ -11,6 +11,7 @@ import transformers
 
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
+from finetune.data.rows import data_sha256
 from finetune.options import flags_of
 from finetune.process.arithmetic import describe_arithmetic
 from utils import file_sha256, world_size
@@ -29,8 +30,8 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
     with ThreadPoolExecutor() as pool:
         hashes = dict(zip([path.name for path in hashed], pool.map(file_sha256, hashed), strict=True))
     paths = {name: getattr(args, f"{name}_path") for name in ("eval", "general", "replay")}
-    data = {name: file_sha256(Path(path)) for name, path in paths.items() if path is not None}
-    data["train"] = describe_sources(parse_sources(args.train_path), lambda path: file_sha256(Path(path)))
+    data = {name: data_sha256(path) for name, path in paths.items() if path is not None}
+    data["train"] = describe_sources(parse_sources(args.train_path), data_sha256)
     if args.val_ratio is not None:
         data["eval"] = [data["train"], args.val_ratio, args.seed]  # 评估集由它们决定
     return {

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
 from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
-from finetune.data.rows import MAX_PROBLEMS, Problem, iter_rows
+from finetune.data.rows import MAX_PROBLEMS, Problem, files_of, iter_rows
 from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
 from finetune.data_doctor import show as show_module
 from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, compare
@@ -89,7 +89,7 @@ def examine_file(
     path = report.path
     base = np.uint64((TEST_BIT if report.split == "predict" else 0) | index << FILE_SHIFT)
     try:
-        rows = iter_rows(path)
+        rows = iter_rows(path, options.text_unit)
         first = next(rows, None)  # 打不开的文件在这里抛出
         report.add(_file_findings(path))
         chunks = split_chunks(chain([first] if first is not None else [], rows))
@@ -112,7 +112,7 @@ def examine_file(
 
 def _file_findings(path: str) -> Iterator[Problem]:
     """整个文件的写法，只看开头 1 MiB。"""
-    with open(path, "rb") as stream:
+    with open(files_of(path)[0], "rb") as stream:
         head = stream.read(2**20)
     if head.startswith(b"\xef\xbb\xbf"):
         yield Problem(path, 1, "文件", "开头有 UTF-8 的字节序标记（BOM），读取时跳过", "不必改", "note", "bom")

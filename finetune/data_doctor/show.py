@@ -40,7 +40,7 @@ def show(
         ValueError: 文件不能读，或没有要看的行。
     """
     records = []
-    for number, row in enumerate(iter_rows(path), start=1):
+    for number, row in enumerate(iter_rows(path, options.text_unit), start=1):
         if is_wanted is not None and not is_wanted(number):
             continue
         sample, problems = parse_row(row, path, "train", options)

@@ -3,8 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -54,7 +55,7 @@ def open_writer(report: str, logging_dir: Path, name: str, purge_step: int | Non
 
 
 class TrainLog:
-    """累计每一步的数，到该显示的步写出一条：loss 是上一条以来各目标 token 的平均。
+    """累计每一步的数，到该显示的步写出一条：loss 是上一条以来各项（目标 token，或偏好的行）的平均。
 
     Args:
         output_dir: train_log.jsonl 与 loss.png 写在这里。
@@ -80,7 +81,8 @@ class TrainLog:
         self.num_steps, self.show_loss_step = num_steps, show_loss_step
         state = state or {"step": 0, "loss_sum": 0.0, "targets": 0, "tokens": 0, "seconds": 0.0, "elapsed": 0.0}
         self._step, self._loss_sum = state["step"], state["loss_sum"]
-        self._num_targets, self._num_tokens = state["targets"], state["tokens"]
+        self._num_items, self._num_tokens = state["targets"], state["tokens"]
+        self._figures: dict[str, tuple[float, int]] = dict(state.get("figures", {}))
         self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
         self._started = self._window_started = time.perf_counter()
         self._paused = self._started
@@ -106,14 +108,19 @@ class TrainLog:
         lr: float,
         grad_norm: float,
         num_overflows: int = 0,
+        figures: Mapping[str, tuple[float, int]] = MappingProxyType({}),
     ):
-        """记一步。loss 是这一步各目标 token 的平均，num_tokens 是所有进程的非填充 token 数。
+        """记一步。loss 是这一步各项（目标 token，或偏好的行）的平均，num_targets 是有几项；figures 是别的 (和, 个数)。
 
+        num_tokens 是所有进程的非填充 token 数。
         num_overflows 是至今 fp16 溢出的次数，不是 0 才写；溢出的一步梯度范数不是有限数，写成 null。
         """
         self._step = step
         self._loss_sum += loss * num_targets
-        self._num_targets += num_targets
+        self._num_items += num_targets
+        for name, (total, count) in figures.items():
+            before = self._figures.get(name, (0.0, 0))
+            self._figures[name] = before[0] + total, before[1] + count
         self._num_tokens += num_tokens
         if self._progress is not None:
             self._progress.update(1)
@@ -124,7 +131,8 @@ class TrainLog:
         record = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": self._loss_sum / max(1, self._num_targets),
+            "loss": self._loss_sum / max(1, self._num_items),
+            **{name: total / count for name, (total, count) in self._figures.items() if count},
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": self._num_tokens,
@@ -135,13 +143,14 @@ class TrainLog:
         if num_overflows:
             record["overflows"] = num_overflows
         self.write(record, step)
-        self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
+        self._loss_sum, self._num_items, self._num_tokens, self._seconds, self._figures = 0.0, 0, 0, 0.0, {}
         self._window_started = time.perf_counter()
         if self._progress is not None:
             norm = f"{grad_norm:.4g}" if grad_norm > 1e6 else f"{grad_norm:.3f}"
+            told = "".join(f"{name} {record[name]:.4f}  " for name in figures if name in record)
             self._progress.set_postfix_str(f"loss {record['loss']:.4f}")
             log_rank_0(
-                f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  lr {lr:.3g}  "
+                f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  {told}lr {lr:.3g}  "
                 f"梯度范数 {norm}  {record['tokens_per_second']:.0f} token/s  "
                 f"内存 {record['memory_mb']:.0f} MB" + (f"  溢出 {num_overflows} 次" if num_overflows else "")
             )
@@ -166,7 +175,8 @@ class TrainLog:
         return {
             "step": self._step,
             "loss_sum": self._loss_sum,
-            "targets": self._num_targets,
+            "targets": self._num_items,
+            **({"figures": self._figures} if self._figures else {}),
             "tokens": self._num_tokens,
             "seconds": self._seconds,
             "elapsed": self._elapsed_before + time.perf_counter() - self._started,
