@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -33,6 +34,7 @@ from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_
 from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
+from finetune.methods.registry import TRAIN_METHODS
 from finetune.planning.dry_run import dry_run
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
@@ -297,7 +299,8 @@ def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, pr
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)
-    engine = open_engine(model, args.weight_decay, ds_config, saves_state=args.save_trainer_state)
+    ratio_of = partial(TRAIN_METHODS[args.train_type].learning_rate_ratio, options=args)
+    engine = open_engine(model, args.weight_decay, ds_config, args.save_trainer_state, ratio_of)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
 

@@ -99,6 +99,8 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     if ds_config is not None:
         problems += settle_fixed_numbers(args, ds_config)
     problems += [*early_problems(args), *quantization_problems(args, ds_config)]
+    if args.use_dora and ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
+        problems.append("--use_dora 要读基座的权重，不能与 ZeRO-3 同用，请改用 ds_zero2_no_offload.json")
     if args.precision == "fp16" and not has_accelerator():
         problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
     config = read(load_config, args.model_name_or_path)

@@ -11,7 +11,7 @@ from baichuan import BaichuanConfig
 from baichuan.modeling_baichuan import BaichuanModel
 from finetune.checkpoint.inspection import Checkpoint
 from finetune.data.prompting import encode_prompt
-from finetune.export.tensors import CheckFailed, TensorSource, normalized_head
+from finetune.export.tensors import CheckFailed, TensorSource, dora_factor, normalized_head
 from finetune.process.precision import NAMED_DTYPES
 
 # 合并公式与 fp32 的导出：只有求和次序不同，logits 之差相对于最大的 logit
@@ -58,13 +58,18 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
 
 @torch.inference_mode()
 def streamed_logits(
-    config: BaichuanConfig, read: Callable[[str], Tensor], prompts: list[list[int]], lora: dict | None = None
+    config: BaichuanConfig,
+    read: Callable[[str], Tensor],
+    prompts: list[list[int]],
+    lora: dict | None = None,
+    magnitudes: dict[str, Tensor] | None = None,
 ) -> list[Tensor]:
     """fp32 逐层前向：每次只读一层，返回各提示词的 logits [L, V]。
 
     Args:
         read: 官方名字 → 张量。
         lora: 给出时不合并，在各线性层旁边另算 缩放 · B(A x)，与训练时的适配器相同。
+        magnitudes: DoRA 各行的大小。
     """
     layer_config = BaichuanConfig.from_dict({**config.to_dict(), "num_hidden_layers": 1, "vocab_size": 1})
     model = BaichuanModel(layer_config).float().eval()
@@ -75,7 +80,10 @@ def streamed_logits(
         def hook(module, inputs, output):
             if name in active:
                 lora_a, lora_b, scaling = active[name]
-                return output + scaling * (inputs[0] @ lora_a.T @ lora_b.T)
+                output = output + scaling * (inputs[0] @ lora_a.T @ lora_b.T)
+                magnitude = (magnitudes or {}).get(prefix + name)
+                if magnitude is not None:
+                    output = output * dora_factor(magnitude, module.weight + scaling * lora_b @ lora_a)[:, 0]
             return output
 
         return hook
@@ -119,7 +127,7 @@ def check_export(
     Raises:
         CheckFailed: 任何一项不符（含 NaN）。
     """
-    expected = streamed_logits(source.config, source.read_base, prompts, source.lora)
+    expected = streamed_logits(source.config, source.read_base, prompts, source.lora, source.magnitudes)
     if source.lora:
         merged = compare_logits(expected, streamed_logits(source.config, source.read, prompts))
         if not merged.max_difference <= EXACT_TOLERANCE * max(1.0, merged.max_logit):

@@ -25,6 +25,8 @@ def check_lora(source: TensorSource, model_path: str | Path):
     """
     if not source.lora:
         raise ValueError(f"{model_path} 是完整的模型，没有适配器，请用 --to gguf")
+    if source.magnitudes:
+        raise ValueError(f"{model_path} 是 DoRA，llama.cpp 的适配器没有它的大小，请用 --to gguf（合并）")
     if len({(len(lora_a), scaling) for lora_a, _, scaling in source.lora.values()}) > 1:
         raise ValueError(
             f"{model_path} 各模块的秩或缩放不同（rank_pattern、alpha_pattern），llama.cpp 的适配器只有一个缩放，"

@@ -20,7 +20,7 @@ def orpo_loss(answers: Answers, options) -> tuple[Tensor, Tensor]:
     import torch
 
     means = answers.means
-    log_odds = means - torch.log1p(-means.exp())
+    log_odds = means - torch.log(-torch.expm1(means))
     return -means[:, 0] + options.beta * logistic(log_odds[:, 0] - log_odds[:, 1], 0.0), options.beta * means
 
 

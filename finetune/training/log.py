@@ -263,7 +263,8 @@ def draw_loss(log_path: Path):
         return [step for step, _ in found], [value for _, value in found]
 
     names = {key.removeprefix("eval/") for record in records for key in record if key.startswith("eval/")}
-    metrics = sorted(name for name in names if name != "nll" and not name.endswith(("_ci_low", "_ci_high")))
+    metrics = sorted(name for name in names if f"{name}_ci_low" in names or name == "accuracy")
+    held_out = "loss" if "loss" in names else "nll"  # 偏好的各阶段看它们自己的损失
     pyplot = set_up()
     figure, panels = pyplot.subplots(
         1 + len(metrics), figsize=(7, 4.2 + 2.6 * len(metrics)), layout="constrained", sharex=True, squeeze=False
@@ -271,16 +272,16 @@ def draw_loss(log_path: Path):
     figure.suptitle(f"训练过程：{log_path.resolve().parent.name}")
     top, *others = panels[:, 0]
     top.plot(*curve("loss"), label="训练", color="#0072b2", linewidth=1.6, marker=".", markersize=5)
-    if "nll" in names:
-        top.plot(*curve("eval/nll"), label="评估", color="#d55e00", linewidth=1.6, marker="o", markersize=5)
-    top.set_ylabel("每个目标 token 的损失")
+    if held_out in names:
+        top.plot(*curve(f"eval/{held_out}"), label="评估", color="#d55e00", linewidth=1.6, marker="o", markersize=5)
+    top.set_ylabel("每个目标 token 的损失" if held_out == "nll" else "每对的损失")
     top.legend(frameon=False)
     for axes, metric in zip(others, metrics, strict=True):
         steps, scores = curve(f"eval/{metric}")
         axes.plot(steps, scores, color="#d55e00", linewidth=1.6, marker="o", markersize=5)
-        axes.fill_between(
-            steps, curve(f"eval/{metric}_ci_low")[1], curve(f"eval/{metric}_ci_high")[1], color="#d55e00", alpha=0.15
-        )
+        if f"{metric}_ci_low" in names:
+            low, high = (curve(f"eval/{metric}_ci_{side}")[1] for side in ("low", "high"))
+            axes.fill_between(steps, low, high, color="#d55e00", alpha=0.15)
         axes.set_ylabel(f"评估：{metric}")
     panels[-1, 0].set_xlabel("步")
     figure.savefig(log_path.with_name("loss.png"), dpi=150)
