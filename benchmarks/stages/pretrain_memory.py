@@ -1,6 +1,6 @@
 """继续预训练的内存：不同大小的语料，训练进程自己的内存（匿名页，不含映射的文件）的峰值，与读过的文档的计数。
 
-    python benchmarks/stages/pretrain_memory.py --general general_0.txt --sizes 40,400 --out results/pretrain_memory.json
+    python benchmarks/stages/pretrain_memory.py --general general_0.txt --sizes 40,400 --out pretrain_memory.json
 
 语料由 --general 的各行打乱、编号写成；一篇一行。分词在训练进程之外的子进程里，不计入。
 """

@@ -9,12 +9,13 @@ import peft
 import torch
 import transformers
 
+from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
 from finetune.data.rows import data_sha256
 from finetune.options import flags_of
 from finetune.process.arithmetic import describe_arithmetic
-from utils import file_sha256, world_size
+from utils import file_sha256, read_json, world_size
 
 UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
@@ -39,6 +40,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
             field.name: getattr(args, field.name) for field in flags_of(type(args)) if field.name not in UNRECORDED
         },
         "train_type": args.train_type,
+        "chain": chain_of(args.model_name_or_path, args.adapter_path),
         **prompting._asdict(),
         "precision": precision,
         "arithmetic": describe_arithmetic(),
@@ -50,3 +52,13 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str) ->
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def chain_of(base: str, adapter_path: str | None) -> list[dict]:
+    """起点是怎样训练出来的：以往各阶段的 {"task", "train_type", "path"}，由早到晚；起点不是训练的结果时为空。"""
+    for directory in (adapter_path, base):
+        if directory is not None and (Path(directory) / RUN_CONFIG).is_file():
+            record = read_json(Path(directory) / RUN_CONFIG)
+            stage = {"task": record.get("args", {}).get("task", "sft"), "train_type": record.get("train_type")}
+            return [*record.get("chain", []), {**stage, "path": str(directory)}]
+    return []

@@ -176,6 +176,10 @@ def task_problems(args: TrainOptions) -> list[str]:
     allowed = {"sft": tuple(METRICS), "pretrain": ("nll",)}.get(task.name, ("loss", "nll"))
     if args.eval_metric not in allowed:
         problems.append(f"--eval_metric {args.eval_metric} 不能用于 --task {task.name}，可用 {'、'.join(allowed)}")
+    names = ("loss_turns", "train_on_prompt", "text_unit", "document_overlap", "document_bos")
+    useless = [f"--{name}" for name in names if task.is_preference and name in args.given]
+    if useless:
+        problems.append(f"{'、'.join(useless)} 对 --task {task.name} 不起作用（它只比较最后一个回答），请去掉")
     if task.is_preference and args.replay_path is not None:
         problems.append(f"--replay_path 不能用于 --task {task.name}：它学的是偏好，请去掉")
     return problems

@@ -17,7 +17,7 @@ class StepBatch(NamedTuple):
     micro_batches: list[dict[str, Any]]  # collate 的结果；各 rank 个数相同
     num_target_tokens: int  # 这一步所有 rank 的目标 token 数
     num_tokens: int  # 这一步所有 rank 的非补齐 token 数
-    rows: list[tuple[str, int]]  # 本 rank 各样本（组）的 (文件, 行号)，依 micro batch 的次序
+    rows: list[tuple[str, int]]  # 本 rank 各样本的 (文件, 行号)，依 micro batch 的次序
     num_items: int  # 这一步的损失除以它：所有 rank 的目标 token 数，或（with_samples 时）行数
     partners: Sequence[dict[str, Any]] = ()  # kto：同样的行配上别的行的回答，依 micro_batches 的次序
 
@@ -79,9 +79,13 @@ class StepLoader:
         lengths = {i: int(self.dataset.lengths[i]) for i in indices}
         num_targets = sum(int(self.dataset.num_targets[i]) for i in indices)
         dealt = deal_step(lengths, indices, self.world_size, self.batch_size, max_tokens, self.packing)[self.rank]
-        micro_batches = []
+        micro_batches, rows = [], []
         for micro in dealt:
-            samples = [sample for i in micro for sample in samples_of(self.dataset[i])]
+            samples = []
+            for i in micro:
+                item, (path, line) = self.dataset[i], self.dataset.place(i)
+                samples += item if isinstance(item, list) else [item]
+                rows += [(path, sample.line) for sample in item] if isinstance(item, list) else [(path, line)]
             batch = collate(samples, self.pad_token_id, self.packing)
             if self.with_offsets:
                 batch["document_offsets"] = [int(self.dataset.offsets[i]) for i in micro]
@@ -94,7 +98,7 @@ class StepLoader:
             micro_batches=micro_batches,
             num_target_tokens=num_targets,
             num_tokens=sum(lengths.values()),
-            rows=[self.dataset.place(i) for micro in dealt for i in micro],
+            rows=rows,
             num_items=len(indices) if self.with_samples else num_targets,
             partners=[] if self.partners is None else self._partner_batches(indices, dealt),
         )
@@ -117,11 +121,6 @@ class StepLoader:
 def pinned(batch: dict[str, Any]) -> dict[str, Any]:
     """张量放在锁页内存里。"""
     return {name: pin_memory(value) if torch.is_tensor(value) else value for name, value in batch.items()}
-
-
-def samples_of(item: EncodedSample | list[EncodedSample]) -> list[EncodedSample]:
-    """数据集的一项里的样本：一个，或一组。"""
-    return item if isinstance(item, list) else [item]
 
 
 def batch_to_device(batch: dict, device: torch.device) -> dict:

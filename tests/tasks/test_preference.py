@@ -254,6 +254,9 @@ def test_the_first_loss_is_ln_2_for_every_method(tiny_checkpoint, tmp_path):
     tasks["again"] = {"flags": again}
     results = run_tasks(tmp_path, tasks, 1)
     assert {name: result["code"] for name, result in results.items()} == dict.fromkeys(tasks, 0), results
+    again = json.loads((tmp_path / "again" / "run_config.json").read_text(encoding="utf-8"))
+    started = str(tmp_path / "lora/epoch-1-step-2")
+    assert again["chain"] == [{"task": "dpo", "train_type": "lora", "path": started}]
     for name in tasks:
         records = records_of(tmp_path / name)
         first = records[0]
@@ -322,6 +325,8 @@ def test_every_stage_resumes_bit_equal(tiny_checkpoint, tmp_path):
         ("dpo", ["--simpo_gamma", "1"], "--simpo_gamma"),
         ("kto", ["--sft_weight", "1"], "--sft_weight"),
         ("dpo", ["--beta", "0"], "--beta(0.0)"),
+        ("dpo", ["--loss_turns", "last"], "--loss_turns"),
+        ("kto", ["--document_bos"], "--document_bos"),
         ("dpo", ["--cache_frozen", "memory"], "--cache_frozen memory"),
         ("dpo", ["--replay_path", "x", "--replay_ratio", "0.1"], "--replay_path"),
         ("dpo", ["--eval_path", "x", "--eval_metric", "rouge"], "--eval_metric rouge"),
