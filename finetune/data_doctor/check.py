@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
 from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
-from finetune.data.rows import MAX_PROBLEMS, Problem, files_of, iter_rows
-from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
+from finetune.data.rows import MAX_PROBLEMS, TEXT_UNITS, Problem, files_of, iter_rows
+from finetune.data.samples import LOSS_TURNS, READS, RowOptions, row_options, separator_choice
 from finetune.data_doctor import show as show_module
 from finetune.data_doctor.duplicates import FILE_SHIFT, TEST_BIT, compare
 from finetune.data_doctor.report import draw_picture, render, to_json
@@ -226,6 +226,8 @@ def add_sample_flags(parser: argparse.ArgumentParser) -> None:
         metavar="auto|plain|chat|文件.json",
         help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
     )
+    parser.add_argument("--task", default="sft", choices=tuple(READS), help="训练的阶段，决定读哪些行（缺省 sft）")
+    parser.add_argument("--text_unit", default="line", choices=TEXT_UNITS, help="同 train.py（缺省 line）")
     parser.add_argument("--input_separator", default="", type=separator_choice, help="同 train.py（缺省为空）")
     parser.add_argument("--ignore_fields", default="", help="同 train.py（缺省没有）")
     parser.add_argument("--loss_turns", default="all", choices=LOSS_TURNS, help="同 train.py（缺省 %(default)s）")
