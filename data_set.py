@@ -100,7 +100,9 @@ class BaichuanDataSet:
     def _set_columns(self, sources: list[dict], names: list[str], parts: list[dict[str, np.ndarray]]):
         """sources 是各文件的 token 的数组，names 是它们的路径；parts 的各列首尾相接，每个样本一项。"""
         self._sources, self._names = sources, names
-        self.columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        self.columns = (
+            parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
         for name in ("offsets", "lengths", "num_targets", "lines", "paths"):
             self.__dict__.pop(name, None)
 
@@ -237,7 +239,7 @@ class BaichuanDataSet:
 
 def _columns_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """每个样本一项的各列，与各样本的起点。"""
-    columns = {name: np.array(arrays[name]) for name in PER_SAMPLE}
+    columns = {name: arrays[name] for name in PER_SAMPLE}
     return {**columns, "begins": np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]}
 
 

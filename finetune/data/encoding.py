@@ -130,7 +130,8 @@ def encode_file(
     spool_dir：各数组放在这个目录的临时文件里（没有名字，随进程消失），内存不随文件增长；缺省在内存里。
     """
     problems = ProblemList(path)
-    seen: set[bytes] = set()
+    seen: set[bytes] = set()  # 要丢弃重复的行时
+    firsts: list[np.ndarray] = []  # 只数重复的行时：各行的摘要，每行 8 字节
     counts = {"num_rows": 0, "num_duplicates": 0, "num_skipped": 0, "duplicates_dropped": drop_duplicates}
     formats: Counter[str] = Counter()
     unused: Counter[str] = Counter()
@@ -158,10 +159,11 @@ def encode_file(
             problems.add(chunk.problems)
             keep = np.ones(len(chunk.digests), dtype=bool)
             is_first = np.diff(chunk.arrays["rows"], prepend=-1) != 0  # 一行的几个样本一同留下或丢弃，只计一次
-            for i, digest in enumerate(chunk.digests):
-                duplicate = digest in seen
-                counts["num_duplicates"] += int(duplicate and is_first[i])
-                keep[i] = not (duplicate and drop_duplicates)
+            if not drop_duplicates:
+                firsts.append(np.frombuffer(b"".join(chunk.digests), dtype="<u8")[::2][is_first])
+            for i, digest in enumerate(chunk.digests if drop_duplicates else ()):
+                keep[i] = digest not in seen
+                counts["num_duplicates"] += int(is_first[i] and not keep[i])
                 seen.add(digest)
             if is_skip:
                 overlong = keep & (chunk.arrays["flags"] & (SRC_CUT | TGT_CUT) > 0)
@@ -172,6 +174,9 @@ def encode_file(
     problems.raise_if_any()
     if not counts["num_rows"]:
         raise ValueError(f"数据文件 {path} 里没有任何样本（只有空白），请检查文件内容")
+    if firsts:
+        digests = np.concatenate(firsts)
+        counts["num_duplicates"] = len(digests) - len(np.unique(digests))
     arrays = kept.arrays()
     if not len(arrays["lengths"]):
         raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")

@@ -20,7 +20,7 @@ class GroupedDataSet:
     def __init__(self, data_set, starts: np.ndarray, max_len: int, num_shared: np.ndarray | int = 0):
         self.data_set, self.starts, self.max_len, self.path = data_set, starts, max_len, data_set.path
         self.lengths, self.num_targets = (
-            np.add.reduceat(data_set.columns[name], starts[:-1], dtype=np.int64) for name in ("lengths", "num_targets")
+            np.add.reduceat(data_set.columns[name], starts[:-1], dtype=np.int32) for name in ("lengths", "num_targets")
         )
         self.lengths -= num_shared
         self.reference = None  # 参考模型的对数概率，见 finetune/tasks/preference.py
@@ -54,7 +54,7 @@ def pairs(data_set) -> GroupedDataSet:
     from finetune.data.packing import MIN_SHARED_TOKENS  # 它要 torch，检查参数时还没有载入
 
     starts = np.arange(0, len(data_set.columns["lengths"]) + 1, 2)
-    num_shared = np.maximum(0, data_set.columns["src_lengths"][::2].astype(np.int64) - 1)
+    num_shared = np.maximum(0, data_set.columns["src_lengths"][::2] - 1)
     num_shared[num_shared < MIN_SHARED_TOKENS] = 0
     return GroupedDataSet(data_set, starts, 2 * data_set.max_len, num_shared)
 

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
 
@@ -24,13 +24,20 @@ def epoch_steps(num_samples: int, global_batch_size: int, seed: int | None, epoc
 
     每个 epoch 的次序不同，只由 seed 与 epoch 决定；seed=None 保持文件次序（评估用）。
     """
+    return list(iter_steps(num_samples, global_batch_size, seed, epoch))
+
+
+def iter_steps(
+    num_samples: int, global_batch_size: int, seed: int | None, epoch: int = 0, start_step: int = 0
+) -> Iterator[list[int]]:
+    """epoch_steps 的各步，从第 start_step 步起，逐步给出。"""
     if num_samples < 1 or global_batch_size < 1:
         raise ValueError(f"样本数({num_samples})与全局 batch({global_batch_size})都必须至少为 1")
-    if seed is None:
-        order = list(range(num_samples))
-    else:
-        order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_samples).tolist()
-    return [order[begin : begin + global_batch_size] for begin in range(0, num_samples, global_batch_size)]
+    order = np.arange(num_samples)
+    if seed is not None:
+        order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_samples)
+    for begin in range(start_step * global_batch_size, num_samples, global_batch_size):
+        yield order[begin : begin + global_batch_size].tolist()
 
 
 def deal_step(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.data.packing import collate, deal_step, epoch_steps
+from finetune.data.packing import collate, deal_step, iter_steps
 from finetune.data.prompting import EncodedSample
 from finetune.process.accelerator import pin_memory
 
@@ -62,16 +62,16 @@ class StepLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[StepBatch]:
         """从第 start_step 步（从 0 起）起，依次产出第 epoch 个 epoch 的各步。"""
-        places = epoch_steps(len(self.order), self.global_batch_size, self.seed, epoch)[start_step:]
-        steps = [[self.order[place] for place in step] for step in places]
+        places = iter_steps(len(self.order), self.global_batch_size, self.seed, epoch, start_step)
+        steps = ([self.order[place] for place in step] for step in places)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="step-loader") as background:
-            coming = background.submit(self.prepare, steps[0]) if steps else None
-            for following in [*steps[1:], None]:
-                if coming is None:
-                    return
-                ready = coming.result()
-                coming = background.submit(self.prepare, following) if following is not None else None
-                yield ready
+            coming = None
+            for step in steps:
+                ready, coming = coming, background.submit(self.prepare, step)
+                if ready is not None:
+                    yield ready.result()
+            if coming is not None:
+                yield coming.result()
 
     def prepare(self, indices: Sequence[int]) -> StepBatch:
         """备好由这些样本组成的一步。"""
