@@ -36,6 +36,17 @@ TRAIN_NAMES = {
     "dataloader_num_workers": _NOT_NEEDED,
     "trust_remote_code": "本项目用自己的实现，不执行检查点里的代码，请去掉",
     "max_samples": "--max_steps",
+    # 阶段
+    "stage": "--task",
+    "pref_loss": "--task（dpo、simpo、orpo、kto）",
+    "loss_type": "--task（dpo、simpo、orpo、kto）",
+    "pref_beta": "--beta",
+    "dpo_beta": "--beta",
+    "pref_ftx": "--sft_weight",
+    "rpo_alpha": "--sft_weight",
+    "ref_model": "参考模型是起点自己，" + _NOT_NEEDED,
+    "precompute_ref_log_probs": "需要时总是先算好，" + _NOT_NEEDED,
+    "loraplus_lr_ratio": "--loraplus_ratio",
     # 方法
     "finetuning_type": "--train_type",
     "stage": "--train_type（freeze、lora、ptuning、full）",
