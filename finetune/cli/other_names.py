@@ -49,7 +49,6 @@ TRAIN_NAMES = {
     "loraplus_lr_ratio": "--loraplus_ratio",
     # 方法
     "finetuning_type": "--train_type",
-    "stage": "--train_type（freeze、lora、ptuning、full）",
     "method": "--train_type",
     "use_lora": "--train_type lora",
     "qlora": "--train_type lora --load_in_4bit",
