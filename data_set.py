@@ -94,7 +94,7 @@ class BaichuanDataSet:
         arrays, self.counts = cached
         self.prompt_format = prompt_format
         self._set_columns(
-            [arrays], [self.path], [{**_columns_of(arrays), "source": np.zeros(len(arrays["lengths"]), "u1")}]
+            [arrays], [self.path], [{**_columns_of(arrays), "source": np.zeros(len(arrays["lengths"]), "i4")}]
         )
 
     def _set_columns(self, sources: list[dict], names: list[str], parts: list[dict[str, np.ndarray]]):

@@ -20,8 +20,8 @@ import threading
 import time
 from pathlib import Path
 
-PAIRS, BATCH, ACCUMULATION = 32, 4, 1
-SIZES = {"layers": 8, "hidden_size": 512, "heads": 8, "intermediate_size": 1376, "vocab_size": 64000}
+PAIRS, BATCH, ACCUMULATION = 16, 4, 1
+SIZES = {"layers": 4, "hidden_size": 256, "heads": 4, "intermediate_size": 688, "vocab_size": 16000}
 RATE, RANK = 1e-4, 8
 PROGRAMS = ("ours", "trl-default", "trl-best")
 
