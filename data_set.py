@@ -7,12 +7,12 @@ import copy
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from finetune.data.encoding import (
-    ARRAYS,
     CONTROL,
     EMPTY_OUTPUT,
     ENCODING_VERSION,
@@ -26,16 +26,17 @@ from finetune.data.encoding import (
     to_arrays,
 )
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample
-from finetune.data.rows import check_file
+from finetune.data.rows import files_of
 from finetune.data.samples import RowOptions
 from finetune.data.token_cache import TokenCache
 
 
 class BaichuanDataSet:
-    """一份数据文件的全部样本，编码后以 numpy 数组存放（每个 token 5 字节）。
+    """一份数据文件的全部样本，编码后以 numpy 数组存放（每个 token 5 字节；命中缓存或给了 spool_dir 时在磁盘上）。
 
     参数与 encode_sample 相同；is_skip 丢弃超长的行（默认截断），drop_duplicates 丢弃内容完全相同的行（默认保留）。
     cache_dir 给出时，编码结果按数据内容、分词器与设置缓存，换了任何一项都会重新编码。
+    spool_dir：不用缓存时，编码的结果放在这个目录的临时文件里，内存不随数据增长。
     num_workers：编码的进程数，None 为按 CPU 核数自动决定，1 为不起子进程。
     文件有错、没有样本、全部超长都抛 ValueError，一次列出至多 20 处。
     """
@@ -56,6 +57,7 @@ class BaichuanDataSet:
         is_skip: bool = False,
         drop_duplicates: bool = False,
         cache_dir: str | os.PathLike | None = None,
+        spool_dir: str | os.PathLike | None = None,
         num_workers: int | None = None,
         show_progress: bool = False,
     ):
@@ -72,7 +74,7 @@ class BaichuanDataSet:
             "template": template,
         }
         choices = {"is_skip": is_skip, "drop_duplicates": drop_duplicates}
-        check_file(path)
+        files_of(path)
         self.cache_note = "未使用"
         cached = None
         if cache_dir is not None:
@@ -85,36 +87,59 @@ class BaichuanDataSet:
                 **choices,
                 workers=num_workers,
                 progress=show_progress,
+                spool_dir=spool_dir,
             )
             if cache_dir is not None:
                 self.cache_note += cache.save(*cached)
         arrays, self.counts = cached
         self.prompt_format = prompt_format
-        self.paths: list[str] = []
-        self._set_arrays(arrays)
+        self._set_columns(
+            [arrays], [self.path], [{**_columns_of(arrays), "source": np.zeros(len(arrays["lengths"]), "i4")}]
+        )
 
-    def _set_arrays(self, arrays: dict[str, np.ndarray], path: str | None = None):
-        self._arrays = arrays
-        self.paths += [path or self.path] * (len(arrays["lengths"]) - len(self.paths))
-        # 各样本在全部 token 里的起点，[样本数 + 1]
-        self.offsets = np.concatenate([[0], np.cumsum(self._arrays["lengths"], dtype=np.int64)])
-        self.lengths: list[int] = self._arrays["lengths"].tolist()
-        self.num_targets: list[int] = self._arrays["num_targets"].tolist()
-        self.lines: list[int] = self._arrays["lines"].tolist()
+    def _set_columns(self, sources: list[dict], names: list[str], parts: list[dict[str, np.ndarray]]):
+        """sources 是各文件的 token 的数组，names 是它们的路径；parts 的各列首尾相接，每个样本一项。"""
+        self._sources, self._names = sources, names
+        self.columns = (
+            parts[0] if len(parts) == 1 else {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        )
+        for name in ("offsets", "lengths", "num_targets", "lines", "paths"):
+            self.__dict__.pop(name, None)
+
+    @cached_property
+    def offsets(self) -> np.ndarray:
+        """各样本在全部 token 里的起点，[样本数 + 1]。"""
+        return np.concatenate([[0], np.cumsum(self.columns["lengths"], dtype=np.int64)])
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        return self.columns["lengths"].tolist()
+
+    @cached_property
+    def num_targets(self) -> list[int]:
+        return self.columns["num_targets"].tolist()
+
+    @cached_property
+    def lines(self) -> list[int]:
+        """各样本的行号，从 1 起。"""
+        return self.columns["lines"].tolist()
+
+    @cached_property
+    def paths(self) -> list[str]:
+        """各样本的文件。"""
+        return [self._names[source] for source in self.columns["source"]]
 
     def append(self, samples: Sequence[EncodedSample], path: str):
         """在末尾接上 path 里的样本（重放的通用文字）；它们与原有的一起洗牌、装箱。"""
-        added = to_arrays(samples, [0] * len(samples), range(len(samples)))
-        self._set_arrays({name: np.concatenate([self._arrays[name], added[name]]) for name in ARRAYS}, path)
+        arrays = to_arrays(samples, [0] * len(samples), range(len(samples)))
+        added = {**_columns_of(arrays), "source": np.full(len(samples), len(self._sources))}
+        self._set_columns([*self._sources, arrays], [*self._names, path], [self.columns, added])
 
     def take(self, indices: np.ndarray) -> "BaichuanDataSet":
-        """其中的这些样本（可以重复），依 indices 的次序；自己不变。"""
+        """其中的这些样本（可以重复），依 indices 的次序；自己不变，token 不另存一份。"""
         taken = copy.copy(self)
-        begins, lengths = self.offsets[:-1][indices], self._arrays["lengths"][indices].astype(np.int64)
-        tokens = np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
-        taken.paths = [self.paths[index] for index in indices]
-        taken._set_arrays(
-            {name: array[indices if name in PER_SAMPLE else tokens] for name, array in self._arrays.items()}
+        taken._set_columns(
+            self._sources, self._names, [{name: column[indices] for name, column in self.columns.items()}]
         )
         return taken
 
@@ -125,42 +150,52 @@ class BaichuanDataSet:
             return parts[0]
         joined = copy.copy(parts[0])
         joined.path = "、".join(part.path for part in parts)
-        joined.paths = [path for part in parts for path in part.paths]
-        joined._set_arrays({name: np.concatenate([part._arrays[name] for part in parts]) for name in ARRAYS})
+        sources, names, columns = [], [], []
+        for part in parts:
+            columns.append({**part.columns, "source": part.columns["source"] + len(sources)})
+            sources += part._sources
+            names += part._names
+        joined._set_columns(sources, names, columns)
         return joined
+
+    def place(self, index: int) -> tuple[str, int]:
+        """一个样本的 (文件, 行号)。"""
+        return self._names[int(self.columns["source"][index])], int(self.columns["lines"][index])
 
     @property
     def rows(self) -> np.ndarray:
         """各样本在它的文件里是第几行（从 0 起，数组则是第几个元素）。"""
-        return self._arrays["rows"]
+        return self.columns["rows"]
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.columns["lengths"])
 
     def __getitem__(self, index: int) -> EncodedSample:
         """第 index 个样本；input_ids 与 labels 是 int32 数组。"""
-        begin, end = self.offsets[index], self.offsets[index + 1]
-        input_ids, kinds = self._arrays["input_ids"][begin:end], self._arrays["target_kinds"][begin:end]
+        columns = self.columns
+        begin, source = int(columns["begins"][index]), self._sources[int(columns["source"][index])]
+        tokens = slice(begin, begin + int(columns["lengths"][index]))
+        input_ids, kinds = (np.asarray(source[name][tokens]) for name in ("input_ids", "target_kinds"))
         labels = np.where(
             kinds == SAME_TARGET, input_ids, np.where(kinds == EOS_TARGET, self.eos_token_id, IGNORE_INDEX)
         )
-        flags = int(self._arrays["flags"][index])
+        flags = int(columns["flags"][index])
         return EncodedSample(
             input_ids=input_ids,
             labels=labels.astype(np.int32),
-            num_targets=self.num_targets[index],
-            num_src_tokens=int(self._arrays["src_lengths"][index]),
+            num_targets=int(columns["num_targets"][index]),
+            num_src_tokens=int(columns["src_lengths"][index]),
             src_truncated=bool(flags & SRC_CUT),
             tgt_truncated=bool(flags & TGT_CUT),
             has_control_pieces=bool(flags & CONTROL),
-            line=self.lines[index],
+            line=int(columns["lines"][index]),
         )
 
     @property
     def statistics(self) -> dict[str, Any]:
         """各项统计：行数、空输出、重复、截断、跳过、含控制符号的行数，token 长度的分位数，目标 token 的份额。"""
-        flags, lengths = self._arrays["flags"], self._arrays["lengths"]
-        num_tokens, num_targets = int(lengths.sum()), int(self._arrays["num_targets"].sum())
+        flags, lengths = self.columns["flags"], self.columns["lengths"]
+        num_tokens, num_targets = int(lengths.sum()), int(self.columns["num_targets"].sum())
         return {
             **self.counts,
             "num_samples": len(self),
@@ -200,6 +235,12 @@ class BaichuanDataSet:
                 "回答之后的 eos，system 与用户的话直接相接；模型若是对话模型，请加 --prompt_format chat"
             )
         return "\n".join([*lines, f"  分词缓存：{self.cache_note}"])
+
+
+def _columns_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """每个样本一项的各列，与各样本的起点。"""
+    columns = {name: arrays[name] for name in PER_SAMPLE}
+    return {**columns, "begins": np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]}
 
 
 def _listing(counts: dict[str, int]) -> str:

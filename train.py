@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import sys
 import traceback
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -34,6 +35,7 @@ from finetune.data.prompting import Prompting, prompting_reason, resolve_prompt_
 from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
+from finetune.methods.registry import TRAIN_METHODS
 from finetune.planning.dry_run import dry_run
 from finetune.process.accelerator import has_accelerator
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
@@ -43,6 +45,8 @@ from finetune.process.launching import process_count_note
 from finetune.process.libraries import quiet_libraries
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
+from finetune.tasks.registry import TASKS
+from finetune.tasks.token_loss import TokenLoss
 from finetune.training.anomaly import NumberWatch
 from finetune.training.ds_config import resolve_ds_config, skip_ops_without_compiler
 from finetune.training.engine import open_engine
@@ -77,6 +81,7 @@ class Run:
     output_dir: Path
     num_steps: int
     log: TrainLog
+    objective: TokenLoss
     numbers: NumberWatch
     interruption: Interruption
 
@@ -112,17 +117,20 @@ def main() -> int:
 
     run_config = broadcast_from_rank_0(lambda: describe_run(args, prompting, ds_config, precision, reason))
     resume_from = open_run(args, run_config)
+    objective = TASKS[args.task].open(args)
     loader = StepLoader(
         train_set,
         batch_size=args.per_device_train_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        max_len=args.max_len,
+        max_len=train_set.max_len,
         seed=args.seed,
         world_size=world_size(),
         rank=global_rank(),
         pad_token_id=tokenizer.pad_token_id,
         packing=args.packing,
         with_offsets=args.cache_frozen != "none",
+        with_samples=objective.with_samples,
+        partners=objective.partners,
     )
     num_steps = total_steps(loader.steps_per_epoch, args)
     if resume_from is not None and resume_from.step >= num_steps:
@@ -133,6 +141,7 @@ def main() -> int:
     engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
     limit_waiting()
     forgetting = open_forgetting(args, args.max_len, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
+    objective.start(engine, [data for data in (train_set, eval_set) if data is not None], tokenizer.pad_token_id)
     progress = {} if resume_from is None else load_trainer_state(engine, resume_from.directory, num_steps)
     where = "0, fresh start" if resume_from is None else f"{resume_from.step} from {resume_from.directory}"
     log_rank_0(f"resume: step {where}")
@@ -142,10 +151,12 @@ def main() -> int:
     frozen_cache = open_frozen_cache(args.cache_frozen, output_dir, engine, train_set)
     numbers = NumberWatch(output_dir, tokenizer, args.loss_spike_factor, progress.get("numbers"))
     eval_sha256 = run_config["data"].get("eval")
-    evaluation = Evaluation(args, args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"))
+    evaluation = Evaluation(
+        args, args, eval_set, tokenizer, prompting, eval_sha256, progress.get("evaluation"), objective
+    )
     run = Run(
         *(args, engine, loader, evaluation, forgetting, tokenizer, run_config, output_dir),
-        *(num_steps, log, numbers, interruption),
+        *(num_steps, log, objective, numbers, interruption),
     )
     broadcast_from_rank_0(lambda: settle_checkpoints(run))
     train(run)
@@ -176,16 +187,17 @@ def train(run: Run):
     first_epoch, first_step = divmod(engine.global_steps, loader.steps_per_epoch)
     for epoch in range(first_epoch, run.args.num_train_epochs):
         for step in loader.epoch(epoch, start_step=first_step if epoch == first_epoch else 0):
-            loss, learning_rate, grad_norm = train_step(engine, step, run.numbers)
+            loss, learning_rate, grad_norm = train_step(engine, step, run.numbers, run.objective)
             run.log.step(
                 engine.global_steps,
                 engine.global_steps / loader.steps_per_epoch,
                 loss=loss,
-                num_targets=step.num_target_tokens,
+                num_targets=step.num_items,
                 num_tokens=step.num_tokens,
                 lr=learning_rate,
                 grad_norm=grad_norm,
                 num_overflows=run.numbers.overflows.total,
+                figures=run.objective.figures(engine, step),
             )
             if after_step(run, run.interruption.agreed(engine.device, run.log.error)):
                 return
@@ -252,19 +264,21 @@ def settle_checkpoints(run: Run):
     rotate_checkpoints(run.output_dir, run.args.save_total_limit, (run.evaluation.best or {}).get("checkpoint"))
 
 
-def train_step(engine, step: StepBatch, numbers: NumberWatch | None = None) -> tuple[float, float, float]:
+def train_step(
+    engine, step: StepBatch, numbers: NumberWatch | None = None, objective: TokenLoss | None = None
+) -> tuple[float, float, float]:
     """一个优化器步：逐个 micro batch 前向、反向、累积，最后更新一次 → (损失, 学习率, 裁剪前的梯度范数)。
 
-    这一步所有进程、所有 micro batch 的每个目标 token 权重相同：损失之和除以全局目标数 N。DeepSpeed 对进程取平均，
-    所以各进程先乘 world_size。裁剪、精度与优化器由 DeepSpeed 按它的 JSON 完成。
+    损失由这一阶段的 objective 定（见 finetune/tasks/），这一步的各项（目标 token，或偏好的行）权重相同，
+    与怎样切成进程、micro batch 无关。裁剪、精度与优化器由 DeepSpeed 按它的 JSON 完成。
     """
-    numbers = numbers or NumberWatch()
+    numbers, objective = numbers or NumberWatch(), objective or TokenLoss()
     learning_rate, losses = engine.get_lr()[0], []
+    objective.prepare(engine, step)
     for index, batch in enumerate(step.micro_batches):
         is_last = index == len(step.micro_batches) - 1
         engine.set_gradient_accumulation_boundary(is_last)
-        batch = batch_to_device(batch, engine.device)
-        loss = engine(**batch, num_items_in_batch=step.num_target_tokens / world_size(), use_cache=False).loss
+        loss = objective.loss(engine, batch_to_device(batch, engine.device), step)
         engine.backward(loss, scale_wrt_gas=False)
         losses.append(loss.detach())
         if is_last:
@@ -288,7 +302,8 @@ def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, pr
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)
-    engine = open_engine(model, args.weight_decay, ds_config, saves_state=args.save_trainer_state)
+    ratio_of = partial(TRAIN_METHODS[args.train_type].learning_rate_ratio, options=args)
+    engine = open_engine(model, args.weight_decay, ds_config, args.save_trainer_state, ratio_of)
     seed_everything(args.seed + global_rank())  # 各进程的 dropout 不同
     return engine, ds_config
 
@@ -319,6 +334,7 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
             is_skip=args.is_skip,
             drop_duplicates=args.drop_duplicates,
             cache_dir=args.cache_dir,
+            spool_dir=args.output_dir if args.task == "pretrain" else None,
             show_progress=global_rank() == 0,
             row_options=options,
             **prompting._asdict(),
@@ -347,7 +363,8 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
             f"占目标 token 的 {replayed / (replayed + num_targets):.1%}"
         )
         train_set.append(pieces, args.replay_path)
-    return train_set, eval_set
+    group = TASKS[args.task].group
+    return group(train_set), None if eval_set is None else group(eval_set)
 
 
 def run_main() -> int:

@@ -26,7 +26,7 @@ from baichuan.attention import (
     rotary_tables,
 )
 from baichuan.configuration_baichuan import BaichuanConfig
-from baichuan.linear_cross_entropy import LinearCrossEntropy, inverse_row_norms, with_added
+from baichuan.linear_cross_entropy import LinearCrossEntropy, RowCrossEntropy, inverse_row_norms, with_added
 from baichuan.norm_and_swiglu import RMSNormFunction, SwiGLUFunction
 from baichuan.packed_attention_cpu import PackedMatmulAttention
 from baichuan.packed_attention_gpu import layout_on_gpu
@@ -230,14 +230,18 @@ class BaichuanHead(nn.Module):
             self._frozen_scale = (key, inverse_row_norms(self.weight))
         return self._frozen_scale[1]
 
-    def forward(self, hidden_states: Tensor, targets: Tensor | None = None) -> Tensor:
-        """没有 targets：[..., H] → logits [..., V]；有：hidden [N, H] 与 targets [N] → 交叉熵之和（标量 fp32）。"""
+    def forward(self, hidden_states: Tensor, targets: Tensor | None = None, by_row: bool = False) -> Tensor:
+        """没有 targets：[..., H] → logits [..., V]；有：hidden [N, H] 与 targets [N] → 交叉熵之和（标量 fp32）。
+
+        by_row：各行的交叉熵 [N]，不求和。
+        """
         added = self.added_rows
         if targets is not None:
             tensors = hidden_states, self.weight, added
             if not torch.is_grad_enabled():  # autograd.Function 只看 requires_grad：评估时不让它算梯度
                 tensors = [tensor if tensor is None else tensor.detach() for tensor in tensors]
-            return LinearCrossEntropy.apply(*tensors[:2], self.row_scale(), targets, tensors[2], self.first_added)
+            function = RowCrossEntropy if by_row else LinearCrossEntropy
+            return function.apply(*tensors[:2], self.row_scale(), targets, tensors[2], self.first_added)
         logits = self._weight_logits(hidden_states)
         if added is None:
             return logits
@@ -533,6 +537,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         target_rows: Tensor | None = None,
         num_items_in_batch: float | Tensor | None = None,
         return_logits: bool | None = None,
+        row_losses: bool = False,
         return_dict: bool | None = None,
         cache=None,
         **kwargs,
@@ -545,6 +550,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         Args:
             target_rows: [N]，展平后的行号 t，其下一个 label 是目标；由 batching.collate 在主机上算好，
                 免去设备同步；缺省由 labels 算出。
+            row_losses: 损失是各目标行的交叉熵 [N]，依 target_rows 的次序，不求和也不除；不含 z_loss。
             logits_to_keep: 只算最后几行（或给定下标）的 logits，generate() 用。
             其余见 BaichuanModel.forward。
         """
@@ -556,7 +562,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             # 提示放在词嵌入处时（P-Tuning 第 1 版），主机上按原来的长度算好的行号不对
             if target_rows is None or inputs_embeds is not None:
                 target_rows = (next_labels != IGNORE_INDEX).nonzero()[:, 0]
-        is_loss_only = not (return_logits or output_hidden_states or output_attentions or self.config.z_loss_weight)
+        needs_all_rows = return_logits or output_hidden_states or output_attentions
+        is_loss_only = not (needs_all_rows or (self.config.z_loss_weight and not row_losses))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -580,7 +587,10 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
             num_items = max(1, len(target_rows)) if num_items_in_batch is None else num_items_in_batch
             targets = next_labels[target_rows]
             rows = None if is_loss_only else target_rows  # 只要损失时，模型的输出已经只有目标行
-            loss = self._loss(hidden_states, logits, targets, rows, num_items)
+            if row_losses:
+                loss = self.lm_head(take_rows(hidden_states, rows)[0], targets, by_row=True)
+            else:
+                loss = self._loss(hidden_states, logits, targets, rows, num_items)
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

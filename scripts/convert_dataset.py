@@ -151,7 +151,7 @@ def convert_chnsenticorp(fields: dict[str, Any]) -> Converted:
 
 def read_json_records(path: str) -> Iterator[Record | Problem]:
     """读 JSON lines（JSON 数组也可），逐行产出；坏行产出 Problem。"""
-    for row in iter_rows(path):
+    for row in iter_rows(path, text_unit=None):
         if not isinstance(row, RawRow):
             yield row
             continue

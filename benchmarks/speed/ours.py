@@ -26,14 +26,15 @@ class Rows:
 
     def __init__(self, rows: list[dict[str, list[int]]]):
         self._rows = rows
-        self.paths = ["bench"] * len(rows)
         self.lengths = [len(row["input_ids"]) for row in rows]
         self.num_targets = [sum(label != -100 for label in row["labels"]) for row in rows]
-        self.lines = list(range(1, len(rows) + 1))
         self.offsets = [0, *itertools.accumulate(self.lengths)]
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return "bench", index + 1
 
     def __getitem__(self, index: int) -> SimpleNamespace:
         return bench_work.as_sample(self._rows[index])

@@ -38,6 +38,7 @@ FREE_FIELDS = {
 FLAGS = {
     **{"r": "--lora_dim", "lora_alpha": "--lora_alpha", "target_modules": "--lora_module_name"},
     **{"num_virtual_tokens": "--pre_seq_len", "prefix_projection": "--prefix_projection"},
+    **{"use_rslora": "--use_rslora", "use_dora": "--use_dora"},
     "peft_type": "--train_type、--ptuning_version",
 }
 

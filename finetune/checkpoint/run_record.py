@@ -10,11 +10,13 @@ import transformers
 
 from finetune.checkpoint.manifest import hash_files
 from finetune.checkpoint.options import read_words
+from finetune.checkpoint.output_dir import RUN_CONFIG
 from finetune.data.mixture import describe_sources, parse_sources
 from finetune.data.prompting import Prompting
+from finetune.data.rows import data_sha256
 from finetune.options import flags_of
 from finetune.process.arithmetic import describe_arithmetic
-from utils import file_sha256, world_size
+from utils import read_json, world_size
 
 UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
@@ -29,8 +31,8 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
     hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
     hashes = dict(zip([path.name for path in hashed], hash_files(hashed), strict=True))
     paths = {name: getattr(args, f"{name}_path") for name in ("eval", "general", "replay")}
-    data = {name: file_sha256(Path(path)) for name, path in paths.items() if path is not None}
-    data["train"] = describe_sources(parse_sources(args.train_path), lambda path: file_sha256(Path(path)))
+    data = {name: data_sha256(path) for name, path in paths.items() if path is not None}
+    data["train"] = describe_sources(parse_sources(args.train_path), data_sha256)
     if args.val_ratio is not None:
         data["eval"] = [data["train"], args.val_ratio, args.seed]  # 评估集由它们决定
     return {
@@ -39,6 +41,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
         },
         "train_type": args.train_type,
         "added_tokens": list(read_words(args.add_tokens)),
+        "chain": chain_of(args.model_name_or_path, args.adapter_path),
         **prompting._asdict(),
         "precision": precision,
         "precision_reason": precision_reason,
@@ -51,3 +54,13 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def chain_of(base: str, adapter_path: str | None) -> list[dict]:
+    """起点是怎样训练出来的：以往各阶段的 {"task", "train_type", "path"}，由早到晚；起点不是训练的结果时为空。"""
+    for directory in (adapter_path, base):
+        if directory is not None and (Path(directory) / RUN_CONFIG).is_file():
+            record = read_json(Path(directory) / RUN_CONFIG)
+            stage = {"task": record.get("args", {}).get("task", "sft"), "train_type": record.get("train_type")}
+            return [*record.get("chain", []), {**stage, "path": str(directory)}]
+    return []

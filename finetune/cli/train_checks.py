@@ -15,10 +15,13 @@ from finetune.data.plain_text import read_texts
 from finetune.data.prompting import read_template
 from finetune.data.samples import check_first_rows, row_options
 from finetune.methods.registry import TRAIN_METHODS
+from finetune.metrics.registry import METRICS
 from finetune.options import flags_of, problems_of
 from finetune.process.launching import leave_quietly_on_interrupt
 from finetune.process.libraries import quiet_libraries
 from finetune.process.threads import stop_spinning
+from finetune.tasks.preference import PreferenceOptions
+from finetune.tasks.registry import TASKS
 from finetune.training.options import spike_choice
 from utils import log_rank_0, read_json
 
@@ -98,6 +101,8 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     if ds_config is not None:
         problems += settle_fixed_numbers(args, ds_config)
     problems += [*early_problems(args), *quantization_problems(args, ds_config)]
+    if args.use_dora and ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
+        problems.append("--use_dora 要读基座的权重，不能与 ZeRO-3 同用，请改用 ds_zero2_no_offload.json")
     if args.precision == "fp16" and not has_accelerator():
         problems.append("--precision fp16 需要 GPU，CPU 上请用 bf16 或 fp32（缺省的 auto 会选对）")
     config = read(load_config, args.model_name_or_path)
@@ -115,7 +120,13 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
 
 def early_problems(args: TrainOptions) -> list[str]:
     """不必载入 torch 就能发现的全部问题：各参数自己的、互相之间的、各文件的。"""
-    problems = [*problems_of(args), *method_problems(args), *file_problems(args), *evaluation_problems(args)]
+    problems = [
+        *problems_of(args),
+        *method_problems(args),
+        *task_problems(args),
+        *file_problems(args),
+        *evaluation_problems(args),
+    ]
     if args.max_src_len >= args.max_len:
         problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
     first_path = args.train_path if isinstance(args.train_path, str) else args.train_path[0]
@@ -158,6 +169,29 @@ def method_problems(args: TrainOptions) -> list[str]:
         problems.append("--add_tokens 不能与 --train_type ptuning 同用，请换 lora、freeze 或 full")
     if args.cache_frozen != "none" and not args.packing:
         problems.append(f"--cache_frozen {args.cache_frozen} 要开着 --packing，请去掉或改过来")
+    return problems
+
+
+def task_problems(args: TrainOptions) -> list[str]:
+    """对这个阶段不起作用的参数。"""
+    task, problems = TASKS[args.task], []
+    foreign = [field.name for field in flags_of(PreferenceOptions) if field.name not in task.flags]
+    foreign = [f"--{name}" for name in foreign if name in args.given]
+    if foreign:
+        problems.append(f"{'、'.join(foreign)} 对 --task {task.name} 不起作用，请去掉")
+    if args.cache_frozen != "none" and task.name != "sft":
+        problems.append(f"--cache_frozen {args.cache_frozen} 只用于 --task sft，请去掉")
+    if args.document_overlap >= max(1, args.max_len):
+        problems.append(f"--document_overlap({args.document_overlap}) 必须小于 --max_len({args.max_len})，请调小前者")
+    allowed = {"sft": tuple(METRICS), "pretrain": ("nll",)}.get(task.name, ("loss", "nll"))
+    if args.eval_metric not in allowed:
+        problems.append(f"--eval_metric {args.eval_metric} 不能用于 --task {task.name}，可用 {'、'.join(allowed)}")
+    names = ("loss_turns", "train_on_prompt", "text_unit", "document_overlap", "document_bos")
+    useless = [f"--{name}" for name in names if task.is_preference and name in args.given]
+    if useless:
+        problems.append(f"{'、'.join(useless)} 对 --task {task.name} 不起作用（它只比较最后一个回答），请去掉")
+    if task.is_preference and args.replay_path is not None:
+        problems.append(f"--replay_path 不能用于 --task {task.name}：它学的是偏好，请去掉")
     return problems
 
 

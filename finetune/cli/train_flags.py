@@ -11,6 +11,8 @@ from finetune.cli.parser import Parser
 from finetune.data.options import DataOptions
 from finetune.methods.registry import TRAIN_METHODS, TRAIN_TYPE_ALIASES, MethodChoice
 from finetune.options import at_least, flag, flags_of
+from finetune.tasks.preference import PreferenceOptions
+from finetune.tasks.registry import TASKS, TaskChoice
 from finetune.training.options import EvaluationOptions, ForgettingOptions, LogOptions, StepOptions
 from utils import read_json
 
@@ -42,6 +44,7 @@ class RunOptions:
 # 帮助里的标题 → 其下的各组
 GROUPS = {
     "模型与数据": (ModelOptions, DataOptions),
+    "训练的阶段": (TaskChoice, PreferenceOptions),
     "训练方法": (MethodChoice, *(method.options for method in TRAIN_METHODS.values())),
     "训练过程": (StepOptions, SaveOptions, LogOptions, RunOptions),
     "评估、遗忘与重放": (EvaluationOptions, ForgettingOptions),
@@ -92,8 +95,12 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     if len(options.train_path) == 1:
         [options.train_path] = options.train_path
     options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)
+    task = TASKS[options.task]
     if options.learning_rate is None:
-        options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate
+        options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate * task.learning_rate_scale
+    for name, value in task.defaults.items():
+        if name not in options.given:
+            setattr(options, name, value)
     if options.replay_path is not None and "replay_by" not in options.given:
         recorded = recorded_run(options).get("args")
         options.replay_by = "tokens" if recorded is None else recorded.get("replay_by", "rows")

@@ -92,7 +92,7 @@ def _shingles(documents: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def documents_of(path: str, options: RowOptions) -> Iterator[str]:
     """文件各行的文档，依行的次序；有错的行是空串（编码时会报出来）。"""
-    for row in iter_rows(path):
+    for row in iter_rows(path, options.text_unit):
         sample, _ = parse_row(row, path, "train", options)
         yield "" if sample is None else plain_text(sample.document)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -11,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.data.parallel import choose_workers, map_chunks, num_bytes_of, split_chunks
-from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_sample
-from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
-from finetune.data.samples import RowOptions, parse_row
+from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_samples
+from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows, num_bytes_of_data
+from finetune.data.samples import DESIRABLE, RowOptions, parse_row
 from finetune.terminal import long_job
 
 # 编码规则改变时加一，旧缓存随之作废
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 PROGRESS_ROWS_BYTES = 2**20
 SRC_CUT, TGT_CUT, CONTROL, EMPTY_OUTPUT, SEVERAL_TURNS = 1, 2, 4, 8, 16
 # labels 只有三种取值，每个 token 存一字节：不作目标、就是 input_ids 本身、eos（chat 的用户标记处）
@@ -66,27 +67,34 @@ def encode_chunk(
         if sample.unused:
             unused.update(sample.unused)
         try:
-            item = encode_sample(sample, tokenizer, **options)
+            items = encode_samples(sample, tokenizer, row_options.document_overlap, row_options.document_bos, **options)
         except ValueError as error:
             problems.append(Problem(path, sample.line, "提示词", str(error), "请改这一行，或换 --prompt_format"))
             continue
-        if item.num_targets == 0:
-            what = f"截断之后没有任何目标 token（src {item.num_src_tokens} 个 token）"
-            problems.append(Problem(path, sample.line, "output", what, "请检查这一行的内容是否全是空白"))
+        if any(item.num_targets == 0 for item in items):
+            what = f"截断之后没有任何目标 token（src {items[0].num_src_tokens} 个 token）"
+            field = "text" if sample.format == "text" else "output"
+            problems.append(Problem(path, sample.line, field, what, "请检查这一行的内容是否全是空白"))
             continue
-        encoded.append(item)
-        places.append(place)
+        encoded += items
+        places += [place] * len(items)
         content = repr(sample.messages if sample.trained is None else (sample.messages, sample.trained))
-        digests.append(hashlib.blake2b(content.encode(), digest_size=16).digest())
-        flags.append(
-            SRC_CUT * item.src_truncated
-            + TGT_CUT * item.tgt_truncated
-            + CONTROL * item.has_control_pieces
+        content += "" if sample.rejected is None else repr(sample.rejected)
+        digests += [_digest(content if index == 0 else f"{content}{index}") for index in range(len(items))]
+        flags += [
+            SRC_CUT * any(item.src_truncated for item in items)
+            + TGT_CUT * any(item.tgt_truncated for item in items)
+            + CONTROL * items[0].has_control_pieces
             + EMPTY_OUTPUT * (sample.messages[-1][1] == "")
             + SEVERAL_TURNS * (len(sample.messages) > 2)
-        )
+            + DESIRABLE * bool(sample.label)
+        ] * len(items)
     arrays = to_arrays(encoded, flags, places)
     return EncodedChunk(arrays, digests, problems, len(rows), num_bytes_of(rows), formats, unused)
+
+
+def _digest(content: str) -> bytes:
+    return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
 def to_arrays(encoded: Sequence[EncodedSample], flags: Sequence[int], rows: Sequence[int]) -> dict[str, np.ndarray]:
@@ -115,21 +123,27 @@ def encode_file(
     drop_duplicates: bool = False,
     workers: int | None = None,
     progress: bool = False,
+    spool_dir: str | os.PathLike | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """读取并编码整个文件，返回 (各数组, 行数统计)。"""
+    """读取并编码整个文件，返回 (各数组, 行数统计)。
+
+    spool_dir：各数组放在这个目录的临时文件里（没有名字，随进程消失），内存不随文件增长；缺省在内存里。
+    """
     problems = ProblemList(path)
-    seen: set[bytes] = set()
+    seen: set[bytes] = set()  # 要丢弃重复的行时
+    firsts: list[np.ndarray] = []  # 只数重复的行时：各行的摘要，每行 8 字节
     counts = {"num_rows": 0, "num_duplicates": 0, "num_skipped": 0, "duplicates_dropped": drop_duplicates}
     formats: Counter[str] = Counter()
     unused: Counter[str] = Counter()
-    kept: list[dict[str, np.ndarray]] = []
-    file_bytes = os.path.getsize(path)
+    kept = _Spool(spool_dir)
+    file_bytes = num_bytes_of_data(path)
     is_hidden = not progress or file_bytes < PROGRESS_ROWS_BYTES
     with long_job(f"分词 {Path(path).name}", file_bytes, "B", is_hidden=is_hidden) as job:
         encode = partial(
             encode_chunk, tokenizer=tokenizer, path=path, split="train", options=options, row_options=row_options
         )
-        for chunk in map_chunks(encode, split_chunks(iter_rows(path)), path, choose_workers(path, workers)):
+        rows = iter_rows(path, row_options.text_unit)
+        for chunk in map_chunks(encode, split_chunks(rows), path, choose_workers(path, workers)):
             job.update(chunk.num_bytes)
             chunk.arrays["rows"] += counts["num_rows"]
             counts["num_rows"] += chunk.num_rows
@@ -137,24 +151,61 @@ def encode_file(
             unused += chunk.unused
             problems.add(chunk.problems)
             keep = np.ones(len(chunk.digests), dtype=bool)
-            for i, digest in enumerate(chunk.digests):
-                duplicate = digest in seen
-                counts["num_duplicates"] += duplicate
-                keep[i] = not (duplicate and drop_duplicates)
+            is_first = np.diff(chunk.arrays["rows"], prepend=-1) != 0  # 一行的几个样本一同留下或丢弃，只计一次
+            if not drop_duplicates:
+                firsts.append(np.frombuffer(b"".join(chunk.digests), dtype="<u8")[::2][is_first])
+            for i, digest in enumerate(chunk.digests if drop_duplicates else ()):
+                keep[i] = digest not in seen
+                counts["num_duplicates"] += int(is_first[i] and not keep[i])
                 seen.add(digest)
             if is_skip:
                 overlong = keep & (chunk.arrays["flags"] & (SRC_CUT | TGT_CUT) > 0)
-                counts["num_skipped"] += int(overlong.sum())
+                counts["num_skipped"] += int((overlong & is_first).sum())
                 keep &= ~overlong
             if not problems.total:
                 kept.append(_select(chunk.arrays, keep))
     problems.raise_if_any()
     if not counts["num_rows"]:
         raise ValueError(f"数据文件 {path} 里没有任何样本（只有空白），请检查文件内容")
-    arrays = {name: np.concatenate([part[name] for part in kept]) for name in ARRAYS}
+    if firsts:
+        digests = np.concatenate(firsts)
+        counts["num_duplicates"] = len(digests) - len(np.unique(digests))
+    arrays = kept.arrays()
     if not len(arrays["lengths"]):
         raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")
     return arrays, {**counts, "formats": dict(formats), "unused_fields": dict(unused)}
+
+
+class _Spool:
+    """依次接起各批的数组：在内存里，或在 directory 的临时文件里。"""
+
+    def __init__(self, directory: str | os.PathLike | None):
+        self.parts: list[dict[str, np.ndarray]] = []
+        self.files = None
+        if directory is None:
+            return
+        try:
+            os.makedirs(directory, exist_ok=True)
+            self.files = {name: tempfile.TemporaryFile(dir=directory) for name in ARRAYS}  # noqa: SIM115  映射之后也开着
+        except OSError as error:
+            raise ValueError(f"{directory} 不能写：{error.strerror}，请换一个目录或检查权限与磁盘") from error
+
+    def append(self, arrays: dict[str, np.ndarray]):
+        if self.files is None:
+            self.parts.append(arrays)
+            return
+        for name, file in self.files.items():
+            file.write(arrays[name].tobytes())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        if self.files is None:
+            return {name: np.concatenate([part[name] for part in self.parts]) for name in ARRAYS}
+        found = {}
+        for name, dtype in ARRAYS.items():
+            self.files[name].flush()
+            is_empty = not self.files[name].tell()  # 空的文件不能映射
+            found[name] = np.zeros(0, dtype) if is_empty else np.memmap(self.files[name], dtype=dtype, mode="r")
+        return found
 
 
 def _select(arrays: dict[str, np.ndarray], keep: np.ndarray) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from finetune.data.prompting import prompt_format_choice
+from finetune.data.rows import TEXT_UNITS
 from finetune.data.samples import LOSS_TURNS, separator_choice
 from finetune.options import at_least, flag
 
@@ -55,6 +56,15 @@ class DataOptions:
     cache_dir: str | None = flag(
         None, "分词结果的缓存目录，按内容、分词器与设置区分（缺省不缓存）", changes_training=False
     )
+    text_unit: str = flag(
+        "line",
+        ".txt 里一篇文档是什么：line 一行，blank 空行隔开的一段，file 整个文件；文档之间是 eos",
+        choices=TEXT_UNITS,
+    )
+    document_overlap: int = flag(
+        0, "长于 max_len 的文档切成几段，后一段重复前一段末尾的多少个 token，只作上文，不作目标", check=at_least(0)
+    )
+    document_bos: bool = flag(False, "每篇文档之前加 bos（缺省不加：Baichuan 预训练时没有）")
     packing: bool = flag(
         True,
         "把一步的样本并排放进尽量少的 micro batch，各看各的，相同的开头（如同样的指令）只算一次，结果与不并排相同"

@@ -4,7 +4,7 @@
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
 
@@ -24,17 +24,29 @@ def epoch_steps(num_samples: int, global_batch_size: int, seed: int | None, epoc
 
     每个 epoch 的次序不同，只由 seed 与 epoch 决定；seed=None 保持文件次序（评估用）。
     """
+    return list(iter_steps(num_samples, global_batch_size, seed, epoch))
+
+
+def iter_steps(
+    num_samples: int, global_batch_size: int, seed: int | None, epoch: int = 0, start_step: int = 0
+) -> Iterator[list[int]]:
+    """epoch_steps 的各步，从第 start_step 步起，逐步给出。"""
     if num_samples < 1 or global_batch_size < 1:
         raise ValueError(f"样本数({num_samples})与全局 batch({global_batch_size})都必须至少为 1")
-    if seed is None:
-        order = list(range(num_samples))
-    else:
-        order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_samples).tolist()
-    return [order[begin : begin + global_batch_size] for begin in range(0, num_samples, global_batch_size)]
+    order = np.arange(num_samples)
+    if seed is not None:
+        order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_samples)
+    for begin in range(start_step * global_batch_size, num_samples, global_batch_size):
+        yield order[begin : begin + global_batch_size].tolist()
 
 
 def deal_step(
-    lengths: Sequence[int], indices: Sequence[int], world_size: int, batch_size: int, max_tokens: int, packing: bool
+    lengths: Mapping[int, int] | Sequence[int],
+    indices: Sequence[int],
+    world_size: int,
+    batch_size: int,
+    max_tokens: int,
+    packing: bool,
 ) -> Dealt:
     """把一步的样本分给各 rank 的各 micro batch，返回 [rank][micro batch][样本下标]；结果只由参数决定。
 
@@ -67,7 +79,11 @@ def deal_step(
 
 
 def _deal_balanced(
-    lengths: Sequence[int], longest_first: list[int], world_size: int, num_micro: int, max_tokens: int
+    lengths: Mapping[int, int] | Sequence[int],
+    longest_first: list[int],
+    world_size: int,
+    num_micro: int,
+    max_tokens: int,
 ) -> Dealt | None:
     """最长的先放：放进 token 最少的 rank 里 token 最少的那一箱（LPT）；放不下返回 None。"""
     dealt: Dealt = [[[] for _ in range(num_micro)] for _ in range(world_size)]
@@ -85,7 +101,11 @@ def _deal_balanced(
 
 
 def _deal_first_fit(
-    lengths: Sequence[int], longest_first: list[int], world_size: int, num_micro: int, max_tokens: int
+    lengths: Mapping[int, int] | Sequence[int],
+    longest_first: list[int],
+    world_size: int,
+    num_micro: int,
+    max_tokens: int,
 ) -> Dealt | None:
     """首次适应递减（FFD）：装得更满，再把各箱从大到小分给 token 最少的 rank；放不下返回 None。"""
     bins: list[list[int]] = [[] for _ in range(world_size * num_micro)]
@@ -106,7 +126,11 @@ def _deal_first_fit(
 
 
 def _deal_in_turn(
-    lengths: Sequence[int], longest_first: list[int], world_size: int, num_micro: int, max_tokens: int
+    lengths: Mapping[int, int] | Sequence[int],
+    longest_first: list[int],
+    world_size: int,
+    num_micro: int,
+    max_tokens: int,
 ) -> Dealt | None:
     """轮流放：每箱的条数相等，因此箱数等于不装箱时必定放得下；放不下返回 None。"""
     num_bins = world_size * num_micro

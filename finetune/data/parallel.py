@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from finetune.data.rows import Problem, RawRow
+from finetune.data.rows import Problem, RawRow, num_bytes_of_data
 
 Row = RawRow | Problem
 Result = TypeVar("Result")
@@ -44,7 +44,7 @@ def choose_workers(path: str | os.PathLike, requested: int | None) -> int:
         return requested
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return min(16, cores // local_ranks) if os.path.getsize(path) >= PARALLEL_BYTES else 1
+    return min(16, cores // local_ranks) if num_bytes_of_data(path) >= PARALLEL_BYTES else 1
 
 
 _worker_function: Callable | None = None  # 只在子进程里有值

@@ -187,6 +187,43 @@ def encode_sample(
     )
 
 
+def encode_samples(
+    sample, tokenizer, document_overlap: int = 0, document_bos: bool = False, **options
+) -> list[EncodedSample]:
+    """一行的全部样本：一篇文档的各段；偏好对的好、坏两个回答；别的只有一个。options 同 encode_sample。"""
+    if sample.format == "text":
+        [(_, text)] = sample.messages
+        return encode_document(text, tokenizer, options["max_len"], document_overlap, document_bos, sample.line)
+    answers = [sample]
+    if sample.rejected is not None:
+        answers.append(sample._replace(messages=(*sample.messages[:-1], ("assistant", sample.rejected))))
+    return [encode_sample(answer, tokenizer, **options) for answer in answers]
+
+
+def encode_document(
+    text: str, tokenizer, max_len: int, overlap: int = 0, add_bos: bool = False, line: int = 0
+) -> list[EncodedSample]:
+    """一篇文档 → 至多 max_len 个 token 的各段，以 eos 结尾；每个 token 恰好作一次目标。
+
+    后一段的开头重复前一段末尾的 overlap 个 token，只作上文。没有上文的一段，它的首个 token 不能作目标：
+    overlap 为 0 时每个切口处因此少一个。
+    """
+    ids, has_control_pieces = tokenizer.encode_user_text(text)
+    if not ids:
+        return [EncodedSample([tokenizer.eos_token_id], [tokenizer.eos_token_id], 0, 0, False, False, False, line)]
+    ids = [*([tokenizer.bos_token_id] if add_bos else []), *ids, tokenizer.eos_token_id]
+    pieces, begin = [], 0
+    while begin == 0 or begin + overlap < len(ids):
+        piece = ids[begin : begin + max_len]
+        num_seen = overlap if begin else int(add_bos)
+        labels = [IGNORE_INDEX] * num_seen + piece[num_seen:]
+        num_targets = len(piece) - max(num_seen, 1)
+        pieces.append(EncodedSample(piece, labels, num_targets, num_seen, False, False, has_control_pieces, line))
+        begin += max_len - overlap
+    # 没有上文的一个 token 什么也学不到；别的段总有目标
+    return [piece for piece in pieces if piece.num_targets] or pieces[:1]
+
+
 def _lay_out(turns: Sequence[Turn], layout: _Layout) -> tuple[list[int], list[int]]:
     """把各轮依次拼成 (input_ids, labels)。末尾的回答留待续写，不加 eos。"""
     input_ids: list[int] = []

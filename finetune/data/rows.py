@@ -1,11 +1,13 @@
-"""数据文件 → 行：JSON Lines、JSON 数组、CSV 与 TSV（首行是列名）、Parquet，前四种可用 gzip 压缩；不解析行的内容。
+"""数据文件 → 行：JSON Lines、JSON 数组、CSV 与 TSV（首行是列名）、Parquet、纯文本的 .txt 与它们的目录；不解析行的内容。
 
-逐行（数组则逐个元素）产出，内存里不存整份文件。表格的一行写成一个 JSON 对象，此后与 JSON Lines 的一行无异。
+除 Parquet 外可用 gzip 压缩。逐行（数组则逐个元素）产出，内存里不存整份文件。表格的一行、.txt 的一篇文档写成一个 JSON
+对象，此后与 JSON Lines 的一行无异；目录是其中（连同下级）各个 .txt 依名字的次序首尾相接。
 不是 UTF-8、不是这几种文件、一个对象跨了多行，都是一句话的错误，并给出转换的命令。
 """
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import math
@@ -18,6 +20,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from utils import file_sha256
+
 MAX_ROW_BYTES = 64 * 2**20
 MAX_PROBLEMS = 20
 # 先看这么多开头来认种类与编码；此后每次读这么多
@@ -26,6 +30,9 @@ _UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 _GZIP, _PARQUET, _ZIP = b"\x1f\x8b", b"PAR1", b"PK\x03\x04"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
+TEXT_SUFFIXES = (".txt", ".txt.gz")
+TEXT_UNITS = ("line", "blank", "file")  # .txt 的一篇文档：一行；空行隔开的一段；整个文件
+_JSON_START = re.compile(rb"\s*(\{|\[\s*\{)")  # 名为 .txt 的 JSON Lines 与数组照常读
 
 
 class Problem(NamedTuple):
@@ -73,14 +80,53 @@ class ProblemList:
 # ---- 打开 ----
 
 
-def iter_rows(path: str | os.PathLike) -> Iterator[RawRow | Problem]:
-    """逐行（数组则逐个元素）产出内容，不解析；切不出来的地方产出 Problem。
+def iter_rows(path: str | os.PathLike, text_unit: str | None = "line") -> Iterator[RawRow | Problem]:
+    """逐行（数组则逐个元素，.txt 逐篇文档）产出内容，不解析；切不出来的地方产出 Problem。
+
+    目录里的行号接着数；text_unit 见 TEXT_UNITS，None 为 .txt 里也是 JSON。
 
     Raises:
         ValueError: 根本不能读的文件：没有、不是 UTF-8、不认识的种类、压缩损坏、一个对象跨了多行。
     """
-    check_file(path)
-    path = str(path)
+    files, done = files_of(path), 0
+    for file in files:
+        line = 0
+        for row in _iter_file(file, text_unit):
+            line = max(line, row.line)
+            yield row._replace(line=done + row.line) if done and isinstance(row, RawRow) else row
+        done += line
+
+
+def files_of(path: str | os.PathLike) -> list[str]:
+    """一份数据的各个文件：文件就是它自己，目录是其中（连同下级）的 .txt，依名字的次序。
+
+    Raises:
+        ValueError: 目录里没有 .txt，或不是可读的普通文件。
+    """
+    files = [str(path)]
+    if os.path.isdir(path):
+        files = sorted(str(file) for file in Path(path).rglob("*") if file.name.lower().endswith(TEXT_SUFFIXES))
+        if not files:
+            raise ValueError(f"数据文件 {path} 是一个目录，请给出目录中的某个文件，或一个有 .txt 的目录")
+    for file in files:
+        check_file(file)
+    return files
+
+
+def num_bytes_of_data(path: str | os.PathLike) -> int:
+    """一份数据的字节数。"""
+    return sum(map(os.path.getsize, files_of(path)))
+
+
+def data_sha256(path: str | os.PathLike) -> str:
+    """一份数据的内容的 SHA-256；目录的由各文件的名字与内容算出。"""
+    if not os.path.isdir(path):
+        return file_sha256(Path(path))
+    names = [[os.path.relpath(file, path), file_sha256(Path(file))] for file in files_of(path)]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _iter_file(path: str, text_unit: str | None) -> Iterator[RawRow | Problem]:
     with open(path, "rb") as raw:
         magic = raw.read(4)
         raw.seek(0)
@@ -90,12 +136,12 @@ def iter_rows(path: str | os.PathLike) -> Iterator[RawRow | Problem]:
         if magic == _ZIP:
             raise ValueError(f"数据文件 {path} 是 zip 或 xlsx，请解压，或在表格软件里另存为 CSV（UTF-8）")
         try:
-            yield from _iter_stream(gzip.GzipFile(fileobj=raw) if magic[:2] == _GZIP else raw, path)
+            yield from _iter_stream(gzip.GzipFile(fileobj=raw) if magic[:2] == _GZIP else raw, path, text_unit)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"数据文件 {path} 的 gzip 压缩已损坏或不完整（{error}），请重新下载") from error
 
 
-def _iter_stream(stream: BinaryIO, path: str) -> Iterator[RawRow | Problem]:
+def _iter_stream(stream: BinaryIO, path: str, text_unit: str | None) -> Iterator[RawRow | Problem]:
     head = stream.read(_HEAD_BYTES)
     encoding = found_encoding(head)
     if encoding is not None:
@@ -105,6 +151,10 @@ def _iter_stream(stream: BinaryIO, path: str) -> Iterator[RawRow | Problem]:
     if delimiter is not None:
         stream.seek(start)
         yield from _iter_table(stream, path, delimiter)
+        return
+    if text_unit and path.lower().endswith(TEXT_SUFFIXES) and not _JSON_START.match(head, start):
+        stream.seek(start)
+        yield from _iter_documents(stream, path, text_unit)
         return
     first = head[start:].lstrip()[:1]
     stream.seek(start)
@@ -280,6 +330,42 @@ def _iter_array(stream, path: str) -> Iterator[RawRow | Problem]:
         yield cut()
     what = "引号没有配对，到文件末尾仍在字符串里" if in_string else "数组没有结束的 ]，文件可能不完整"
     yield Problem(path, line, "数组", what, "请检查文件末尾，或重新导出")
+
+
+# ---- 纯文本 ----
+
+
+def _iter_documents(stream: BinaryIO, path: str, unit: str) -> Iterator[RawRow | Problem]:
+    """各篇文档 → {"text": …} 的行；行号是文档开头的行。"""
+    start, kept, size = 1, [], 0
+
+    def cut() -> Iterator[RawRow | Problem]:
+        if size > MAX_ROW_BYTES:
+            yield _too_long(path, start)
+        elif kept:
+            yield _text_row(path, start, b"".join(kept))
+
+    for number, row in enumerate(iter(lambda: stream.readline(MAX_ROW_BYTES + 1), b""), start=1):
+        is_blank = not row.strip()
+        if unit == "line" or (unit == "blank" and is_blank):
+            yield from cut()
+            kept, size = [], 0
+        if is_blank and not (kept and unit == "file"):
+            continue
+        start = start if size else number
+        size += len(row)
+        if size <= MAX_ROW_BYTES:
+            kept.append(row)
+    yield from cut()
+
+
+def _text_row(path: str, line: int, content: bytes) -> RawRow | Problem:
+    try:
+        text = content.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        what = f"第 {error.start + 1} 个字节（0x{content[error.start]:02x}）起不是合法的 UTF-8"
+        return Problem(path, line, "编码", what, "请把文件转成 UTF-8（常见的原因是 GBK 编码）")
+    return RawRow(line, json.dumps({"text": text}, ensure_ascii=False).encode())
 
 
 # ---- 表格 ----

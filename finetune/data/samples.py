@@ -5,7 +5,10 @@
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …]}
     {"conversation": [{"human": "…", "assistant": "…"}, …]}
     {"query": "…", "response": "…"}、{"prompt": "…", "response": "…"}、{"prompt": "…", "completion": "…"}
+    {"text": "…"}                                                  一篇文档，每个 token 都是目标
+    {以上任何一种的提示, "chosen": "…", "rejected": "…"}              偏好对：回答写成文字，或一条消息
 
+一行属于哪些阶段（--task）见 READS。
 都可以再有 system；一问一答的几种可以再有 history（[用户, 回答] 的数组）。值为 null、""、[] 的字段等于没有，只有
 回答可以是空字符串。认识而用不上的字段是错误（--ignore_fields 可以略去它），不认识的字段不用，报告里数一次。
 错误写作「文件:行: 字段: 问题: 办法」。
@@ -21,7 +24,14 @@ from finetune.data.rows import MAX_PROBLEMS, Problem, ProblemList, RawRow, iter_
 
 SPLITS = ("train", "eval", "predict")
 LOSS_TURNS = ("all", "last")
-SUPERVISED = "supervised"
+SUPERVISED, PREFERENCE, TEXT = "supervised", "preference", "pretrain"  # 行的三类
+# 各阶段（--task）读哪些行；kto 的问答要有 label
+READS = {
+    **dict.fromkeys(("sft", "pretrain"), (SUPERVISED, TEXT)),
+    **dict.fromkeys(("dpo", "orpo", "simpo"), (PREFERENCE,)),
+    "kto": (SUPERVISED,),
+}
+DESIRABLE = 32  # kto 的 label，样本的标志之一（见 encoding.py）
 # 读模型、编译算子之前先看的行数与字节数
 FIRST_ROWS, FIRST_BYTES = 1000, 16 * 2**20
 _ROLES = {
@@ -71,7 +81,10 @@ class RowOptions(NamedTuple):
     ignore_fields: tuple[str, ...] = ()  # 当作没有的字段，行里与消息里的都算
     loss_turns: str = "all"  # 训练哪些回答：all | last
     train_on_prompt: bool = False  # 提示也是目标
-    task: str = SUPERVISED  # 训练的阶段；FORMATS 里写明每种写法属于哪个阶段
+    task: str = "sft"  # 训练的阶段，决定读哪些行，见 READS
+    text_unit: str = "line"  # .txt 的一篇文档，见 rows.TEXT_UNITS
+    document_overlap: int = 0  # 长文档切成几段，后一段带着前一段末尾的几个 token
+    document_bos: bool = False  # 文档之前加 bos
 
 
 def row_options(settings: Mapping[str, Any]) -> RowOptions:
@@ -81,6 +94,11 @@ def row_options(settings: Mapping[str, Any]) -> RowOptions:
         ignore_fields=tuple(name.strip() for name in settings.get("ignore_fields", "").split(",") if name.strip()),
         loss_turns=settings.get("loss_turns", "all"),
         train_on_prompt=settings.get("train_on_prompt", False),
+        **{
+            name: settings[name]
+            for name in ("task", "text_unit", "document_overlap", "document_bos")
+            if name in settings
+        },
     )
 
 
@@ -101,6 +119,8 @@ class Sample(NamedTuple):
     format: str = ""  # FORMATS 里的名字
     document: str = ""  # 这一行讲的文档：input（没有则 instruction），对话是第一条用户消息
     unused: tuple[str, ...] = ()  # 不认识、没有用上的字段
+    rejected: str | None = None  # 偏好对里不好的回答；好的回答在 messages 末尾
+    label: bool | None = None  # kto：这个回答好不好
 
     @property
     def place(self) -> str:
@@ -129,7 +149,7 @@ def read_samples(
     """
     problems = ProblemList(path, max_problems)
     samples: list[Sample] = []
-    for row in iter_rows(path):
+    for row in iter_rows(path, options.text_unit):
         found, broken = parse_row(row, str(path), split, options)
         problems.add(broken)
         if found is not None and not problems.total:
@@ -152,7 +172,7 @@ def check_first_rows(
         ValueError: 文件不能读，或开头的行有错；列法同读完整个文件。
     """
     problems, num_bytes = ProblemList(path), 0
-    for count, row in enumerate(iter_rows(path), 1):
+    for count, row in enumerate(iter_rows(path, options.text_unit), 1):
         problems.add(parse_row(row, str(path), "train", options)[1])
         num_bytes += len(row.content) if isinstance(row, RawRow) else 0
         if count == max_rows or num_bytes >= max_bytes:
@@ -197,6 +217,8 @@ def parse_row(
             kind.name,
             draft.document,
             unknown if not draft.unused else (*unknown, *draft.unused),
+            draft.rejected,
+            fields["label"] if options.task == "kto" and not draft.is_predict else None,
         ),
         [],
     )
@@ -212,8 +234,8 @@ class Format(NamedTuple):
     marks: tuple[str, ...]  # 有其中一个字段（不是 null、""、[]），就是这种写法；先列出的优先
     fields: tuple[str, ...]  # 用得上的全部字段；一问一答的，开头两个是问与答
     read: Callable[[dict[str, Any], "_Draft"], None]
-    task: str = SUPERVISED  # 属于哪个训练阶段；与 RowOptions.task 不同的行是错误
-    refusal: str = ""  # 不属于现在的阶段时，说它是什么
+    task: str = SUPERVISED  # 哪一类行；现在的阶段不读的（见 READS）是错误
+    refusal: str = "问答或对话"  # 不属于现在的阶段时，说它是什么
 
 
 class _Draft:
@@ -222,6 +244,7 @@ class _Draft:
     references: tuple[str, ...] | None = None
     trained: tuple[bool, ...] | None = None
     document = ""
+    rejected: str | None = None
     field = ""  # 回答在哪个字段里
     unused: tuple[str, ...] = ()
     errors: tuple[RowError, ...] = ()
@@ -259,6 +282,9 @@ class _Draft:
                 self.references = (self.messages.pop()[1],)
             return
         options = self.options
+        if kind.task == PREFERENCE or options.task == "kto":  # 只比较最后一个回答
+            self.trained = (*[False] * (len(self.messages) - 1), True)
+            return
         if not self.flags and options.loss_turns == "all" and not options.train_on_prompt:
             return
         last = len(self.messages) - 1
@@ -289,15 +315,23 @@ def _recognise(fields: dict[str, Any], draft: _Draft) -> tuple[Format, tuple[str
         kind = _sort_fields(tuple(fields))[0] or _INSTRUCTION
     if kind is _PROMPT_RESPONSE and "response" not in fields and "completion" in fields:
         kind = _PROMPT_COMPLETION  # 回答是空字符串，没有凭它认出来
-    if kind.task != draft.options.task:
-        draft.fail(kind.marks[0], f"这一行是{kind.refusal or kind.name}，现在的训练不读它", "请换成问答或对话的写法")
+    stage = draft.options.task
+    if kind.task not in ((SUPERVISED,) if draft.is_predict else READS[stage]):
+        tasks = "、".join(f"--task {name}" for name, kinds in READS.items() if kind.task in kinds)
+        what = f"这一行是{kind.refusal}，" + ("预测不读它" if draft.is_predict else f"--task {stage} 不读它")
+        draft.fail(kind.marks[0], what, "请换成问答或对话的写法" if draft.is_predict else f"请换一个文件，或用 {tasks}")
         return kind, unknown
-    if "label" in fields and isinstance(fields["label"], bool):
+    if stage == "kto" and not draft.is_predict:
+        if not isinstance(fields.get("label"), bool):
+            seen = _type_name(fields["label"]) if "label" in fields else "没有"
+            draft.fail("label", f"--task kto 的每一行要有 true 或 false，实际是{seen}", "请补上：这个回答好不好")
+        unknown = tuple(name for name in unknown if name != "label")
+    elif "label" in fields and isinstance(fields["label"], bool) and not draft.is_predict:
         unused = (*unused, "label")
     for name in unused:
         if name in ("tools", "functions") and isinstance(fields[name], str) and fields[name].strip() in ("[]", "{}"):
             continue
-        what = "true/false 是 KTO 的标注，这里的训练不用它" if name == "label" else "认识这个字段，但是用不上"
+        what = f"true/false 是 KTO 的标注，--task {stage} 不用它" if name == "label" else "认识这个字段，但是用不上"
         remedy = f"去掉它也无妨时加 --ignore_fields {name}，否则请删去这一行"
         draft.fail(name, what, "请改名为 system" if name == "system_prompt" else remedy)
     for name in foreign:
@@ -600,11 +634,71 @@ def _order_problem(roles: tuple[str, ...], is_predict: bool) -> tuple[int | None
     return None
 
 
-# ---- 还不读的写法 ----
+# ---- 文档与偏好对 ----
 
 
-def _read_nothing(fields: dict[str, Any], draft: _Draft) -> None:
-    raise AssertionError("这种写法属于别的训练阶段，应由 _recognise 拒绝")
+def _read_text(fields: dict[str, Any], draft: _Draft) -> None:
+    """一篇文档：只有一条消息，每个 token 都是目标。"""
+    draft.field, text = "text", draft.text("text", fields.get("text"))
+    if not draft.errors and not text.strip():
+        draft.fail("text", "没有文字", "请填写内容，或删去这一行")
+    draft.messages.append(("assistant", text))
+    draft.document = text
+
+
+def _read_preference(fields: dict[str, Any], draft: _Draft) -> None:
+    """提示是余下的字段，写法同别的行；chosen 作它的回答，rejected 另存。
+
+    没有别的提示时，chosen 与 rejected 都是整段对话，只有最后一条不同。
+    """
+    values = {name: fields.get(name) for name in _PREFERENCE}
+    prompt = {name: value for name, value in fields.items() if name not in _PREFERENCE}
+    kind = _sort_fields(tuple(name for name, value in prompt.items() if not _is_absent(value)))[0]
+    if kind is None and all(isinstance(value, list) and len(value) > 1 for value in values.values()):
+        if values["chosen"][:-1] != values["rejected"][:-1]:
+            draft.fail("rejected", "与 chosen 的提示不同", "两段对话只能有最后一条不同")
+            return
+        kind, prompt["messages"] = _MESSAGES, values["chosen"][:-1]
+        values = {name: value[-1:] for name, value in values.items()}
+    if kind is None:
+        what = f"只有两个回答，没有提示，已有的字段：{_names(fields)}"
+        draft.fail("chosen", what, "请把提示写在 instruction、prompt、messages 之类的字段里")
+        return
+    chosen, draft.rejected = (_preferred(name, value, draft) for name, value in values.items())
+    if kind.read is _READ_PROMPT and isinstance(prompt["prompt"], list):
+        kind, prompt = _MESSAGES, {**prompt, "messages": prompt["prompt"]}
+    if draft.errors:
+        return
+    if "history" in kind.fields:  # 一问一答的
+        answer = kind.fields[1]
+        kind.read({**prompt, answer: chosen}, draft)
+    else:
+        turns = prompt[kind.fields[0]]
+        turns = [*turns, {"role": "assistant", "content": chosen}] if isinstance(turns, list) else turns
+        kind.read({**prompt, kind.fields[0]: turns}, draft)
+    draft.field = "chosen"
+    if not draft.errors and chosen == draft.rejected:
+        draft.fail("rejected", "与 chosen 相同，没有可学的偏好", "请改正，或删去这一行")
+
+
+def _preferred(field: str, value: Any, draft: _Draft) -> str:
+    """一个回答：文字，或一条消息（单独的，或只有它的数组）。"""
+    if isinstance(value, list) and len(value) == 1:
+        [value] = value
+    if isinstance(value, dict):
+        name = next((text for _, text in _TURN_SHAPES[:2] if text in value), None)
+        if name is None:
+            draft.fail(
+                field, f"缺少 content 或 value，已有的字段：{_names(value)}", "消息写成 role/content 或 from/value"
+            )
+            return ""
+        field, value = f"{field}.{name}", value[name]
+    if type(value) is not str:
+        draft.fail(
+            field, f"应为字符串，实际是{_type_name(value)}", '没有内容就写 ""' if value is None else _remedy_of(value)
+        )
+        return ""
+    return draft.text(field, value)
 
 
 def _talk(field: str) -> Format:
@@ -624,17 +718,27 @@ _INSTRUCTION = Format(
 )
 _PROMPT_COMPLETION = _pair("prompt", "completion", mark="completion")
 _PROMPT_RESPONSE = _pair("prompt", "response", mark="prompt")
+_READ_PROMPT = _PROMPT_RESPONSE.read
+_MESSAGES = _talk("messages")
 _PREFERENCE = ("chosen", "rejected")
+_PROMPTS = ("conversations", "messages", "conversation", "query", "prompt", "instruction", "input", "system", "history")
 FORMATS = (
-    Format("chosen/rejected", _PREFERENCE, _PREFERENCE, _read_nothing, "preference", "偏好对（chosen、rejected）"),
+    Format(
+        "chosen/rejected",
+        _PREFERENCE,
+        (*_PREFERENCE, *_PROMPTS),
+        _read_preference,
+        PREFERENCE,
+        "偏好对（chosen、rejected）",
+    ),
     _talk("conversations"),
-    _talk("messages"),
+    _MESSAGES,
     _talk("conversation"),
     _pair("query", "response", mark="query"),
     _PROMPT_COMPLETION,
     _PROMPT_RESPONSE,
     _INSTRUCTION,
-    Format("text", ("text",), ("text",), _read_nothing, "pretrain", "继续预训练的纯文本（text）"),
+    Format("text", ("text",), ("text",), _read_text, TEXT, "纯文本（text）"),
 )
 _ALL_FIELDS = frozenset(name for kind in FORMATS for name in kind.fields)
 

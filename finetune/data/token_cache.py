@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from utils import file_sha256, replacing
+from finetune.data.rows import data_sha256
+from utils import replacing
 
 
 class TokenCache:
@@ -21,7 +22,7 @@ class TokenCache:
 
     def __init__(self, cache_dir: str | os.PathLike, path: str, tokenizer, settings: dict[str, Any]):
         self.identity = {
-            "data_sha256": file_sha256(Path(path)),
+            "data_sha256": data_sha256(path),
             "tokenizer_sha256": _tokenizer_sha256(tokenizer),
             "settings": settings,
         }
@@ -36,18 +37,24 @@ class TokenCache:
             others = list(self.directory.glob(f"{self.stem}-*.tokens"))
             return None, "数据、分词器或设置与旧缓存不同，已重新编码" if others else "没有缓存，已编码"
         try:
-            checksum, _, body = self.file.read_bytes().partition(b"\n")
-            if hashlib.sha256(body).hexdigest().encode() != checksum:
-                return None, f"{self.file} 已损坏（校验和不符），已重新编码"
-            header_line, _, content = body.partition(b"\n")
-            header = json.loads(header_line)
+            with self.file.open("rb") as stream:
+                checksum, begin = stream.readline().rstrip(b"\n"), stream.tell()
+                if hashlib.file_digest(stream, "sha256").hexdigest().encode() != checksum:
+                    return None, f"{self.file} 已损坏（校验和不符），已重新编码"
+                stream.seek(begin)
+                header = json.loads(stream.readline())
+                begin = stream.tell()
         except (OSError, ValueError) as error:
             return None, f"{self.file} 读不出来（{error}），已重新编码"
         if header["identity"] != self.identity:
             return None, f"{self.file} 的内容与文件名不符，已重新编码"
-        arrays, begin = {}, 0
-        for name, (dtype, size) in header["arrays"].items():
-            arrays[name] = np.frombuffer(content, dtype=dtype, count=size, offset=begin)
+        arrays = {}
+        for name, (dtype, size) in header["arrays"].items():  # 映射文件：用到哪里才读哪里，不占内存
+            arrays[name] = (
+                np.memmap(self.file, dtype=dtype, mode="r", offset=begin, shape=(size,))
+                if size
+                else (np.zeros(0, dtype))
+            )
             begin += arrays[name].nbytes
         return (arrays, header["counts"]), f"命中 {self.file}"
 
@@ -55,7 +62,10 @@ class TokenCache:
         """写缓存，返回说明；写不成（磁盘满、没有权限）不影响训练。"""
         layout = {name: (array.dtype.str, len(array)) for name, array in arrays.items()}
         header = {"identity": self.identity, "counts": counts, "arrays": layout}
-        parts = [json.dumps(header).encode() + b"\n", *(array.tobytes() for array in arrays.values())]
+        parts = [
+            json.dumps(header).encode() + b"\n",
+            *(memoryview(array).cast("B") for array in arrays.values() if len(array)),
+        ]
         checksum = hashlib.sha256()
         for part in parts:
             checksum.update(part)

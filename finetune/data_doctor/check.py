@@ -22,8 +22,8 @@ import numpy as np
 
 from finetune.data.parallel import choose_workers, map_chunks, split_chunks
 from finetune.data.prompting import prompt_format_choice, resolve_prompt_format
-from finetune.data.rows import Problem, iter_rows
-from finetune.data.samples import LOSS_TURNS, RowOptions, row_options, separator_choice
+from finetune.data.rows import TEXT_UNITS, Problem, files_of, iter_rows
+from finetune.data.samples import LOSS_TURNS, READS, RowOptions, row_options, separator_choice
 from finetune.data_doctor import show as show_module
 from finetune.data_doctor.duplicates import FILE_SHIFT, LINE_MASK, TEST_BIT, compare
 from finetune.data_doctor.report import draw_picture, render, to_json
@@ -96,7 +96,7 @@ def examine_file(
     path = report.path
     base = np.uint64((TEST_BIT if report.split == "predict" else 0) | index << FILE_SHIFT)
     try:
-        rows = iter_rows(path)
+        rows = iter_rows(path, options.text_unit)
         first = next(rows, None)  # 打不开的文件在这里抛出
         report.add(_file_findings(path))
         chunks = split_chunks(chain([first] if first is not None else [], rows))
@@ -117,7 +117,7 @@ def examine_file(
 
 def _file_findings(path: str) -> Iterator[Problem]:
     """整个文件的写法，只看开头 1 MiB。"""
-    with open(path, "rb") as stream:
+    with open(files_of(path)[0], "rb") as stream:
         head = stream.read(2**20)
     if head.startswith(b"\xef\xbb\xbf"):
         yield Problem(path, 1, "文件", "开头有 UTF-8 的字节序标记（BOM），读取时跳过", "不必改", "note", "bom")
@@ -238,6 +238,8 @@ def add_sample_flags(parser: argparse.ArgumentParser) -> None:
         help="同 train.py；auto 由检查点决定（缺省 %(default)s）",
     )
     parser.add_argument("--add_tokens", metavar="文件", help="同 train.py（缺省没有）")
+    parser.add_argument("--task", default="sft", choices=tuple(READS), help="训练的阶段，决定读哪些行（缺省 sft）")
+    parser.add_argument("--text_unit", default="line", choices=TEXT_UNITS, help="同 train.py（缺省 line）")
     parser.add_argument("--input_separator", default="", type=separator_choice, help="同 train.py（缺省为空）")
     parser.add_argument("--ignore_fields", default="", help="同 train.py（缺省没有）")
     parser.add_argument("--loss_turns", default="all", choices=LOSS_TURNS, help="同 train.py（缺省 %(default)s）")

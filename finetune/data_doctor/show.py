@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_sample
+from finetune.data.prompting import IGNORE_INDEX, EncodedSample, encode_samples
 from finetune.data.rows import iter_rows
 from finetune.data.samples import RowOptions, Sample, parse_row
 from finetune.data_doctor.rows import Encoding
@@ -40,7 +40,7 @@ def show(
         ValueError: 文件不能读，或没有要看的行。
     """
     records = []
-    for number, row in enumerate(iter_rows(path), start=1):
+    for number, row in enumerate(iter_rows(path, options.text_unit), start=1):
         if is_wanted is not None and not is_wanted(number):
             continue
         sample, problems = parse_row(row, path, "train", options)
@@ -64,10 +64,9 @@ def show(
 
 
 def encode(sample: Sample, encoding: Encoding) -> EncodedSample:
-    """与训练相同的编码。"""
-    return encode_sample(
-        sample, encoding.tokenizer, max_len=encoding.max_len, max_src_len=encoding.max_src_len, **encoding.options
-    )
+    """与训练相同的编码；长文档的第一段，偏好对里好的一个。"""
+    limits = {"max_len": encoding.max_len, "max_src_len": encoding.max_src_len}
+    return encode_samples(sample, encoding.tokenizer, **limits, **encoding.options)[0]
 
 
 def warnings_of(sample: Sample, item: EncodedSample) -> Iterator[str]:

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaModel
 from baichuan import BaichuanConfig
 from baichuan.modeling_baichuan import BaichuanModel
 from finetune.data.prompting import Prompting, encode_prompt
-from finetune.export.tensors import CheckFailed, TensorSource, normalized_head
+from finetune.export.tensors import CheckFailed, TensorSource, dora_factor, normalized_head
 from finetune.process.precision import NAMED_DTYPES
 from finetune.terminal import watched
 
@@ -62,6 +62,7 @@ def streamed_logits(
     read: Callable[[str], Tensor],
     prompts: list[list[int]],
     lora: dict | None = None,
+    magnitudes: dict[str, Tensor] | None = None,
 ) -> list[Tensor]:
     """fp32 逐层前向：每次只读一层，返回各提示词的 logits [L, V]。
 
@@ -69,6 +70,7 @@ def streamed_logits(
         config: LlamaConfig 时由 transformers 的 Llama 的层来算，read 与 lora 是 Llama 的名字。
         read: 官方名字 → 张量。
         lora: 给出时不合并，在各线性层旁边另算 缩放 · B(A x)，与训练时的适配器相同。
+        magnitudes: DoRA 各行的大小。
     """
     one_layer = {"num_hidden_layers": 1, "vocab_size": 1, "pad_token_id": 0}
     layer_config = type(config).from_dict({**config.to_dict(), **one_layer})
@@ -80,7 +82,10 @@ def streamed_logits(
         def hook(module, inputs, output):
             if name in active:
                 lora_a, lora_b, scaling = active[name]
-                return output + scaling * (inputs[0] @ lora_a.T @ lora_b.T)
+                output = output + scaling * (inputs[0] @ lora_a.T @ lora_b.T)
+                magnitude = (magnitudes or {}).get(prefix + name)
+                if magnitude is not None:
+                    output = output * dora_factor(magnitude, module.weight + scaling * lora_b @ lora_a)[:, 0]
             return output
 
         return hook
@@ -124,7 +129,7 @@ def check_export(
     Raises:
         CheckFailed: 任何一项不符（含 NaN）。
     """
-    expected = streamed_logits(source.config, source.read_base, prompts, source.lora)
+    expected = streamed_logits(source.config, source.read_base, prompts, source.lora, source.magnitudes)
     if source.lora:
         merged = compare_logits(expected, streamed_logits(source.config, source.read, prompts))
         if not merged.max_difference <= EXACT_TOLERANCE * max(1.0, merged.max_logit):

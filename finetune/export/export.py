@@ -66,6 +66,8 @@ def export(
     source = TensorSource(checkpoint)
     if is_lora and not source.lora:
         raise ValueError(f"{model_path} 是完整的模型，没有适配器，请用 --to {whole}")
+    if is_lora and source.magnitudes:
+        raise ValueError(f"{model_path} 是 DoRA，{whole} 的适配器没有它的各行大小，请用 --to {whole}（合并）")
     if to == "gguf_lora":
         check_lora(source, model_path)
     target_dtype = resolve_dtype(dtype, source)

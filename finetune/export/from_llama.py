@@ -52,7 +52,9 @@ def from_llama(
     base = inspect_checkpoint(base_model_path)
     if base.is_adapter or base.config.position_embedding != "rope":
         raise ValueError(f"--base_model_path {base_model_path} 应是完整的 7B：13B 的 ALiBi 不是 Llama 的结构")
-    lora = read_lora(path, LlamaConfig.from_dict(llama_config(base.config, torch.float32)))
+    lora, magnitudes = read_lora(path, LlamaConfig.from_dict(llama_config(base.config, torch.float32)))
+    if magnitudes:
+        raise ValueError(f"{path} 是 DoRA：q、k、v 各行的大小要连同基座才能换布局，请在原来的工具里合并之后再转换")
     prompts = encode_check_prompts(base.prompting, BaichuanTokenizer.from_pretrained(base.path), texts)
     with staged_directory(output_dir) as directory:
         write_lora(pack_lora(lora), base.config, directory, str(base_model_path))
@@ -102,7 +104,7 @@ class LlamaSource:
         if problems:
             raise ValueError(f"{path / 'config.json'} 不是 Llama 布局的 Baichuan：{'；'.join(problems)}")
         self.config = LlamaConfig.from_dict(raw)
-        self.config.norm_head, self.lora = False, {}
+        self.config.norm_head, self.lora, self.magnitudes = False, {}, {}
         with torch.device("meta"):
             skeleton = LlamaForCausalLM(self.config)
         check_weights(path, {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()})

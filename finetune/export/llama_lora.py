@@ -91,9 +91,9 @@ def check_lora_layouts(
     """
     llama = LlamaConfig.from_dict(llama_config(source.config, torch.float32))
     if isinstance(packed, Path):
-        packed = read_lora(packed, source.config)
+        packed, _ = read_lora(packed, source.config)
     if isinstance(split, Path):
-        split = read_lora(split, llama)
+        split, _ = read_lora(split, llama)
     ours = streamed_logits(source.config, source.read_base, prompts, packed)
     theirs = streamed_logits(llama, llama_reader(source), prompts, split)
     comparison = compare_logits(ours, theirs)

@@ -27,9 +27,9 @@ from utils import read_json, write_json
 MAX_SHARD_BYTES = 5 * 10**9
 # 读过这么多字节就重开文件：safetensors 是内存映射，读过的页一直算在进程的内存里
 REOPEN_BYTES = 2 * 10**9
-# 合并公式 W + 缩放 · B A 之外的设置；秩与缩放各模块可以不同
+# 合并公式 V = W + 缩放 · B A（DoRA 另把 V 的各行缩放到训练出的大小）之外的设置；秩与缩放各模块可以不同
 UNMERGEABLE = (
-    *("use_dora", "modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora"),
+    *("modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora"),
     *("alora_invocation_tokens", "layer_replication", "target_parameters", "use_bdlora", "arrow_config"),
     *("kasa_config", "monteclora_config", "velora_config"),
 )
@@ -75,7 +75,7 @@ class TensorSource:
     """一个检查点的权重：完整模型原样，LoRA 合并进基座；按官方名字逐个给出 fp32 张量。
 
     names 是官方次序的张量名，shapes 是各自的形状，dtype 是基座自己的类型；
-    lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，fp32。
+    lora 是 {模块名: (A [r, in], B [out, r], 缩放)}，magnitudes 是 DoRA 的 {模块名: 各行的大小 [out]}，都是 fp32。
 
     Raises:
         ValueError: 权重与 config.json 不符，或适配器与基座不相配、不能合并。
@@ -92,7 +92,9 @@ class TensorSource:
         self.dtype = self._weights.read(self.names[0]).dtype
         for name in self.added.rows if self.added else ():
             self.shapes[name] = (self.config.vocab_size, self.config.hidden_size)
-        self.lora = read_lora(checkpoint.path, checkpoint.config) if checkpoint.is_adapter else {}
+        self.lora, self.magnitudes = {}, {}
+        if checkpoint.is_adapter:
+            self.lora, self.magnitudes = read_lora(checkpoint.path, checkpoint.config)
 
     def read_base(self, name: str) -> Tensor:
         """没有合并 LoRA 的张量，基座的类型；已接上新词。"""
@@ -100,20 +102,27 @@ class TensorSource:
         return tensor if self.added is None else self.added.grow(name, tensor)
 
     def read(self, name: str) -> Tensor:
-        """合并之后的张量，fp32：W + 缩放 · B A。"""
+        """合并之后的张量，fp32：W + 缩放 · B A；DoRA 的各行再缩放到训练出的大小。"""
         weight = self.read_base(name).float()
         adapter = self.lora.get(name.removesuffix(".weight"))
         if adapter is None:
             return weight
         lora_a, lora_b, scaling = adapter
-        return torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+        merged = torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+        magnitude = self.magnitudes.get(name.removesuffix(".weight"))
+        return merged if magnitude is None else merged * dora_factor(magnitude, merged)
 
 
-def read_lora(path: Path, config: BaichuanConfig | LlamaConfig) -> Lora:
-    """读 peft 的 LoRA 适配器 → {模块名: (A, B, 缩放)}；config 是基座的，布局由它定。
+def dora_factor(magnitude: Tensor, merged: Tensor) -> Tensor:
+    """DoRA：合并之后的权重各行要乘的系数 [out, 1]，训练出的大小除以现在的。"""
+    return (magnitude / torch.linalg.vector_norm(merged, dim=1))[:, None]
+
+
+def read_lora(path: Path, config: BaichuanConfig | LlamaConfig) -> tuple[Lora, dict[str, Tensor]]:
+    """读 peft 的 LoRA 适配器 → ({模块名: (A, B, 缩放)}, DoRA 的 {模块名: 各行的大小})；config 是基座的，布局由它定。
 
     Raises:
-        ValueError: 有合并公式 W + 缩放 · B A 之外的设置，或张量与基座不相配，或文件损坏。
+        ValueError: 有合并公式之外的设置，或张量与基座不相配，或文件损坏。
     """
     settings = read_json(path / ADAPTER_CONFIG)
     unsupported = [f"{name}={settings[name]!r}" for name in UNMERGEABLE if is_set(settings.get(name))]
@@ -125,13 +134,17 @@ def read_lora(path: Path, config: BaichuanConfig | LlamaConfig) -> Lora:
         raise ValueError(f"{path / ADAPTER_CONFIG} 的 {'、'.join(unsupported)} 不是本项目训练出的设置，不能合并")
     plan, file = check_adapter(path, config), AdapterFile(path)
     names = {f"{PREFIX}{module}.lora_{side}.weight" for module in plan.scalings for side in "AB"}
+    magnitudes = {module: f"{PREFIX}{module}.lora_magnitude_vector" for module in plan.scalings}
+    if settings.get("use_dora"):
+        names |= set(magnitudes.values())
     if names != plan.shapes.keys():
         other = sorted(plan.shapes.keys() - names)
         raise ValueError(f"{path / ADAPTER_CONFIG} 要的 {other[:2]} 等 {len(other)} 个张量不是线性层的 LoRA，不能合并")
-    return {
+    lora = {
         module: (*(file.read(f"{PREFIX}{module}.lora_{side}.weight").float() for side in "AB"), scaling)
         for module, scaling in plan.scalings.items()
     }
+    return lora, {module: file.read(name).float() for module, name in magnitudes.items() if name in names}
 
 
 def open_checkpoint(path: str | Path, base_model_path: str | Path | None) -> Checkpoint:

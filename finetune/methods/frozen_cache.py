@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from baichuan import BaichuanForCausalLM
+from finetune.data.rows import data_sha256
 from finetune.methods.registry import base_model_of
 from finetune.process.stale_files import SHM_DIRECTORY
-from utils import file_sha256, log_rank_0, raise_together
+from utils import log_rank_0, raise_together
 
 
 class FrozenCache:
@@ -180,7 +181,7 @@ def open_frozen_cache(cache_frozen: str, output_dir: Path, engine, train_set) ->
         )
     directory = SHM_DIRECTORY if cache_frozen == "memory" else output_dir
     port = os.environ.get("MASTER_PORT", "0")
-    name = f".tmp-frozen-{file_sha256(Path(train_set.paths[0]))[:8]}-{socket.gethostname()}-{port}"
+    name = f".tmp-frozen-{data_sha256(train_set.paths[0])[:8]}-{socket.gethostname()}-{port}"
     cache = FrozenCache(
         directory / name,
         num_layers=num_layers,

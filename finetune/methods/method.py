@@ -23,6 +23,7 @@ class TrainMethod:
         problems: 它的参数互相之间的问题。
         saves_adapter: 检查点只存适配器，可以用 --adapter_path 接着训练。
         prompt: 样本之前放了什么。
+        learning_rate_ratio: (参数名, 参数) → 它的学习率是 --learning_rate 的多少倍。
         smaller: 放不下时它自己还能怎样变小；已经在用的不说。
     """
 
@@ -34,4 +35,5 @@ class TrainMethod:
     problems: Callable[[Any], list[str]] = lambda options: []
     saves_adapter: bool = False
     prompt: Callable[[Any], Prompt] = lambda options: Prompt()
+    learning_rate_ratio: Callable[[str, Any], float] = lambda name, options: 1.0
     smaller: Callable[[Any], list[str]] = lambda options: []

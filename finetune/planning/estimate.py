@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from finetune.planning.flops import recompute_flops, step_flops
 from finetune.planning.machine import Machine
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory, setup_of
 from finetune.process.precision import choose_precision
+from finetune.tasks.registry import TASKS
 from finetune.training.options import total_steps
 
 ROWS_SAMPLED = 4000
@@ -38,6 +40,7 @@ class DataSample(NamedTuple):
     num_src_cut: int
     num_tgt_cut: int
     num_skipped: int
+    max_len: int  # 一项（样本、块或对）至多多少 token
 
     @property
     def scale(self) -> float:
@@ -72,27 +75,35 @@ def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
             rows[place] = path, row
     options = {"max_len": args.max_len, "max_src_len": args.max_src_len, **prompting._asdict()}
     chunks = []
+    row_settings = row_options(vars(args))
     for path in dict.fromkeys(path for path, _ in rows):
         own_rows = [row for other, row in rows if other == path]
-        chunks.append(encode_chunk(own_rows, tokenizer, path, "train", options, row_options(vars(args))))
+        chunks.append(encode_chunk(own_rows, tokenizer, path, "train", options, row_settings))
         problems = ProblemList(path)
         problems.add(chunks[-1].problems)
         problems.raise_if_any()
-    flags, lengths, num_targets = (
-        np.concatenate([np.zeros(0, dtype=int), *(chunk.arrays[name] for chunk in chunks)])
-        for name in ("flags", "lengths", "num_targets")
-    )
+    columns = {
+        name: np.concatenate([np.zeros(0, dtype=int), *(chunk.arrays[name] for chunk in chunks)])
+        for name in ("flags", "lengths", "num_targets", "src_lengths")
+    }
+    flags, lengths = columns["flags"], columns["lengths"]
     keep = np.ones(len(lengths), dtype=bool) if not args.is_skip else (flags & (SRC_CUT | TGT_CUT)) == 0
     if not keep.any():
         raise ValueError(f"数据文件 {data_name(args.train_path)} 里没有可用的样本（空的，或全部超长被 --is_skip 丢弃）")
+    kept = SimpleNamespace(
+        columns={name: column[keep] for name, column in columns.items()}, max_len=args.max_len, path=""
+    )
+    kept.lengths, kept.num_targets = kept.columns["lengths"], kept.columns["num_targets"]
+    items = TASKS[args.task].group(kept)  # 一步所数的：样本、块或对
     return DataSample(
         num_rows=count,
         num_read=len(rows),
-        lengths=lengths[keep].tolist(),
-        num_targets=num_targets[keep].tolist(),
+        lengths=items.lengths.tolist(),
+        num_targets=items.num_targets.tolist(),
         num_src_cut=int((flags[keep] & SRC_CUT > 0).sum()),
         num_tgt_cut=int((flags[keep] & TGT_CUT > 0).sum()),
         num_skipped=int((~keep).sum()),
+        max_len=items.max_len,
     )
 
 
@@ -100,7 +111,7 @@ def weighted_rows(args: TrainOptions, generator: random.Random) -> Iterator[tupl
     """训练数据的 (文件, 行)，各行按它的文件的份量出现，--val_ratio 的份额略去。"""
     for path, weight in parse_sources(args.train_path):
         whole, part = divmod(weight * (1 - (args.val_ratio or 0)), 1)
-        for row in iter_rows(path):
+        for row in iter_rows(path, args.text_unit):
             for _ in range(int(whole) + (part > 0 and generator.random() < part)):
                 yield path, row
 
@@ -113,7 +124,7 @@ def largest_micro_batch(args: TrainOptions, sample: DataSample, cards: int) -> t
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * cards
     copies = -(-global_batch // len(sample.lengths))
     lengths, targets = sample.lengths * copies, sample.num_targets * copies
-    max_tokens = args.per_device_train_batch_size * args.max_len
+    max_tokens = args.per_device_train_batch_size * sample.max_len
     num_steps = STEPS_SAMPLED if args.max_steps == -1 else min(STEPS_SAMPLED, args.max_steps)
     largest, most_targets, accumulates = [0], 0, False
     for indices in epoch_steps(len(lengths), global_batch, args.seed)[:num_steps]:

@@ -29,7 +29,7 @@ def describe(
         f"{num_targets / num_tokens:.1%}；截断 src {sample.num_src_cut * sample.scale:.0f} 条、"
         f"tgt {sample.num_tgt_cut * sample.scale:.0f} 条，超长丢弃 {sample.num_skipped * sample.scale:.0f} 条",
         f"步数：每轮 {outcome.steps_per_epoch}，共 {outcome.num_steps}；最大的 micro batch {sum(batch.lengths)} token"
-        f"（上限 {args.per_device_train_batch_size * args.max_len}），其中目标 {batch.num_targets}",
+        f"（上限 {args.per_device_train_batch_size * sample.max_len}），其中目标 {batch.num_targets}",
         f"模型：{model.num_total:,} 个参数，可训练 {model.num_trained:,}；{args.train_type}，{setup.precision}，"
         f"ZeRO-{setup.stage}{offload}，{setup.cards} 个进程，--gradient_checkpointing {args.gradient_checkpointing}",
         f"{where}的峰值：{gib(plan.device_bytes)}",

@@ -193,7 +193,7 @@ class NumberWatch:
 
 
 def describe_batch(step: StepBatch, micro_losses: list[float], tokenizer) -> list[dict[str, Any]]:
-    """一步的各 micro batch：损失（每个目标 token 的平均），各样本的行、token、标签与文字。"""
+    """一步的各 micro batch：损失（每个目标 token 的平均；偏好的是各行之和），各样本的行、token、标签与文字。"""
     rows = iter(f"{path}:{line}" for path, line in step.rows)
     described = []
     for batch, loss in zip(step.micro_batches, micro_losses, strict=True):
@@ -208,7 +208,8 @@ def describe_batch(step: StepBatch, micro_losses: list[float], tokenizer) -> lis
             for sample_ids, sample_labels in zip(ids, labels, strict=True)
         ]
         num_targets = int((batch["labels"] != IGNORE_INDEX).sum())
-        mean = loss * step.num_target_tokens / (world_size() * max(1, num_targets))
+        total = loss * step.num_items / world_size()
+        mean = total if "sample_indices" in batch else total / max(1, num_targets)
         described.append({"loss": finite_or_text(mean), "num_targets": num_targets, "samples": samples})
     return described
 

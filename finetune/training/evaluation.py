@@ -17,6 +17,7 @@ from finetune.data.step_loader import StepLoader, batch_to_device
 from finetune.inference.generation import generate_batch, make_generation_config, plan_batches
 from finetune.metrics.registry import LOWER_IS_BETTER, METRICS
 from finetune.process.random_state import random_state, set_random_state
+from finetune.tasks.token_loss import TokenLoss
 from finetune.terminal import long_job
 from finetune.training.log import TrainLog
 from finetune.training.options import EvaluationOptions
@@ -30,6 +31,7 @@ class Evaluation:
         data_set: 评估的数据；没有则为 None。
         sha256: 它的文件的哈希；换了数据或指标，以前的分数不可比，从头算最好的。
         state: 续训时 state() 存下的；从头开始为 None。
+        objective: 这一阶段怎样算损失。
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Evaluation:
         prompting: Prompting,
         sha256: str | None,
         state: dict | None = None,
+        objective: TokenLoss | None = None,
     ):
-        self.options, self.data = options, data
+        self.options, self.data, self.objective = options, data, objective or TokenLoss()
         self.data_set, self.tokenizer = data_set, tokenizer
         self.rows = [] if data_set is None else spread(len(data_set), options.max_eval_samples)
         self.seconds = 0.0  # 至今评估用去的时间
@@ -54,7 +57,7 @@ class Evaluation:
         self.num_worse: int = state["num_worse"] if is_same else 0  # 连续多少次评估没有更好
         self.is_owed: bool = state["is_owed"] and data_set is not None  # 一次评估被打断，还没有做
         self._prompts, self._references = [], []
-        if data_set is not None and options.eval_metric != "nll":
+        if data_set is not None and options.eval_metric not in ("nll", "loss"):
             how = row_options(vars(data))
             files = {path: read_samples(path, "predict", options=how) for path in dict.fromkeys(data_set.paths)}
             for index in self.rows:
@@ -111,12 +114,15 @@ class Evaluation:
             return False
         if self.best is None or found["score"] == self.best["score"]:
             return self.best is None or found["nll"] < self.best["nll"]
-        return (found["score"] < self.best["score"]) is (self.options.eval_metric in LOWER_IS_BETTER)
+        return (found["score"] < self.best["score"]) is (self.options.eval_metric in {*LOWER_IS_BETTER, "loss"})
 
     def _print(self, step: int, scores: dict[str, float], is_better: bool, seconds: float):
         metric = self.options.eval_metric
         text = f"评估 {self.data_set.path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
-        if metric != "nll":
+        text += "".join(f"，{name} {scores[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in scores)
+        if "perplexity" in scores:
+            text += f"，困惑度 {scores['perplexity']:.2f}"
+        if metric not in ("nll", "loss"):
             interval = f"[{scores[f'{metric}_ci_low']:.4f}, {scores[f'{metric}_ci_high']:.4f}]"
             text += f"，{metric} {scores[metric]:.4f}，95% 区间 {interval}"
         text += f"；{len(self.rows)} 行，{seconds:.1f} 秒"
@@ -129,11 +135,13 @@ class Evaluation:
         """{指标: 分数}，总有 nll；生成的指标另有区间。放弃时为 None。"""
         metric, data, pad_token_id = self.options.eval_metric, self.data, self.tokenizer.pad_token_id
         batch_size = self.options.eval_batch_size
+        if self.objective.with_samples:
+            return self._preference_scores(engine, should_stop)
         nll = evaluate_nll(
-            engine, self.data_set, batch_size, data.max_len, pad_token_id, data.packing, should_stop, self.rows
+            engine, self.data_set, batch_size, self.data_set.max_len, pad_token_id, data.packing, should_stop, self.rows
         )
         if nll is None or metric == "nll":
-            return None if nll is None else {"nll": nll}
+            return None if nll is None else self.objective.scores(nll)
         generated = generate_on_all_ranks(
             engine, self._prompts, self.options.eval_max_new_tokens, batch_size, should_stop
         )
@@ -146,7 +154,26 @@ class Evaluation:
             names = {"score": "", "ci_low": "_ci_low", "ci_high": "_ci_high"}
             return {f"{metric}{suffix}": found[name] for name, suffix in names.items()}
 
-        return {"nll": nll, **broadcast_from_rank_0(measure)}
+        return {**self.objective.scores(nll), **broadcast_from_rank_0(measure)}
+
+    def _preference_scores(self, engine, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """偏好各阶段的评估。"""
+        data_set, rows = self.data_set, self.rows
+        loader = StepLoader(
+            data_set,
+            batch_size=self.options.eval_batch_size,
+            max_len=data_set.max_len,
+            seed=None,
+            pad_token_id=self.tokenizer.pad_token_id,
+            packing=self.data.packing,
+            with_samples=True,
+            partners=self.objective.eval_partners,
+            order=sorted(rows, key=lambda row: -int(data_set.lengths[row])),
+            world_size=world_size(),
+            rank=global_rank(),
+        )
+        with evaluating(engine), long_job("评估：偏好", len(rows), "行") as progress:
+            return self.objective.evaluate(engine, loader, should_stop, progress)
 
     def write_best(self, output_dir: Path):
         """把最好的检查点写进 output_dir/best.json；它还没有（或不在这个目录）时没有这个文件。只在 0 号进程调用。"""

@@ -3,8 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -54,7 +55,7 @@ def open_writer(report: str, logging_dir: Path, name: str, purge_step: int | Non
 
 
 class TrainLog:
-    """累计每一步的数，到该显示的步写出一条：loss 是上一条以来各目标 token 的平均。
+    """累计每一步的数，到该显示的步写出一条：loss 是上一条以来各项（目标 token，或偏好的行）的平均。
 
     Args:
         output_dir: train_log.jsonl 与 loss.png 写在这里。
@@ -80,7 +81,8 @@ class TrainLog:
         self.num_steps, self.show_loss_step = num_steps, show_loss_step
         state = state or {"step": 0, "loss_sum": 0.0, "targets": 0, "tokens": 0, "seconds": 0.0, "elapsed": 0.0}
         self._step, self._loss_sum = state["step"], state["loss_sum"]
-        self._num_targets, self._num_tokens = state["targets"], state["tokens"]
+        self._num_items, self._num_tokens = state["targets"], state["tokens"]
+        self._figures: dict[str, tuple[float, int]] = dict(state.get("figures", {}))
         self._seconds, self._elapsed_before = state["seconds"], state["elapsed"]
         self._started = self._window_started = time.perf_counter()
         self._paused = self._started
@@ -106,14 +108,19 @@ class TrainLog:
         lr: float,
         grad_norm: float,
         num_overflows: int = 0,
+        figures: Mapping[str, tuple[float, int]] = MappingProxyType({}),
     ):
-        """记一步。loss 是这一步各目标 token 的平均，num_tokens 是所有进程的非填充 token 数。
+        """记一步。loss 是这一步各项（目标 token，或偏好的行）的平均，num_targets 是有几项；figures 是别的 (和, 个数)。
 
+        num_tokens 是所有进程的非填充 token 数。
         num_overflows 是至今 fp16 溢出的次数，不是 0 才写；溢出的一步梯度范数不是有限数，写成 null。
         """
         self._step = step
         self._loss_sum += loss * num_targets
-        self._num_targets += num_targets
+        self._num_items += num_targets
+        for name, (total, count) in figures.items():
+            before = self._figures.get(name, (0.0, 0))
+            self._figures[name] = before[0] + total, before[1] + count
         self._num_tokens += num_tokens
         if self._progress is not None:
             self._progress.update(1)
@@ -124,7 +131,8 @@ class TrainLog:
         record = {
             "step": step,
             "epoch": round(epoch, 4),
-            "loss": self._loss_sum / max(1, self._num_targets),
+            "loss": self._loss_sum / max(1, self._num_items),
+            **{name: total / count for name, (total, count) in self._figures.items() if count},
             "lr": lr,
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens": self._num_tokens,
@@ -135,13 +143,14 @@ class TrainLog:
         if num_overflows:
             record["overflows"] = num_overflows
         self.write(record, step)
-        self._loss_sum, self._num_targets, self._num_tokens, self._seconds = 0.0, 0, 0, 0.0
+        self._loss_sum, self._num_items, self._num_tokens, self._seconds, self._figures = 0.0, 0, 0, 0.0, {}
         self._window_started = time.perf_counter()
         if self._progress is not None:
             norm = f"{grad_norm:.4g}" if grad_norm > 1e6 else f"{grad_norm:.3f}"
+            told = "".join(f"{name} {record[name]:.4f}  " for name in figures if name in record)
             self._progress.set_postfix_str(f"loss {record['loss']:.4f}")
             log_rank_0(
-                f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  lr {lr:.3g}  "
+                f"步 {step}/{self.num_steps}  轮 {epoch:.2f}  loss {record['loss']:.4f}  {told}lr {lr:.3g}  "
                 f"梯度范数 {norm}  {record['tokens_per_second']:.0f} token/s  "
                 f"内存 {record['memory_mb']:.0f} MB" + (f"  溢出 {num_overflows} 次" if num_overflows else "")
             )
@@ -166,7 +175,8 @@ class TrainLog:
         return {
             "step": self._step,
             "loss_sum": self._loss_sum,
-            "targets": self._num_targets,
+            "targets": self._num_items,
+            **({"figures": self._figures} if self._figures else {}),
             "tokens": self._num_tokens,
             "seconds": self._seconds,
             "elapsed": self._elapsed_before + time.perf_counter() - self._started,
@@ -253,7 +263,8 @@ def draw_loss(log_path: Path):
         return [step for step, _ in found], [value for _, value in found]
 
     names = {key.removeprefix("eval/") for record in records for key in record if key.startswith("eval/")}
-    metrics = sorted(name for name in names if name != "nll" and not name.endswith(("_ci_low", "_ci_high")))
+    metrics = sorted(name for name in names if f"{name}_ci_low" in names or name == "accuracy")
+    held_out = "loss" if "loss" in names else "nll"  # 偏好的各阶段看它们自己的损失
     pyplot = set_up()
     figure, panels = pyplot.subplots(
         1 + len(metrics), figsize=(7, 4.2 + 2.6 * len(metrics)), layout="constrained", sharex=True, squeeze=False
@@ -261,16 +272,16 @@ def draw_loss(log_path: Path):
     figure.suptitle(f"训练过程：{log_path.resolve().parent.name}")
     top, *others = panels[:, 0]
     top.plot(*curve("loss"), label="训练", color="#0072b2", linewidth=1.6, marker=".", markersize=5)
-    if "nll" in names:
-        top.plot(*curve("eval/nll"), label="评估", color="#d55e00", linewidth=1.6, marker="o", markersize=5)
-    top.set_ylabel("每个目标 token 的损失")
+    if held_out in names:
+        top.plot(*curve(f"eval/{held_out}"), label="评估", color="#d55e00", linewidth=1.6, marker="o", markersize=5)
+    top.set_ylabel("每个目标 token 的损失" if held_out == "nll" else "每对的损失")
     top.legend(frameon=False)
     for axes, metric in zip(others, metrics, strict=True):
         steps, scores = curve(f"eval/{metric}")
         axes.plot(steps, scores, color="#d55e00", linewidth=1.6, marker="o", markersize=5)
-        axes.fill_between(
-            steps, curve(f"eval/{metric}_ci_low")[1], curve(f"eval/{metric}_ci_high")[1], color="#d55e00", alpha=0.15
-        )
+        if f"{metric}_ci_low" in names:
+            low, high = (curve(f"eval/{metric}_ci_{side}")[1] for side in ("low", "high"))
+            axes.fill_between(steps, low, high, color="#d55e00", alpha=0.15)
         axes.set_ylabel(f"评估：{metric}")
     panels[-1, 0].set_xlabel("步")
     figure.savefig(log_path.with_name("loss.png"), dpi=150)

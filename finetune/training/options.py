@@ -131,8 +131,9 @@ class EvaluationOptions:
     )
     eval_metric: str = flag(
         "nll",
-        "按什么定最好的检查点：nll 为目标 token 的平均损失，其余为生成回答之后的指标",
-        choices=tuple(sorted(METRICS)),
+        "按什么定最好的检查点：nll 为目标 token 的平均损失，loss 为偏好各阶段自己的损失（它们的缺省），"
+        "其余为生成回答之后的指标（缺省 nll）",
+        choices=("loss", *sorted(METRICS)),
         changes_training=False,
     )
     eval_max_new_tokens: int = flag(128, "生成的指标：最多生成的 token 数", check=at_least(1), changes_training=False)

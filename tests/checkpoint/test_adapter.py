@@ -191,7 +191,7 @@ SETTINGS = {
     "patterns": {"rank_pattern": {"layers.1.self_attn.W_pack": 2}, "alpha_pattern": {"layers.2.self_attn.W_pack": 3}},
     "tokens": {"trainable_token_indices": [5, 6]},
 }
-MERGED = {"rslora", "layers", "patterns"}
+MERGED = {"rslora", "dora", "layers", "patterns"}
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -112,7 +112,7 @@ VERDICTS = [
     ({"prompt": [{"role": U}], "completion": "答"}, "prompt"),
     ({"prompt": "问", "response": "答", "completion": "答"}, "response"),
     # 别的阶段的，与认不出的
-    ({"text": "全文"}, "text"),
+    ({"text": "全文"}, ((A, "全文"),)),
     ({"prompt": "问", "chosen": "好", "rejected": "坏"}, "chosen"),
     ({"question": "问", "answer": "答"}, "instruction"),
     (b'{"instruction": "\xe9\x97\xae", "instruction" : "x", "output": ""}', "instruction"),

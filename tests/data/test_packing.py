@@ -28,15 +28,16 @@ class TinyDataSet:
         self.lengths = lengths
         self.offsets = [0, *itertools.accumulate(lengths)]
         self.num_targets = [1] * len(lengths)
-        self.paths = ["rows.json"] * len(lengths)
-        self.lines = [i + 1 for i in range(len(lengths))]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, i: int) -> EncodedSample:
         length = self.lengths[i]
-        return sample([i + 10] * length, [NO] * (length - 1) + [i + 10], self.lines[i])
+        return sample([i + 10] * length, [NO] * (length - 1) + [i + 10], i + 1)
+
+    def place(self, i: int) -> tuple[str, int]:
+        return "rows.json", i + 1
 
 
 # ---- epoch_steps ----

@@ -75,6 +75,15 @@ def test_shared_prefix_gives_the_same_gradients(architecture, method, checkpoint
     assert_same_gradients(results[1][1], results[0][1])
 
 
+def test_row_losses_of_the_model_are_those_of_its_sum(architecture):
+    model = load_model(architecture).train()
+    ids = torch.arange(3, 23)[None]
+    batch = {"input_ids": ids, "labels": torch.where(ids < 9, IGNORE_INDEX, ids)}
+    rows = model(**batch, row_losses=True).loss
+    assert rows.shape == (14,)
+    assert rows.mean().item() == pytest.approx(model(**batch).loss.item(), abs=1e-5)
+
+
 def test_packed_loss_equals_documents_alone(architecture):
     model = load_model(architecture).train()
     documents = make_documents(model.config.vocab_size)

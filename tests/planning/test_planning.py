@@ -248,7 +248,7 @@ def test_suggestions_fit_and_are_ranked(large_model, tmp_path):
     assert cards == sorted(cards) and cards[0] == 1
 
 
-SAMPLE = DataSample(1000, 1000, [1024] * 1000, [200] * 1000, 0, 0, 0)
+SAMPLE = DataSample(1000, 1000, [1024] * 1000, [200] * 1000, 0, 0, 0, 1024)
 ZERO2, ZERO3 = (read_ds_config(ROOT / name) for name in ("ds_zero2_no_offload.json", "ds_zero3_offload.json"))
 
 

@@ -150,6 +150,7 @@ def step(request) -> StepBatch:
         num_target_tokens=3,
         num_tokens=8,
         rows=[("rows.json", 3), ("rows.json", 8)],
+        num_items=3,
     )
 
 

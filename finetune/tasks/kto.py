@@ -1,0 +1,146 @@
+"""kto：前景理论的偏好优化（Ethayarajh 等，2024）。每行一个回答，标注好或不好。
+
+好的回答 1 − σ(β·(r − z))，不好的 1 − σ(β·(z − r))；r 是回答对参考模型的对数比，z 是离参考模型的 KL 的估计：一步的
+每个提示配上这一步前一行的回答（首行配末行的），它们的对数比在整个全局 batch 上的平均，不小于 0，不传梯度。
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from finetune.data.grouping import GroupedDataSet, singles
+from finetune.data.prompting import IGNORE_INDEX, EncodedSample
+from finetune.tasks.preference import DEFAULTS, Answers, Figures, PreferenceLoss
+from finetune.tasks.task import Task
+from utils import world_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finetune.data.step_loader import StepBatch
+
+Key = tuple[int, int]  # (提示的行, 回答的行)
+
+
+def partners(data_set: GroupedDataSet, indices: Sequence[int]) -> dict[int, tuple[Key, EncodedSample]]:
+    """一步的各行 → 同样的提示，配上前一行的回答。"""
+    return _mismatched(data_set, [(row, indices[place - 1]) for place, row in enumerate(indices)])
+
+
+def neighbours(data_set: GroupedDataSet, indices: Sequence[int]) -> dict[int, tuple[Key, EncodedSample]]:
+    """评估时配文件里前一行的回答：与怎样成批无关。"""
+    return _mismatched(data_set, [(row, (row - 1) % len(data_set)) for row in indices])
+
+
+def _mismatched(data_set: GroupedDataSet, keys: Sequence[Key]) -> dict[int, tuple[Key, EncodedSample]]:
+    found = Mismatched(data_set, keys)
+    return {key[0]: (key, sample) for key, [sample] in zip(keys, found, strict=True)}
+
+
+class Mismatched:
+    """第 i 项：第 keys[i][0] 行的提示配上第 keys[i][1] 行的回答，长于 max_len 的截去尾部；接口同 GroupedDataSet。"""
+
+    reference = is_desirable = None
+
+    def __init__(self, data_set: GroupedDataSet, keys: Sequence[Key]):
+        self.data_set, self.keys, self.max_len = data_set, keys, data_set.max_len
+        columns = data_set.data_set.columns
+        prompts, answers = np.array(keys).T
+        src, tgt = columns["src_lengths"][prompts], (columns["lengths"] - columns["src_lengths"])[answers]
+        tgt = np.minimum(tgt, self.max_len - src)
+        self.lengths, self.num_targets = src + tgt, tgt - (src == 0)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> list[EncodedSample]:
+        ([prompt], [answer]), num_targets = (self.data_set[row] for row in self.keys[index]), self.num_targets[index]
+        src = prompt.input_ids[: prompt.num_src_tokens]
+        tgt = answer.input_ids[answer.num_src_tokens :][: self.max_len - len(src)]
+        labels = np.concatenate([np.full(len(src), IGNORE_INDEX, dtype=tgt.dtype), tgt])
+        return [prompt._replace(input_ids=np.concatenate([src, tgt]), labels=labels, num_targets=int(num_targets))]
+
+    def members(self, index: int) -> tuple[int]:
+        return (index,)
+
+    def place(self, index: int) -> tuple[str, int]:
+        return self.data_set.place(self.keys[index][0])
+
+
+class KtoLoss(PreferenceLoss):
+    """每一行权重相同，一步的 z 是整个全局 batch 的。"""
+
+    partners, eval_partners = staticmethod(partners), staticmethod(neighbours)
+
+    def __init__(self, options):
+        super().__init__(options, pair_loss=None, uses_reference=True, width=1)
+        self.divergence: Tensor | None = None  # 这一步的 z
+
+    def start(self, engine, data_sets: Sequence, pad_token_id: int) -> None:
+        """另外算好每一步的搭档的；搭档随各轮的次序而变。"""
+        super().start(engine, data_sets, pad_token_id)
+        if self.is_live:
+            return
+        from finetune.data.packing import epoch_steps
+
+        options = self.options
+        size = options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size()
+        for number, data_set in enumerate(data_sets):
+            keys = {(row, (row - 1) % len(data_set)) for row in range(len(data_set))} if number else set()
+            for epoch in range(0 if number else options.num_train_epochs):
+                for step in epoch_steps(len(data_set), size, options.seed, epoch):
+                    keys.update((row, step[place - 1]) for place, row in enumerate(step))
+            ordered = sorted(keys)
+            found = self._all_log_probs(engine, Mismatched(data_set, ordered), pad_token_id)
+            data_set.reference = {
+                **dict(enumerate(data_set.reference)),
+                **dict(zip(ordered, found, strict=True)),
+            }
+
+    def prepare(self, engine, step: StepBatch) -> None:
+        """算这一步的 z；集合操作。"""
+        import torch
+        import torch.distributed as dist
+
+        from finetune.data.step_loader import batch_to_device
+
+        total = torch.zeros((), dtype=torch.float64, device=engine.device)
+        with torch.no_grad():
+            for batch in step.partners:
+                answers = self.answers(engine, batch_to_device(batch, engine.device))
+                total += (answers.log_probs - answers.reference).double().sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        self.divergence = (total / step.num_items).clamp(min=0).float()
+
+    def measure(self, answers: Answers) -> tuple[Tensor, Figures]:
+        """各行的损失与要记的各项；好与不好的奖励只在各自的行里平均。"""
+        import torch
+
+        beta, is_good, divergence = self.options.beta, answers.is_desirable, self.divergence
+        rewards = beta * (answers.log_probs - answers.reference)[:, 0]
+        signs = torch.where(is_good, 1.0, -1.0)
+        margins = signs * (rewards - beta * divergence)
+        losses = 1 - torch.sigmoid(margins)
+        rewards, margins = rewards.detach(), margins.detach()
+        return losses, {
+            "margin": margins,
+            "accuracy": (margins > 0).float(),
+            "reward_chosen": rewards[is_good],
+            "reward_rejected": rewards[~is_good],
+            "kl": divergence.expand(len(rewards)),
+        }
+
+
+TASK = Task(
+    "kto",
+    open=KtoLoss,
+    group=singles,
+    flags=("beta",),
+    defaults=DEFAULTS,
+    learning_rate_scale=0.05,
+    is_preference=True,
+)
