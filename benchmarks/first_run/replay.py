@@ -168,7 +168,7 @@ def main() -> int:
     else:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}```text\n{text}```\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}```text\n{text.rstrip()}\n```\n{END}{after}", encoding="utf-8")
     print(f"共 {len(printed)} 行，其中各库的 {len(library)} 行（{len(library) / len(printed):.1%}）")
     return 0 if len(library) <= MOST_LIBRARY_LINES * len(printed) else 1
 
