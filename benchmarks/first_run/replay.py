@@ -3,7 +3,7 @@
 python benchmarks/first_run/replay.py                  # 约十分钟；改写 docs/first-run.md 里的记录
 python benchmarks/first_run/replay.py --output 记录.txt # 只看看
 
-在项目的副本里运行，只带 git 认得的文件。进度条只留最后的样子，虚拟环境的路径写成 .venv。
+在项目的副本里运行，只带 git 认得的文件。进度条不留，虚拟环境的路径写成 .venv。
 末行是各库的行数：它们至多占 5%。
 """
 
@@ -31,6 +31,7 @@ COLUMNS = 110
 LIBRARY_LINE = re.compile(
     r"^\[(W?\d|rank)|Warning|warnings\.warn|^(DeepSpeed|Using|Loading|Building|Detected|ninja) |Traceback|^ +File "
 )
+PROGRESS_BAR = re.compile(r"\S[^|]*: +\d+%\|.*?(?=\^C|$)")
 MOST_LIBRARY_LINES = 0.05
 FULL = (
     "TRAIN_PATH=data/cls_0.json bash scripts/train_full.sh baichuan2-tiny --learning_rate 1e-3 "
@@ -93,16 +94,26 @@ def play(scene: Scene, directory: Path, environment: dict[str, str]) -> tuple[in
 
 
 def lines_on_screen(text: str) -> list[str]:
-    """终端的输出 → 最后留在屏幕上的各行：回车回到行首重写，进度条因此只剩最后的样子（收起的没有）。"""
+    """终端的输出 → 各行：去掉颜色与光标的移动，回车回到行首重写，进度条不留。"""
     lines = []
-    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).replace("\r\n", "\n").split("\n"):
+    for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r\n", "\n").split("\n"):
         shown: list[str] = []
-        for part in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", line).split("\r"):
+        for part in line.split("\r"):
             shown[: len(part)] = part
         lines.append("".join(shown).rstrip())
     while lines and not lines[-1]:
         lines.pop()
-    return lines
+    return without_bars(lines)
+
+
+def without_bars(lines: list[str]) -> list[str]:
+    """略去进度条，只有进度条的行整行略去。"""
+    kept = []
+    for line in lines:
+        rest = PROGRESS_BAR.sub("", line)
+        if rest or not line:
+            kept.append(rest)
+    return kept
 
 
 def copy_project(directory: Path) -> None:
@@ -157,7 +168,7 @@ def main() -> int:
     else:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        PAGE.write_text(f"{before}{BEGIN}```text\n{text}```\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}```text\n{text.rstrip()}\n```\n{END}{after}", encoding="utf-8")
     print(f"共 {len(printed)} 行，其中各库的 {len(library)} 行（{len(library) / len(printed):.1%}）")
     return 0 if len(library) <= MOST_LIBRARY_LINES * len(printed) else 1
 
