@@ -513,7 +513,9 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def resize_token_embeddings(self, *args, **kwargs):
-        raise ValueError("Baichuan 的词表不能这样改变大小：词表投影按行归一化；要加新词请用 train.py 的 --add_tokens")
+        raise ValueError(
+            "Baichuan 的词表不能改变大小：词表投影按行归一化，官方的 id 也是固定的；加新词请用 --add_tokens"
+        )
 
     def add_rows(self, first: int, embedding: Tensor, head: Tensor):
         """新词的行：从 first 号起的 n 个词用 embedding、head（各 [n, H]，head 是归一化之前的），各成一个参数。"""
