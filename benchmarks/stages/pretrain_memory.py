@@ -54,7 +54,7 @@ def main():
     args = parser.parse_args()
     results = []
     for size in map(int, args.sizes.split(",")):
-        with tempfile.TemporaryDirectory(dir=args.out.parent) as directory:
+        with tempfile.TemporaryDirectory() as directory:
             corpus = Path(directory) / "corpus.txt"
             count = write_corpus(args.general, size, corpus)
             environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
