@@ -55,7 +55,7 @@ def test_the_settled_flags_are_listed_once_with_the_given_ones_marked():
     assert [word for word in words if word.lstrip("*").startswith("lora_")][:2] == ["*lora_dim 4", "lora_alpha 30"]
     assert {"*train_path data/spo_0.json", "learning_rate 0.0002", "max_len 1024"} <= set(words)
     assert not any(word.startswith(("pre_seq_len", "eval_path", "replay_by", "local_rank")) for word in words)
-    assert len(text.splitlines()) == 5
+    assert len(text.splitlines()) == 6
 
 
 def test_user_command_parses():
@@ -372,6 +372,9 @@ FOREIGN_FLAGS = [(method, flag, value) for method, flag, value in [
     ("lora", "lora_module_name", "W_pack"),
     ("lora", "load_in_4bit", "False"),
     ("lora", "load_in_8bit", "False"),
+    ("lora", "use_rslora", "False"),
+    ("lora", "use_dora", "False"),
+    ("lora", "loraplus_ratio", "16"),
     ("ptuning", "pre_seq_len", "16"),
     ("ptuning", "prefix_projection", "True"),
     ("ptuning", "prefix_hidden_size", "512"),
