@@ -64,8 +64,9 @@ def build_parser() -> Parser:
 
 
 def describe_flags(options: TrainOptions) -> str:
-    """最后定下的参数，一组一行，写明的前面有 *；别的方法的、没有值的略去。"""
-    hidden = ("config", "local_rank", *(["replay_by"] if options.replay_path is None else []))
+    """最后定下的参数，一组一行，写明的前面有 *；别的方法、别的阶段的，没有值的略去。"""
+    hidden = {field.name for field in flags_of(PreferenceOptions)} - set(TASKS[options.task].flags)
+    hidden |= {"config", "local_rank", *(["replay_by"] if options.replay_path is None else [])}
     others = {method.options for name, method in TRAIN_METHODS.items() if name != options.train_type}
     lines = ["参数（* 是写明的，其余是缺省）："]
     for title, classes in GROUPS.items():
