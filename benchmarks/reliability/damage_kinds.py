@@ -107,7 +107,9 @@ ROW_SURGERY: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "嵌套十万层": _instruction_row(lambda row: _dump(row)[:-1] + b', "x": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"),
     "半个代理字符": _instruction_row(lambda row: _dump({**row, "output": "X"}).replace(b'"X"', b'"\\ud83d"')),
     "NUL 字节": _instruction_row(lambda row: _dump(row).replace(b"instruction", b"instruction\0")),
-    "GBK 编码": _instruction_row(lambda row: json.dumps({**row, "input": "故障"}, ensure_ascii=False).encode("gbk")),
+    "GBK 编码": _instruction_row(
+        lambda row: json.dumps({**row, "input": "故障"}, ensure_ascii=False).encode("gbk", "replace")
+    ),
     "没有转义的换行": _instruction_row(lambda row: _dump({**row, "input": "X"}).replace(b'"X"', b'"a\nb"')),
     "行被拦腰截断": _instruction_row(lambda row: _dump(row)[: len(_dump(row)) // 2]),
     "空的对话": _talk(),

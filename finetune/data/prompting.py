@@ -251,7 +251,7 @@ def _head_labels(previous: Turn | None, turn: Turn, layout: _Layout) -> list[int
     if not previous.is_trained or previous.is_cut:
         return [IGNORE_INDEX] * len(turn.head)
     if previous.role == "assistant":
-        return [layout.eos] if layout.is_chat else [IGNORE_INDEX] * len(turn.head)
+        return [layout.eos] if layout.is_chat and turn.role == "user" else [IGNORE_INDEX] * len(turn.head)
     return turn.head
 
 
