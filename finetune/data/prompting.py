@@ -19,6 +19,7 @@ src 的截断（max_src_len，训练与预测相同，且与回答无关）：�
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,8 +161,11 @@ def encode_sample(
     _check_choice("family", family, PROMPT_FAMILIES)
     if max_src_len >= max_len:
         raise ValueError(f"--max_src_len({max_src_len}) 必须小于 --max_len({max_len})，请调小前者")
+    roles = [role for role, _ in sample.messages]
+    if ("assistant", "assistant") in pairwise(roles):
+        raise ValueError("两个回答连在一起，请合成一个，或补上它们之间的提问")
     layout = _Layout(tokenizer, prompt_format, user_token_id, assistant_token_id, template)
-    trained = sample.trained or [role == "assistant" for role, _ in sample.messages]
+    trained = sample.trained or [role == "assistant" for role in roles]
     *context, answer = [layout.turn(*message, flag) for message, flag in zip(sample.messages, trained, strict=True)]
     assert answer.role == "assistant", "训练样本的最后一条必须是回答，由 data/samples 保证"
     has_control_pieces = answer.has_control_pieces or any(turn.has_control_pieces for turn in context)
