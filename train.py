@@ -41,7 +41,7 @@ from finetune.process.accelerator import has_accelerator
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
-from finetune.process.launching import process_count_note
+from finetune.process.launching import join_or_stand_alone, process_count_note
 from finetune.process.libraries import quiet_libraries
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
@@ -102,6 +102,7 @@ def main() -> int:
     settle_arithmetic()
     clean_leftovers()
     skip_ops_without_compiler()
+    join_or_stand_alone()
     deepspeed.init_distributed(timeout=WAIT_LIMIT)
     release_shared_memory()
     interruption = Interruption()

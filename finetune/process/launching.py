@@ -1,9 +1,20 @@
-"""启动：载入库的几秒里按 Ctrl-C 立即结束；启动器起的进程数与 LOCAL_SIZE 不同时说一声。不载入 torch。"""
+"""启动：没有启动器时自成一个进程；载入库的几秒里按 Ctrl-C 立即结束；进程数与 LOCAL_SIZE 不同时说一声。不载入 torch。"""
 
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
+
+
+def join_or_stand_alone() -> None:
+    """`python train.py`：没有启动器（deepspeed、torchrun、mpirun、srun）给出编号时，自己就是唯一的进程。"""
+    if any(name in os.environ for name in ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")):
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
 
 
 def leave_quietly_on_interrupt() -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -104,6 +105,20 @@ def test_the_same_command_again_overwrites_nothing(tiny_checkpoint, tmp_path):
     )
     # 同样的命令，同样的种子：同样的损失
     assert [record["loss"] for record in second.records] == [record["loss"] for record in first.records]
+
+
+def test_without_a_launcher_python_runs_one_process(tiny_checkpoint, tmp_path):
+    output = tmp_path / "output"
+    flags = flags_of(
+        rows=write_rows(tmp_path / "rows.json", 8), model=tiny_checkpoint("baichuan2-7b", **SIZES), output=output
+    )
+    run = subprocess.run(
+        [sys.executable, "train.py", *map(str, flags), "--max_steps", "1"],
+        cwd=ROOT, env=cpu_environment(1), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert checkpoints_in(output) == ["epoch-1-step-1"]
+    assert read_json(output / "run_config.json")["world_size"] == 1
 
 
 @pytest.mark.slow
