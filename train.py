@@ -26,7 +26,7 @@ from finetune.checkpoint.added_tokens import add_words
 from finetune.checkpoint.base_model import load_tokenizer
 from finetune.checkpoint.output_dir import checkpoint_name, rotate_checkpoints
 from finetune.checkpoint.resume import open_run
-from finetune.checkpoint.run_record import describe_run
+from finetune.checkpoint.run_record import describe_run, hashing_base
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
 from finetune.data.mixture import hold_out_rows, mix, parse_sources
@@ -138,7 +138,8 @@ def main() -> int:
         return 0
 
     output_dir = Path(args.output_dir)
-    engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
+    with hashing_base(run_config):
+        engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
     limit_waiting()
     forgetting = open_forgetting(args, args.max_len, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
     objective.start(engine, [data for data in (train_set, eval_set) if data is not None], tokenizer.pad_token_id)

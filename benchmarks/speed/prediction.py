@@ -30,10 +30,10 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def predict(tree: Path, flags: list[str], output: Path) -> dict[str, float]:
+def predict(tree: Path, flags: list[str], num_threads: int, output: Path) -> dict[str, float]:
     """用 tree 的 predict.py 预测一遍 → 墙上时间与 CPU 时间，秒。"""
     command = [sys.executable, "predict.py", *flags, "--output_path", str(output)]
-    env = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(num_threads), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, cwd=tree, env=env, stderr=subprocess.PIPE, text=True, encoding="utf-8")
     moments, lines = {}, []
     for line in process.stderr:
@@ -67,12 +67,11 @@ def main() -> int:
         rows.write_text("".join(lines[: args.rows]), encoding="utf-8")
         flags = ["--model_path", str(args.model_path.resolve()), "--test_path", str(rows), "--device", "cpu"]
         flags += ["--precision", "fp32", "--max_new_tokens", str(args.max_new_tokens)]
-        flags += ["--num_threads", str(args.threads)]
         outputs = set()
         for _ in range(args.repeats):
             for name, tree in names.items():
                 output = Path(directory) / "out.jsonl"
-                run = {"load": os.getloadavg()[0], **predict(tree, flags, output)}
+                run = {"load": os.getloadavg()[0], **predict(tree, flags, args.threads, output)}
                 runs[name].append(run)
                 outputs.add(output.read_bytes())
                 output.unlink()
@@ -91,7 +90,14 @@ def main() -> int:
     header = ["", "行/秒", "行/秒（CPU）"]
     print(format_table(header, table))
     print("各次的输出逐字节相同" if is_same else f"各次的输出有 {len(outputs)} 种")
-    result = {"machine": machine(), "flags": flags[4:], "rows": args.rows, "runs": runs, "ratios": ratios}
+    result = {
+        "machine": machine(),
+        "flags": flags[4:],
+        "threads": args.threads,
+        "rows": args.rows,
+        "runs": runs,
+        "ratios": ratios,
+    }
     write_json(RESULTS / f"{args.name}.json", {**result, "is_same": is_same})
     (RESULTS / f"{args.name}.md").write_text(
         f"# 文件预测的速度\n\n{args.rows} 行，{args.threads} 线程，至多 {args.max_new_tokens} 个新 token，"

@@ -36,9 +36,11 @@ def plan_prompts(prompts: Sequence[Sequence[int]], indices: Iterable[int] | None
     order = sorted(range(len(prompts)) if indices is None else indices, key=lambda index: prompts[index])
     common = [common_length(prompts[a], prompts[b]) for a, b in pairwise(order)]
     groups = _shared(common, 0, len(order))[1]
-    alone = set(order).difference(*(order[begin:end] for _, begin, end in groups))
-    planned = [[Prompt(index, prompts[index], size) for index in order[begin:end]] for size, begin, end in groups]
-    planned += [[Prompt(index, prompts[index])] for index in alone]
+    alone = set(range(len(order))).difference(*(rows for _, rows in groups))
+    planned = [
+        [Prompt(order[row], prompts[order[row]], size) for row in rows]
+        for size, rows in (*groups, *((0, [row]) for row in alone))
+    ]
     for group in planned:
         group.sort(key=lambda prompt: (-len(prompt.ids), prompt.key))
     planned.sort(key=lambda group: (-len(group[0].ids), group[0].key))
@@ -51,19 +53,26 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
     return next((n for n in range(limit) if one[n] != other[n]), max(0, limit))
 
 
-def _shared(common: list[int], begin: int, end: int) -> tuple[int, list[tuple[int, int, int]]]:
-    """排好的第 begin 到 end 行怎样分组省下的 token 最多 → (省下多少, [(开头的长度, 起, 止)])。
+def _shared(common: list[int], begin: int, end: int) -> tuple[int, list[tuple[int, list[int]]]]:
+    """排好的第 begin 到 end 行哪些共用开头 → (省下多少 token, [(开头的长度, 各行)])。
 
-    common[i] 是第 i 与 i + 1 行相同的开头。或合为一组，或在开头最短的各处分开，各自再分。
+    common[i] 是第 i 与 i + 1 行相同的开头。在开头最短的各处分开：自己分组省得更多的一段自己分，其余各行同用最短的开头。
     """
     if end - begin < 2:
         return 0, []
     lowest = min(common[begin : end - 1])
     edges = [i + 1 for i in range(begin, end - 1) if common[i] < lowest + MIN_SHARED_TOKENS]
-    parts = [_shared(common, *edge) for edge in pairwise([begin, *edges, end])]
-    saved, groups = sum(part[0] for part in parts), [group for part in parts for group in part[1]]
-    whole = lowest * (end - begin - 1) if lowest >= MIN_SHARED_TOKENS else 0
-    return (whole, [(lowest, begin, end)]) if whole > saved else (saved, groups)
+    lowest = lowest if lowest >= MIN_SHARED_TOKENS else 0
+    saved, groups, rest = 0, [], []
+    for edge in pairwise([begin, *edges, end]):
+        saved_here, groups_here = _shared(common, *edge)
+        if saved_here > lowest * (edge[1] - edge[0]):
+            saved, groups = saved + saved_here, groups + groups_here
+        else:
+            rest += range(*edge)
+    if lowest and len(rest) > 1:
+        saved, groups = saved + lowest * (len(rest) - 1), [*groups, (lowest, rest)]
+    return saved, groups
 
 
 class Slots:
