@@ -37,7 +37,7 @@ from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.planning.dry_run import dry_run
-from finetune.process.accelerator import has_accelerator
+from finetune.process.accelerator import has_accelerator, return_free_memory
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
@@ -205,7 +205,8 @@ def train(run: Run):
 
 
 def after_step(run: Run, is_interrupted: bool) -> bool:
-    """一步之后：该评估的先评估，该保存的再保存；返回是否停下（走完、不再进步或被打断）。"""
+    """一步之后：还回空着的内存；该评估的先评估，该保存的再保存；返回是否停下（走完、不再进步或被打断）。"""
+    return_free_memory()
     step, evaluation = run.engine.global_steps, run.evaluation
     is_epoch_end = step % run.loader.steps_per_epoch == 0 or step == run.num_steps
     is_save_step = run.args.save_model_step > 0 and step % run.args.save_model_step == 0
