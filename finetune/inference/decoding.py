@@ -88,30 +88,29 @@ class Slots:
         self._places: tuple[Tensor, Tensor] | None = None
         self.num_keys = 0
 
-    def add(self, cache: DynamicCache, lengths: list[int], num_slots: int) -> None:
+    def add(self, cache: DynamicCache, lengths: list[int]) -> None:
         """cache（各行从第 0 个键起，末尾可有填充）的各行放进后面的格；lengths 是各行有效的键数。"""
         first, size = len(self.lengths), cache.get_seq_length()
         self.lengths += lengths
-        self._reserve(size, num_slots, cache)
-        for mine, name in ((self.keys, "keys"), (self.values, "values")):
-            for slots, layer in zip(mine, cache.layers, strict=True):
-                slots[first : len(self.lengths), :, :size] = getattr(layer, name)
+        if not self.keys:
+            self.keys, self.values = (
+                [getattr(layer, name)[:0] for layer in cache.layers] for name in ("keys", "values")
+            )
+        self._reserve(size)
+        for index, layer in enumerate(cache.layers):
+            self.keys[index][first : len(self.lengths), :, :size] = layer.keys
+            self.values[index][first : len(self.lengths), :, :size] = layer.values
 
-    def _reserve(self, size: int, num_slots: int, cache: DynamicCache | None = None) -> None:
-        """每格至少 size 个键。"""
-        if self.keys and self.keys[0].shape[2] >= size:
+    def _reserve(self, size: int) -> None:
+        """每行有一格，每格至少 size 个键；逐层换成大的，旧的随即放下。"""
+        num_rows, _, length, _ = self.keys[0].shape
+        if num_rows >= len(self.lengths) and length >= size and num_rows:
             return
-        size = -(-size // SLOT_STEP) * SLOT_STEP
-        for mine, name in ((self.keys, "keys"), (self.values, "values")):
-            for index in range(len(cache.layers if cache else mine)):
-                old = mine[index] if index < len(mine) else None
-                like = getattr(cache.layers[index], name) if old is None else old
-                new = like.new_zeros(num_slots, like.shape[1], size, like.shape[3])
-                if old is None:
-                    mine.append(new)
-                else:
-                    new[:, :, : old.shape[2]] = old
-                    mine[index] = new
+        num_rows, size = max(num_rows, len(self.lengths)), -(-max(size, length) // SLOT_STEP) * SLOT_STEP
+        for states in (self.keys, self.values):
+            for index, old in enumerate(states):
+                states[index] = old.new_zeros(num_rows, old.shape[1], size, old.shape[3])
+                states[index][: len(old), :, : old.shape[2]] = old
 
     def remove(self, row: int) -> None:
         """去掉一行：末一行移到它的格里。"""
@@ -125,7 +124,7 @@ class Slots:
     def begin_step(self, device: torch.device) -> Tensor:
         """各行要再写一个键 → 它们的位置 [b, 1]。"""
         longest = max(self.lengths) + 1
-        self._reserve(longest, self.keys[0].shape[0])
+        self._reserve(longest)
         self.num_keys = min(-(-longest // SLOT_STEP) * SLOT_STEP, self.keys[0].shape[2])
         positions = torch.tensor(self.lengths, device=device)
         self._places = torch.arange(len(self.lengths), device=device), positions
@@ -220,7 +219,7 @@ class Decoder:
             cache.update(*(states.expand(len(own), -1, -1, -1) for states in (layer.keys, layer.values)), index)
         last = torch.tensor([row * longest + len(ids) - 1 for row, ids in enumerate(own)], device=self.device)
         hidden = self.base.model(input_ids=input_ids, past_key_values=cache, output_rows=last).last_hidden_state
-        slots.add(cache, [num_before + len(ids) for ids in own], self.batch_size)
+        slots.add(cache, [num_before + len(ids) for ids in own])
         return self.base.lm_head(hidden[0])
 
     def _step(self, running, slots: Slots) -> Tensor:
