@@ -167,10 +167,11 @@ def test_labels_from_the_file(tiny_checkpoint, tmp_path):
 # ---- 几个进程 ----
 
 
-def test_two_processes_give_the_same_file(flags, tmp_path, capfd):
-    assert run(flags, "--do_sample", "--seed", 3) == 0
+@pytest.mark.parametrize("extra", [[], ["--do_sample", "--seed", 3]], ids=["greedy", "sampling"])
+def test_two_processes_give_the_same_file(flags, tmp_path, capfd, extra):
+    assert run(flags, *extra) == 0
     expected = (tmp_path / "out.jsonl").read_bytes()
-    assert run(flags, "--do_sample", "--seed", 3, "--num_gpus", 2) == 0
+    assert run(flags, *extra, "--num_gpus", 2) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == expected
     assert not (tmp_path / "out.jsonl.partial").exists()
     text = capfd.readouterr().err
