@@ -206,8 +206,8 @@ def train(run: Run):
 
 def after_step(run: Run, is_interrupted: bool) -> bool:
     """一步之后：还回空着的内存；该评估的先评估，该保存的再保存；返回是否停下（走完、不再进步或被打断）。"""
-    return_free_memory()
     step, evaluation = run.engine.global_steps, run.evaluation
+    return_free_memory(step)
     is_epoch_end = step % run.loader.steps_per_epoch == 0 or step == run.num_steps
     is_save_step = run.args.save_model_step > 0 and step % run.args.save_model_step == 0
     is_eval_step = evaluation.is_due(step, is_epoch_end)

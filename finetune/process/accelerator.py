@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+STEPS_PER_TRIM = 16
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # 只有 glibc 有
 
 
@@ -97,9 +98,12 @@ def forget_mapped_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def return_free_memory() -> None:
-    """CPU 上把堆里空着的页还给系统：每步的长度不同，glibc 留下的空洞会越积越多。卡上什么也不做。"""
-    if not has_accelerator() and _malloc_trim is not None:
+def return_free_memory(step: int) -> None:
+    """CPU 上每 STEPS_PER_TRIM 步把堆里空着的页还给系统：每步的长度不同，glibc 留下的空洞会越积越多。
+
+    还回的页下一步要重新取得，所以不是每步都还；卡上什么也不做。
+    """
+    if step % STEPS_PER_TRIM == 0 and not has_accelerator() and _malloc_trim is not None:
         _malloc_trim(0)
 
 

@@ -58,7 +58,9 @@ del kept[:-1]
 print(peak_memory_mb())
 own = lambda: process_status_mb()["RssAnon"]
 before = own()
-return_free_memory()
+return_free_memory(15)
+assert before - own() < 1
+return_free_memory(16)
 print(before - own())
 """
 
