@@ -26,7 +26,7 @@ from finetune.checkpoint.added_tokens import add_words
 from finetune.checkpoint.base_model import load_tokenizer
 from finetune.checkpoint.output_dir import checkpoint_name, rotate_checkpoints
 from finetune.checkpoint.resume import open_run
-from finetune.checkpoint.run_record import describe_run
+from finetune.checkpoint.run_record import describe_run, hashing_base
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.trainer_state import load_trainer_state, save_trainer_state
 from finetune.data.mixture import hold_out_rows, mix, parse_sources
@@ -37,7 +37,7 @@ from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.methods.registry import TRAIN_METHODS
 from finetune.planning.dry_run import dry_run
-from finetune.process.accelerator import has_accelerator
+from finetune.process.accelerator import has_accelerator, return_free_memory
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
@@ -139,7 +139,8 @@ def main() -> int:
         return 0
 
     output_dir = Path(args.output_dir)
-    engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
+    with hashing_base(run_config):
+        engine, ds_config = build_engine(args, config, ds_config, precision, num_steps)
     limit_waiting()
     forgetting = open_forgetting(args, args.max_len, engine, tokenizer)  # 在读训练状态之前：此刻还是基座
     objective.start(engine, [data for data in (train_set, eval_set) if data is not None], tokenizer.pad_token_id)
@@ -205,8 +206,9 @@ def train(run: Run):
 
 
 def after_step(run: Run, is_interrupted: bool) -> bool:
-    """一步之后：该评估的先评估，该保存的再保存；返回是否停下（走完、不再进步或被打断）。"""
+    """一步之后：还回空着的内存；该评估的先评估，该保存的再保存；返回是否停下（走完、不再进步或被打断）。"""
     step, evaluation = run.engine.global_steps, run.evaluation
+    return_free_memory(step)
     is_epoch_end = step % run.loader.steps_per_epoch == 0 or step == run.num_steps
     is_save_step = run.args.save_model_step > 0 and step % run.args.save_model_step == 0
     is_eval_step = evaluation.is_due(step, is_epoch_end)

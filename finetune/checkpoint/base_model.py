@@ -14,6 +14,7 @@ from baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanTokenizer
 from finetune.checkpoint.config_check import check_config_file, tokenizer_model_problems
 from finetune.checkpoint.quantized import load_quantized
 from finetune.checkpoint.weights import check_weights, load_weights
+from finetune.process.accelerator import forget_mapped_peak
 from utils import log_rank_0
 
 # 词表比分词器大一些是常有的补齐；分词器不到词表的这个比例就提醒
@@ -126,6 +127,7 @@ def load_base_model(
     assert next(model.parameters()).dtype == dtype, "模型的类型与 --precision 不符"
     if quantization is None:
         load_weights(model, path)
+    forget_mapped_peak()
     if (Path(path) / "generation_config.json").is_file():
         try:
             model.generation_config = GenerationConfig.from_pretrained(path)

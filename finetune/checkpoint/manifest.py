@@ -13,10 +13,13 @@ from utils import file_sha256, read_json
 MANIFEST = "manifest.json"
 
 
-def hash_files(paths: Sequence[Path]) -> list[str]:
-    """各文件的 SHA-256，几个文件并行计算；文件大时显示进度。"""
+def hash_files(paths: Sequence[Path], is_hidden: bool = False) -> list[str]:
+    """各文件的 SHA-256，几个文件并行计算；文件大时显示进度（is_hidden 时不）。"""
     num_bytes = sum(path.stat().st_size for path in paths)
-    with long_job("计算 SHA-256", num_bytes, "B") as job, ThreadPoolExecutor(max_workers=8) as pool:
+    with (
+        long_job("计算 SHA-256", num_bytes, "B", is_hidden=is_hidden) as job,
+        ThreadPoolExecutor(max_workers=8) as pool,
+    ):
         return list(pool.map(lambda path: file_sha256(path, job.update), paths))
 
 

@@ -1,26 +1,31 @@
 """--load_in_4bit、--load_in_8bit：用 bitsandbytes 量化冻结的基座（QLoRA，Dettmers 等，2023），只训练 LoRA。
 
-量化的只是各层的线性层；词嵌入、RMSNorm 与词表投影（NormHead）保持原来的精度。逐个张量读入、量化、放下。
+量化的只是各层的线性层；词嵌入、RMSNorm 与词表投影（NormHead）保持原来的精度。几个线程同时各读一个张量，边读边量化。
 """
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint.weights import model_files
+from finetune.checkpoint.weights import WeightFile, read_all
 
 NUM_BITS = {"4bit": 4, "8bit": 8}
 # LLM.int8()（Dettmers 等，2022）：超过它的激活按原精度算
 OUTLIER_THRESHOLD = 6.0
+# nf4 的一块与两次量化的一块（bitsandbytes 的缺省）
+BLOCK, STATISTICS_BLOCK = 64, 256
+# CPU 上一次量化这么多个元素：临时的量留在缓存里；是 BLOCK 的倍数，各块互不相干，结果与整个一起做逐位相同
+CHUNK = 2**17
 
 
 @torch.no_grad()
 def load_quantized(
     skeleton: nn.Module, path: str | Path, dtype: torch.dtype, device: torch.device, quantization: str
 ) -> nn.Module:
-    """把 meta 设备上的骨架变成量化的模型，返回它；内存里最多多出一个没有量化的张量。
+    """把 meta 设备上的骨架变成量化的模型，返回它；CPU 上没有量化的张量从不整个复制，卡上每个线程至多一个。
 
     Args:
         skeleton: BaichuanForCausalLM，没有存储，与 path 的权重已经核对过。
@@ -38,15 +43,21 @@ def load_quantized(
             setattr(skeleton.model.layers.get_submodule(parent), last, layer)
             quantized[f"model.layers.{name}.weight"] = layer
     names = {name for name, _ in skeleton.named_parameters()}
-    for weight_file in model_files(path):
-        for name in sorted(weight_file.names & names):
-            tensor = weight_file.read(name).to(dtype)
-            if name in quantized:
-                quantize_into(quantized[name], tensor, device)
-                continue
+
+    def work(weight_file: WeightFile, name: str) -> Any:
+        tensor, layer = weight_file.read(name), quantized.get(name)
+        if layer is None:
+            return tensor.to(device=device, dtype=dtype, copy=True)  # 复制：不要一直映射着整个权重文件
+        if device.type == "cpu":
+            return quantize_in_chunks(tensor, dtype, quantization)
+        return quantize_into(layer, tensor.to(dtype), device)
+
+    for name, result in read_all(path, names, work):
+        if name not in quantized:
             parent, _, last = name.rpartition(".")
-            # 复制：不要一直映射着整个权重文件
-            setattr(skeleton.get_submodule(parent), last, nn.Parameter(tensor.to(device, copy=True)))
+            setattr(skeleton.get_submodule(parent), last, nn.Parameter(result))
+        elif result is not None:
+            set_quantized(quantized[name], *result, dtype)
     setattr(skeleton, f"is_loaded_in_{quantization}", True)  # peft 由此选用它的量化 LoRA 层
     return skeleton
 
@@ -68,7 +79,7 @@ def empty_layer(linear: nn.Linear, dtype: torch.dtype, quantization: str) -> nn.
 
 
 def quantize_into(layer: nn.Module, tensor: Tensor, device: torch.device):
-    """量化一个权重 [out, in]，放进 layer。"""
+    """在卡上量化一个权重 [out, in]，放进 layer。"""
     import bitsandbytes
 
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
@@ -78,3 +89,55 @@ def quantize_into(layer: nn.Module, tensor: Tensor, device: torch.device):
         tensor, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
     )
     layer.weight = weight.to(device)
+
+
+def quantize_in_chunks(tensor: Tensor, dtype: torch.dtype, quantization: str) -> tuple[Tensor, Tensor]:
+    """在 CPU 上一小段一小段地量化一个权重 [out, in] → (打包的权重, 各块或各行的尺度)；与整个一起做逐位相同。"""
+    from bitsandbytes import functional
+
+    if quantization == "8bit":
+        packed, scales = torch.empty(tensor.shape, dtype=torch.int8), torch.empty(len(tensor))
+        num_rows = max(1, CHUNK // tensor.shape[1])
+        for start in range(0, len(tensor), num_rows):
+            rows = slice(start, start + num_rows)
+            packed[rows], scales[rows], _ = functional.int8_vectorwise_quant(tensor[rows].to(dtype).half())
+        return packed, scales
+    flat = tensor.reshape(-1)
+    packed = torch.empty(-(-len(flat) // 2), 1, dtype=torch.uint8)
+    scales = torch.empty(-(-len(flat) // BLOCK))
+    for start in range(0, len(flat), CHUNK):
+        part = functional.quantize_4bit(flat[start : start + CHUNK].to(dtype), blocksize=BLOCK, quant_type="nf4")
+        packed[start // 2 : (start + CHUNK) // 2] = part[0]
+        scales[start // BLOCK : (start + CHUNK) // BLOCK] = part[1].absmax
+    return packed, scales
+
+
+def set_quantized(layer: nn.Module, packed: Tensor, scales: Tensor, dtype: torch.dtype):
+    """把 quantize_in_chunks 的结果放进 layer；nf4 的尺度再量化一次。"""
+    from bitsandbytes import functional
+    from bitsandbytes import nn as layers
+
+    if isinstance(layer, layers.Linear8bitLt):
+        layer.weight = layers.Int8Params(packed, requires_grad=False, has_fp16_weights=False, CB=packed, SCB=scales)
+        return
+    offset = scales.mean()
+    scales, statistics = functional.quantize_blockwise(scales - offset, blocksize=STATISTICS_BLOCK)
+    layer.quant_state = functional.QuantState(
+        absmax=scales,
+        shape=torch.Size((layer.out_features, layer.in_features)),
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=functional.get_4bit_type("nf4", device=packed.device),
+        quant_type="nf4",
+        offset=offset,
+        state2=statistics,
+    )
+    layer.weight = layers.Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=layer.quant_state,
+        blocksize=BLOCK,
+        quant_type="nf4",
+        module=layer,
+        bnb_quantized=True,
+    )

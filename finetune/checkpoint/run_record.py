@@ -1,6 +1,9 @@
 """run_config.json：一次训练的参数、数据的哈希与软件版本。"""
 
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
@@ -16,7 +19,7 @@ from finetune.data.prompting import Prompting
 from finetune.data.rows import data_sha256
 from finetune.options import flags_of
 from finetune.process.arithmetic import describe_arithmetic
-from utils import read_json, world_size
+from utils import global_rank, read_json, world_size
 
 UNRECORDED = ("local_rank", "dry_run", "config")
 HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
@@ -25,11 +28,10 @@ HASHED_SUFFIXES = (".json", ".model", ".bin", ".safetensors")
 def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, precision_reason: str) -> dict:
     """run_config.json 的内容：预测、合并、导出与续训由此知道一切，不必再输入一遍。
 
-    基座的每个文件与数据文件都记下 SHA-256；几个文件并行计算。
+    基座的每个文件与数据文件都记下 SHA-256。续训要比较，基座的在这里算；从头训练的由 hashing_base 补上。
     """
     base = Path(args.model_name_or_path)
-    hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
-    hashes = dict(zip([path.name for path in hashed], hash_files(hashed), strict=True))
+    hashes = {} if args.resume == "no" else hash_base(base)
     paths = {name: getattr(args, f"{name}_path") for name in ("eval", "general", "replay")}
     data = {name: data_sha256(path) for name, path in paths.items() if path is not None}
     data["train"] = describe_sources(parse_sources(args.train_path), data_sha256)
@@ -54,6 +56,28 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
+
+
+def hash_base(base: Path, is_hidden: bool = False) -> dict[str, str]:
+    """基座各文件的 SHA-256，几个文件并行计算。"""
+    hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
+    return dict(zip([path.name for path in hashed], hash_files(hashed, is_hidden), strict=True))
+
+
+@contextmanager
+def hashing_base(run_config: dict) -> Iterator[None]:
+    """其间读权重：同时算基座各文件的 SHA-256，离开时补进 run_config；已经算过的不再算。只由 0 号进程算。"""
+    base = run_config["base_model"]
+    if base["hashes"] or global_rank() != 0:
+        yield
+        return
+    pool = ThreadPoolExecutor(1)
+    hashes = pool.submit(hash_base, Path(base["path"]), is_hidden=True)
+    try:
+        yield
+        base["hashes"] = hashes.result()
+    finally:
+        pool.shutdown(wait=False)
 
 
 def chain_of(base: str, adapter_path: str | None) -> list[dict]:

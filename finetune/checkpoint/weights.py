@@ -2,16 +2,20 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune.terminal import watched
+from finetune.process.threads import allowed_cores
+from finetune.terminal import long_job
 from utils import global_rank, read_json, write_json
 
 INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -22,6 +26,9 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 # bitsandbytes、官方 -4bits 目录与 GPTQ、AWQ 存下的量化状态
 QUANTIZED = re.compile(r"\.(quant_state|quant_map|absmax|nested_absmax|SCB|qweight|qzeros|g_idx)(\.|$)|\.weight\.data$")
+# 至多几个线程同时读；每个线程手上只有一个张量
+MAX_READERS = 8
+Result = TypeVar("Result")
 
 
 def weight_files(directory: str | Path) -> list[Path]:
@@ -169,28 +176,59 @@ def check_weights(directory: str | Path, expected_shapes: dict[str, tuple[int, .
         raise ValueError(f"{directory} 的权重与 config.json 不符：" + "；".join(problems))
 
 
-@torch.no_grad()
+@contextmanager
+def reading_pool() -> Iterator[ThreadPoolExecutor]:
+    """读权重的线程：用上本机的各个核（几个进程时平分），每个线程里的运算只用一个核，不记梯度。"""
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.set_grad_enabled(False)
+
+    num_threads = torch.get_num_threads()
+    num_readers = max(1, min(MAX_READERS, allowed_cores() // int(os.environ.get("LOCAL_SIZE") or 1)))
+    try:
+        with ThreadPoolExecutor(num_readers, initializer=start) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(num_threads)  # 它对以后的新线程也是缺省
+
+
+def read_all(
+    directory: str | Path, names: Collection[str], work: Callable[[WeightFile, str], Result]
+) -> Iterator[tuple[str, Result]]:
+    """检查点里的这些张量，几个线程同时各做一个 work(文件, 张量名)，依次给出 (张量名, 结果)；显示进度。"""
+    total = sum(path.stat().st_size for path in weight_files(directory))
+    with long_job("读权重", total, "B") as job, reading_pool() as pool:
+        for weight_file in model_files(directory):
+            wanted = sorted(weight_file.names & set(names))
+            for name, result in zip(wanted, pool.map(partial(work, weight_file), wanted), strict=True):
+                yield name, result
+                job.update(weight_file.read(name).nbytes)
+
+
 def load_weights(model: nn.Module, directory: str | Path):
-    """把检查点的权重读进模型，按模型的类型转换。被 ZeRO-3 切分的参数只读本进程的一段，内存里最多多出一个张量。
+    """把检查点的权重读进模型，按模型的类型转换。被 ZeRO-3 切分的参数只读本进程的一段，每个线程至多多出一个张量。
 
     Args:
         model: 参数名与官方检查点相同的模型，已经分配好存储。
     """
     parameters = dict(model.named_parameters())
-    for weight_file in model_files(directory):
-        names = sorted(weight_file.names & parameters.keys())
-        for name in watched(names, f"读权重 {weight_file.path.name}", "个"):
-            parameter = parameters[name]
-            if not hasattr(parameter, "ds_tensor"):
-                parameter.copy_(weight_file.read(name))
-                continue
-            # ZeRO-3：第 r 个进程持有展平后的 [r·k, (r+1)·k)，k 是本段长度，尾部补零
-            partition = parameter.ds_tensor
-            start = min(partition.numel() * global_rank(), parameter.ds_numel)
-            stop = min(start + partition.numel(), parameter.ds_numel)
-            partition.zero_()
-            if stop > start:
-                partition[: stop - start].copy_(weight_file.read_flat(name, start, stop))
+
+    def load(weight_file: WeightFile, name: str) -> None:
+        parameter = parameters[name]
+        if not hasattr(parameter, "ds_tensor"):
+            parameter.copy_(weight_file.read(name))
+            return
+        # ZeRO-3：第 r 个进程持有展平后的 [r·k, (r+1)·k)，k 是本段长度，尾部补零
+        partition = parameter.ds_tensor
+        start = min(partition.numel() * global_rank(), parameter.ds_numel)
+        stop = min(start + partition.numel(), parameter.ds_numel)
+        partition.zero_()
+        if stop > start:
+            partition[: stop - start].copy_(weight_file.read_flat(name, start, stop))
+
+    for _ in read_all(directory, parameters, load):
+        pass
 
 
 def gathered_tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator[tuple[str, Tensor | None]]:

@@ -19,7 +19,7 @@ from finetune.metrics.registry import METRICS
 from finetune.options import flags_of, problems_of
 from finetune.process.launching import leave_quietly_on_interrupt
 from finetune.process.libraries import quiet_libraries
-from finetune.process.threads import stop_spinning
+from finetune.process.threads import keep_few_kernels, stop_spinning
 from finetune.tasks.preference import PreferenceOptions
 from finetune.tasks.registry import TASKS
 from finetune.training.options import spike_choice
@@ -75,6 +75,7 @@ def first_look(argv: list[str] | None = None) -> None:
         raise SystemExit(2)
     skip_bitsandbytes(args)
     stop_spinning()
+    keep_few_kernels()
     quiet_libraries(args.log_level)
     log_rank_0("参数没有问题，载入 torch、transformers 与 deepspeed ……")
 

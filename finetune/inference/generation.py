@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from finetune.data.packing import collate
 from finetune.data.prompting import EncodedSample
 from finetune.data.step_loader import batch_to_device
+from finetune.inference.decoding import Decoder, plan_prompts
 from finetune.methods.registry import base_model_of
 
 
@@ -46,8 +47,12 @@ def generate_batch(
 ) -> list[list[int]]:
     """一批提示词各续写一段，返回新生成的 id，不含 eos 及其后的填充。
 
-    options 原样传给 generate（streamer、ZeRO-3 下的 synced_gpus=True）。
+    贪心的由 decoding.py 做；采样或给了 options（streamer、ZeRO-3 下的 synced_gpus=True，原样传下去）的用 generate。
     """
+    if not (options or generation_config.do_sample):
+        decoder = Decoder(model, generation_config, len(prompts))
+        found = dict(row for done in decoder.run(plan_prompts(prompts)) for row in done)
+        return [found[index] for index in range(len(prompts))]
     base = base_model_of(model)
     inputs = left_pad(prompts, generation_config.pad_token_id, base.model.embed_tokens.weight.device)
     # 检查点自带的生成配置不得补进来；训练中的评估之后还要保存它，所以放回
@@ -106,8 +111,11 @@ class StopStrings(StoppingCriteria):
         if self.num_prompt is None:
             self.num_prompt = input_ids.shape[1] - 1
         last = input_ids[:, max(self.num_prompt, input_ids.shape[1] - self.num_last) :].tolist()
-        found = [cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)[1] for ids in last]
-        return torch.tensor(found, device=input_ids.device)
+        return torch.tensor([self.is_in(ids) for ids in last], device=input_ids.device)
+
+    def is_in(self, ids: list[int]) -> bool:
+        """一行新生成的 id 的末尾有没有停止字符串。"""
+        return cut_at_stop(self.tokenizer.decode(ids[-self.num_last :], skip_special_tokens=True), self.stops)[1]
 
 
 @torch.no_grad()

@@ -20,17 +20,14 @@ import torch
 
 from finetune.checkpoint.inspection import Checkpoint, weights_fingerprint
 from finetune.data.samples import Sample
-from finetune.inference.generation import plan_batches
 from finetune.inference.options import GenerationOptions
-from finetune.inference.predictor import Predictor, Record, prediction_dtype, report_unfinished
+from finetune.inference.predictor import Predictor, Record, Task, prediction_dtype, report_unfinished
 from finetune.metrics.registry import METRICS
 from finetune.metrics.table import format_result
 from finetune.process import accelerator
 from finetune.process.libraries import quiet_libraries
 from finetune.terminal import long_job, note
 from utils import first_free, replacing, try_lock
-
-Batches = list[list[int]]
 
 
 def predict_file(
@@ -46,8 +43,8 @@ def predict_file(
         num_kept = len(progress.records)
         if num_kept:
             note(f"{progress.path} 里已有 {num_kept} 行，接着做其余 {len(rows) - num_kept} 行")
-        batches = batches_left(plan_batches(prompts, args.batch_size), progress.records, whole=args.do_sample)
-        found = predict_in_workers(predictor, rows, prompts, batches, device, num_workers)
+        tasks = [(batch, [rows[prompt.key] for prompt in batch]) for batch in predictor.plan(prompts, progress.records)]
+        found = predict_in_workers(predictor, tasks, device, num_workers)
         next(found, None)  # 载入模型；此后才有进度条，两者才不会写在同一行
         with long_job("预测", len(rows), "条", done=num_kept) as job:
             for batch, records in found:
@@ -64,12 +61,6 @@ def predict_file(
     note(f"{len(rows)} 条预测已写到 {output_path}{speed}")
     if args.metric is not None:
         write_metrics(args, output_path, rows, records)
-
-
-def batches_left(batches: Batches, done: dict[int, Record], whole: bool) -> Batches:
-    """还没有做完的批；whole 时做了一部分的批整批重做（采样的结果取决于整批），否则只留没有做的行。"""
-    left = [(batch, [index for index in batch if index not in done]) for batch in batches]
-    return [batch if whole else missing for batch, missing in left if missing]
 
 
 def partial_path(output_path: Path) -> Path:
@@ -220,48 +211,44 @@ class Progress:
 
 
 def predict_in_workers(
-    predictor: Predictor,
-    rows: list[Sample],
-    prompts: list[list[int]],
-    batches: Batches,
-    device: torch.device,
-    number: int,
+    predictor: Predictor, tasks: list[Task], device: torch.device, number: int
 ) -> Iterator[tuple[list[int], list[Record]]]:
-    """载入模型后先产出一个空批，再产出各批的 (行号, 记录)，先做完的先产出；没有批时什么也不做。
+    """载入模型后先产出一个空批，再产出做完的 (行号, 记录)，先做完的先产出；没有要做的行时什么也不做。
 
-    number 大于 1 时分给这么多个进程，GPU 上各用一块。
-    批从一个队列里领，做得快的进程领得多；每批的内容与进程数无关，所以结果也与进程数无关。
+    tasks 见 Predictor.plan。number 大于 1 时分给这么多个进程，GPU 上各用一块。
+    各份从一个队列里领，做得快的进程领得多；采样的一份是一批，内容与进程数无关，所以结果也与进程数无关。
     """
-    number = min(number, len(batches))
+    num_rows = sum(len(batch) for batch, _ in tasks)
+    number = min(number, -(-num_rows // predictor.args.batch_size))
     if number == 0:
         return
     if number == 1:
         predictor.load_model(device)
         yield [], []
-        yield from predictor.predict_batches(rows, prompts, batches)
+        yield from predictor.predict_tasks(tasks)
         return
     context = multiprocessing.get_context("spawn")  # 加速卡不能用 fork
-    tasks, results = context.Queue(), context.Queue()
+    waiting, results = context.Queue(), context.Queue()
     setup = (predictor.args, predictor.base, predictor.adapters, max(1, torch.get_num_threads() // number))
     devices = [accelerator.default_device(k) if accelerator.is_card(device) else device for k in range(number)]
-    workers = [context.Process(target=work, args=(*setup, place, tasks, results)) for place in devices]
+    workers = [context.Process(target=work, args=(*setup, place, waiting, results)) for place in devices]
     try:
         for worker in workers:
             worker.start()
         for _ in workers:
             next_result(results, workers)  # 各进程都载入了，才开始分批
         yield [], []
-        for batch in batches:
-            tasks.put((batch, [rows[index] for index in batch], [prompts[index] for index in batch]))
-        for _ in workers:
-            tasks.put(None)
-        for _ in batches:
-            yield next_result(results, workers)
+        for task in (*tasks, *[None] * number):
+            waiting.put(task)
+        while num_rows:
+            batch, records = next_result(results, workers)
+            num_rows -= len(batch)
+            yield batch, records
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
-        tasks.cancel_join_thread()
+        waiting.cancel_join_thread()
 
 
 def next_result(results: Any, workers: list) -> tuple[list[int], list[Record]]:
@@ -288,10 +275,10 @@ def work(
     adapters: dict[str, Checkpoint],
     num_threads: int,
     device: torch.device,
-    tasks: Any,
+    waiting: Any,
     results: Any,
 ) -> None:
-    """一个预测进程：读模型，送回一个空批，再领批，送回结果；任何错误送给主进程。"""
+    """一个预测进程：读模型，送回一个空批，再一份份地领，送回结果；任何错误送给主进程。"""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C 由主进程处理
     quiet_libraries(args.log_level)
     torch.set_num_threads(num_threads)
@@ -301,21 +288,25 @@ def work(
         predictor = Predictor(args, base, adapters)
         predictor.load_model(device)
         results.put((None, [], []))
-        while True:
-            try:
-                task = tasks.get(timeout=5)
-            except queue.Empty:
-                if not multiprocessing.parent_process().is_alive():
-                    return
-                continue
-            if task is None:
-                return
-            batch, rows, prompts = task
-            torch.manual_seed(args.seed + batch[0])
-            results.put((None, batch, predictor.predict_batch(rows, prompts)))
+        for batch, records in predictor.predict_tasks(tasks_from(waiting)):
+            results.put((None, batch, records))
     except torch.OutOfMemoryError:
         results.put((torch.OutOfMemoryError("显存不够"), None, None))
     except ValueError as error:
         results.put((ValueError(str(error)), None, None))
     except Exception as error:
         results.put((RuntimeError(f"预测进程出错：{type(error).__name__}: {error}"), None, None))
+
+
+def tasks_from(waiting: Any) -> Iterator[Task]:
+    """队列里的各份，到 None 为止；主进程不在了也停下。"""
+    while True:
+        try:
+            task = waiting.get(timeout=5)
+        except queue.Empty:
+            if not multiprocessing.parent_process().is_alive():
+                return
+            continue
+        if task is None:
+            return
+        yield task

@@ -1,6 +1,6 @@
 """一个检查点与把文字变成提示词、把 id 变回文字的设置：编码、生成、评分，可挂几个适配器并在其间切换。"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_chec
 from finetune.checkpoint.options import quantization_of
 from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens, prompting_reason
 from finetune.data.samples import Sample
+from finetune.inference.decoding import Decoder, Prompt, plan_prompts
 from finetune.inference.generation import (
     StopStrings,
     cut_at_stop,
@@ -28,6 +29,7 @@ from finetune.terminal import long_job, note
 # 对话里不用任何适配器的名字
 NO_ADAPTER = "无"
 Record = dict[str, Any]
+Task = tuple[list[Prompt], list[Sample]]  # 一起做的几行，key 是行号
 
 
 def prediction_dtype(requested: str, device: torch.device) -> torch.dtype:
@@ -57,6 +59,12 @@ def short_names(paths: Iterable[Path]) -> list[str]:
         return "/".join(suffix)
 
     return [name(index) for index in range(len(parts))]
+
+
+def batches_left(batches: list[list[int]], done: Container[int], whole: bool) -> list[list[int]]:
+    """还没有做完的批；whole 时做了一部分的批整批重做，否则只留没有做的行。"""
+    left = [(batch, [index for index in batch if index not in done]) for batch in batches]
+    return [batch if whole else missing for batch, missing in left if missing]
 
 
 class Predictor:
@@ -157,16 +165,48 @@ class Predictor:
         with self._with_adapter():
             return generate_batch(self.model, prompts, config or self.generation_config, **options)
 
-    def predict_batches(
-        self, rows: list[Sample], prompts: list[list[int]], batches: Iterable[list[int]]
-    ) -> Iterator[tuple[list[int], list[Record]]]:
-        """依次预测各批，产出 (行号, 各行的记录)；记录见 predict_batch。
+    @property
+    def is_continuous(self) -> bool:
+        """贪心生成：不分批，一行做完就换下一行；采样的结果取决于整批，标签的得分一批一批地算。"""
+        return not (self.args.do_sample or self.args.label_scores)
 
-        每批各用自己的种子：采样的结果与先做哪些批、由哪个进程做无关。
+    def plan(self, prompts: list[list[int]], done: Container[int] = ()) -> list[list[Prompt]]:
+        """还没有做完的行，依次哪几行一起做。
+
+        采样时做了一部分的批整批重做（采样的结果取决于整批），否则只留没有做的行。
         """
-        for batch in batches:
-            torch.manual_seed(self.args.seed + batch[0])
-            yield batch, self.predict_batch([rows[index] for index in batch], [prompts[index] for index in batch])
+        if self.is_continuous:
+            return [[prompt] for prompt in plan_prompts(prompts, [i for i in range(len(prompts)) if i not in done])]
+        batches = batches_left(plan_batches(prompts, self.args.batch_size), done, whole=self.args.do_sample)
+        return [[Prompt(index, prompts[index]) for index in batch] for batch in batches]
+
+    def predict_tasks(self, tasks: Iterable[Task]) -> Iterator[tuple[list[int], list[Record]]]:
+        """依次预测 plan 的各份，产出做完的 (行号, 各行的记录)；记录见 predict_batch。
+
+        采样时每批各用自己的种子：结果与先做哪些批、由哪个进程做无关。
+        """
+        if self.is_continuous:
+            yield from self._predict_continuously(tasks)
+            return
+        for batch, rows in tasks:
+            torch.manual_seed(self.args.seed + batch[0].key)
+            yield [prompt.key for prompt in batch], self.predict_batch(rows, [prompt.ids for prompt in batch])
+
+    def _predict_continuously(self, tasks: Iterable[Task]) -> Iterator[tuple[list[int], list[Record]]]:
+        rows: dict[int, Sample] = {}
+
+        def incoming() -> Iterator[Prompt]:
+            for batch, samples in tasks:
+                rows.update(zip((prompt.key for prompt in batch), samples, strict=True))
+                yield from batch
+
+        stops = [StopStrings(self.tokenizer, self.stops).is_in] if self.stops else []
+        decoder = Decoder(self.model, self.generation_config, self.args.batch_size)
+        with self._with_adapter():
+            for done in decoder.run(incoming(), *stops):
+                indices = [index for index, _ in done]
+                records = self.generated_records([ids for _, ids in done])
+                yield indices, self.with_nll(records, [rows.pop(index) for index in indices])
 
     def predict_batch(self, rows: list[Sample], prompts: list[list[int]]) -> list[Record]:
         """一批行的记录：prediction，is_cut（没有写完），要求时还有 label_scores 与 nll（和, 目标数）。
@@ -179,16 +219,20 @@ class Predictor:
                 for scores in self.label_scores(prompts)
             ]
         else:
-            records = self.generated_records(prompts)
+            records = self.generated_records(self.generate_batch(prompts))
+        return self.with_nll(records, rows)
+
+    def with_nll(self, records: list[Record], rows: list[Sample]) -> list[Record]:
+        """--metric nll 时各行的记录加上 nll。"""
         if self.args.metric == "nll":
             for record, row in zip(records, rows, strict=True):
                 record["nll"] = self.reference_nll(row)
         return records
 
-    def generated_records(self, prompts: list[list[int]]) -> list[Record]:
-        """生成的记录：prediction，is_cut。"""
+    def generated_records(self, generated: list[list[int]]) -> list[Record]:
+        """各行新生成的 id → 记录：prediction，is_cut。"""
         records = []
-        for ids in self.generate_batch(prompts):
+        for ids in generated:
             text, is_stopped = cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)
             records.append({"prediction": text, "is_cut": len(ids) >= self.args.max_new_tokens and not is_stopped})
         return records
@@ -197,7 +241,8 @@ class Predictor:
         """全部行的记录，次序同输入。"""
         records: list[Record] = [{} for _ in rows]
         with long_job(title, len(rows), "条", is_hidden=len(rows) == 1) as progress:
-            for batch, found in self.predict_batches(rows, prompts, plan_batches(prompts, self.args.batch_size)):
+            tasks = ((batch, [rows[prompt.key] for prompt in batch]) for batch in self.plan(prompts))
+            for batch, found in self.predict_tasks(tasks):
                 for index, record in zip(batch, found, strict=True):
                     records[index] = record
                 progress.update(len(batch))

@@ -1,9 +1,15 @@
 """本机的加速卡（NVIDIA、昇腾、AMD、Intel 等），一律经 DeepSpeed 的 get_accelerator() 询问；没有时用 CPU。"""
 
+import ctypes
 import logging
 import resource
+from contextlib import suppress
+from pathlib import Path
 
 import torch
+
+STEPS_PER_TRIM = 16
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # 只有 glibc 有
 
 
 def get_accelerator():
@@ -64,10 +70,41 @@ def total_card_bytes() -> int:
 
 
 def peak_memory_mb() -> float:
-    """峰值内存，MB：卡上是本进程分配过的显存，CPU 上是常驻内存。"""
+    """峰值内存，MB：卡上是本进程分配过的显存，CPU 上是进程自己的（匿名与共享），映射着的文件不算。
+
+    内核只记常驻内存的峰值：减去此刻映射的文件（程序与库，大小不再变）；读完权重要 forget_mapped_peak。
+    """
     if has_accelerator():
         return get_accelerator().max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = process_status_mb()
+    if "RssFile" not in status:  # 不是 Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return max(status["VmHWM"] - status["RssFile"], status["RssAnon"] + status["RssShmem"])
+
+
+def process_status_mb() -> dict[str, float]:
+    """/proc/self/status 里以 kB 计的各项，MB；没有这个文件时为空。"""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    fields = (line.partition(":") for line in lines if line.endswith(" kB"))
+    return {name: int(value.split()[0]) / 1024 for name, _, value in fields}
+
+
+def forget_mapped_peak() -> None:
+    """常驻内存的峰值从此刻起重新记：读权重时映射着整个文件，不是进程自己的；内核不许时照旧。"""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def return_free_memory(step: int) -> None:
+    """CPU 上每 STEPS_PER_TRIM 步把堆里空着的页还给系统：每步的长度不同，glibc 留下的空洞会越积越多。
+
+    还回的页下一步要重新取得，所以不是每步都还；卡上什么也不做。
+    """
+    if step % STEPS_PER_TRIM == 0 and not has_accelerator() and _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def pin_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,10 @@ from finetune.process.accelerator import card_name, has_accelerator
 from finetune.process.threads import choose_threads
 from utils import broadcast_from_rank_0, log_rank_0
 
-# 矩阵库与 OpenMP 由这些环境变量决定怎样算、怎样分块
-ARITHMETIC_VARIABLES = re.compile("MKL_|OMP_(DYNAMIC|THREAD_LIMIT|SCHEDULE)|ATEN_CPU_CAPABILITY|ONEDNN_|DNNL_")
+# 矩阵库与 OpenMP 由这些环境变量决定怎样算、怎样分块；留着几个核不改变怎样算
+ARITHMETIC_VARIABLES = re.compile(
+    "MKL_|OMP_(DYNAMIC|THREAD_LIMIT|SCHEDULE)|ATEN_CPU_CAPABILITY|(ONEDNN|DNNL)_(?!PRIMITIVE_CACHE)"
+)
 # 续训时与检查点不同就不再逐位相同的各项；线程数接得过来，不在其中
 DECIDING = {
     "device": "设备",

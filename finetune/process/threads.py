@@ -8,6 +8,9 @@ from pathlib import Path
 
 # 看多久的 CPU 时间
 SAMPLE_SECONDS = 0.3
+# oneDNN 至多留这么多个核：一层的前向与反向（几十个样本并排）用到的形状都在内，各层才不必重新生成；
+# 每步的长度不同，上一步的核几乎不再有用，而每个约 1 MB，它缺省留 1024 个
+KERNELS_KEPT = 256
 
 
 def stop_spinning() -> None:
@@ -20,9 +23,16 @@ def stop_spinning() -> None:
     os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 
+def keep_few_kernels() -> None:
+    """限制 oneDNN 留着的核；用户自己设了的不动。须在第一次矩阵乘法之前。"""
+    if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KERNELS_KEPT))
+
+
 def begin_loading() -> None:
     """脚本的第一句，在载入 torch 之前：OpenMP 不空转，并说一声要等几秒。"""
     stop_spinning()
+    keep_few_kernels()
     print("载入 torch 与 transformers ……", file=sys.stderr, flush=True)
 
 

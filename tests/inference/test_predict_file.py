@@ -9,7 +9,8 @@ from generating import ROWS
 
 import predict
 from finetune.inference import predict_file as file_prediction
-from finetune.inference.predict_file import Progress, batches_left
+from finetune.inference.predict_file import Progress
+from finetune.inference.predictor import batches_left
 
 
 @pytest.fixture
@@ -30,15 +31,16 @@ def run(flags, *extra):
 
 def interrupt_after(monkeypatch, num_batches):
     """做完 num_batches 批之后 Ctrl-C；返回各次做的行数。"""
-    original, sizes = predict.Predictor.predict_batch, []
+    original, sizes = predict.Predictor.predict_tasks, []
 
-    def predict_batch(self, rows, prompts):
-        if len(sizes) == num_batches:
-            raise KeyboardInterrupt
-        sizes.append(len(rows))
-        return original(self, rows, prompts)
+    def predict_tasks(self, tasks):
+        for batch, records in original(self, tasks):
+            if len(sizes) == num_batches:
+                raise KeyboardInterrupt
+            sizes.append(len(batch))
+            yield batch, records
 
-    monkeypatch.setattr(predict.Predictor, "predict_batch", predict_batch)
+    monkeypatch.setattr(predict.Predictor, "predict_tasks", predict_tasks)
     return sizes
 
 
@@ -127,8 +129,8 @@ def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatc
     def files():
         return {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != "test.json"}
 
-    monkeypatch.setattr("finetune.inference.predictor.Predictor.predict_batch", lambda self, rows, prompts: [
-        {"prediction": f"{self.args.max_new_tokens}", "is_cut": False} for _ in rows
+    monkeypatch.setattr("finetune.inference.predictor.Predictor.generated_records", lambda self, generated: [
+        {"prediction": f"{self.args.max_new_tokens}", "is_cut": False} for _ in generated
     ])  # fmt: skip
     assert run(flags, "--metric", "rouge") == 0
     first = files()
@@ -165,10 +167,11 @@ def test_labels_from_the_file(tiny_checkpoint, tmp_path):
 # ---- 几个进程 ----
 
 
-def test_two_processes_give_the_same_file(flags, tmp_path, capfd):
-    assert run(flags, "--do_sample", "--seed", 3) == 0
+@pytest.mark.parametrize("extra", [[], ["--do_sample", "--seed", 3]], ids=["greedy", "sampling"])
+def test_two_processes_give_the_same_file(flags, tmp_path, capfd, extra):
+    assert run(flags, *extra) == 0
     expected = (tmp_path / "out.jsonl").read_bytes()
-    assert run(flags, "--do_sample", "--seed", 3, "--num_gpus", 2) == 0
+    assert run(flags, *extra, "--num_gpus", 2) == 0
     assert (tmp_path / "out.jsonl").read_bytes() == expected
     assert not (tmp_path / "out.jsonl.partial").exists()
     text = capfd.readouterr().err

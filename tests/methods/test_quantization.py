@@ -17,7 +17,14 @@ from train_runs import write_rows
 import predict
 from finetune.checkpoint.base_model import load_base_model, load_config
 from finetune.checkpoint.inspection import inspect_checkpoint, load_checkpoint_model
-from finetune.checkpoint.quantized import NUM_BITS
+from finetune.checkpoint.quantized import (
+    CHUNK,
+    NUM_BITS,
+    empty_layer,
+    quantize_in_chunks,
+    quantize_into,
+    set_quantized,
+)
 from finetune.cli.train_checks import validate_args
 from finetune.cli.train_flags import parse_args
 from finetune.inference.generation import generate_batch, make_generation_config
@@ -111,6 +118,33 @@ def test_training_lowers_the_loss(tiny_checkpoint, quantization, precision):
             model.train()
     assert losses[-1] < losses[0] - 1
     assert losses == sorted(losses, reverse=True) or losses[-1] < 0.7 * losses[0]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("quantization", NUM_BITS)
+def test_a_weight_in_chunks_has_the_bits_of_the_whole(quantization, dtype):
+    """两段多、末尾不足一块的一个权重：与 bitsandbytes 一次量化的逐位相同，前向也相同。"""
+    weight = torch.randn(1001, 300, generator=torch.Generator().manual_seed(0))
+    assert weight.numel() > 2 * CHUNK and weight.numel() % 64
+    whole, chunks = (empty_layer(torch.nn.Linear(300, 1001, bias=False), dtype, quantization) for _ in range(2))
+    quantize_into(whole, weight.to(dtype), CPU)
+    set_quantized(chunks, *quantize_in_chunks(weight, dtype, quantization), dtype)
+    assert type(chunks.weight) is type(whole.weight)
+    assert torch.equal(chunks.weight.data, whole.weight.data)
+    if quantization == "4bit":
+        states = [layer.weight.quant_state for layer in (whole, chunks)]
+        for name in ("shape", "dtype", "blocksize", "quant_type", "nested"):
+            assert getattr(states[0], name) == getattr(states[1], name), name
+        for one, other in zip(
+            *([s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code] for s in states), strict=True
+        ):
+            assert torch.equal(one, other)
+        assert chunks.quant_state is chunks.weight.quant_state and chunks.weight.module is chunks
+    else:
+        assert torch.equal(chunks.weight.CB, whole.weight.CB) and torch.equal(chunks.weight.SCB, whole.weight.SCB)
+    x = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert torch.equal(chunks(x), whole(x))
 
 
 # ---- 训练、续训、合并、预测 ----

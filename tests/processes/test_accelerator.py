@@ -39,6 +39,46 @@ def test_without_an_accelerator_everything_is_the_cpu():
     accelerator.set_random_state_of_card({"cuda": torch.zeros(1)})  # 在 GPU 上存的检查点，换到 CPU 上接着训练
 
 
+MEMORY_PROGRAM = """
+import mmap, sys
+import torch
+from finetune.process.accelerator import forget_mapped_peak, peak_memory_mb, process_status_mb, return_free_memory
+peak_memory_mb()
+forget_mapped_peak()
+print(peak_memory_mb())
+with open(sys.argv[1], "rb") as stream:
+    mapped = mmap.mmap(stream.fileno(), 0, prot=mmap.PROT_READ)
+    sum(mapped[::4096])
+    print(peak_memory_mb())
+    mapped.close()
+forget_mapped_peak()
+print(peak_memory_mb())
+kept = [torch.ones(2**14) for _ in range(1024)]  # 各 64 KiB，在堆里；末一个留着，堆顶就退不下去
+del kept[:-1]
+print(peak_memory_mb())
+own = lambda: process_status_mb()["RssAnon"]
+before = own()
+return_free_memory(15)
+assert before - own() < 1
+return_free_memory(16)
+print(before - own())
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="有 GPU 的机器上问到的是显存")
+def test_the_peak_on_a_cpu_is_what_the_process_owns(tmp_path):
+    """映射的 64 MB 文件不算，自己的 64 MB 算；用完的还给系统。"""
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 2**18)
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROGRAM, tmp_path / "file"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    start, while_mapped, unmapped, own, returned = map(float, run.stdout.split())
+    assert abs(while_mapped - start) < 8
+    assert abs(unmapped - start) < 8
+    assert 64 <= own - start < 72
+    assert 56 < returned <= 64.5
+
+
 @pytest.mark.deepspeed
 def test_a_fake_npu_trains_and_resumes(tiny_checkpoint, tmp_path):
     """train.py 自己的 main()：从头训练一轮，再续训一轮；卡的随机状态存进检查点，续训时放回。"""

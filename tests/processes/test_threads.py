@@ -45,3 +45,15 @@ def test_what_the_user_set_stays(monkeypatch, given):
     threads.stop_spinning()
     assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
     assert os.environ["KMP_BLOCKTIME"] == "0"
+
+
+@pytest.mark.parametrize("given", [None, "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"])
+def test_few_kernels_are_kept_unless_the_user_says_how_many(monkeypatch, given):
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    if given:
+        monkeypatch.setenv(given, "7")
+    threads.keep_few_kernels()
+    expected = {None: "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}.get(given)
+    assert os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY") == expected
