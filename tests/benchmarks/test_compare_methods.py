@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from paths import ROOT
 
-from benchmarks.comparison import base
-from benchmarks.comparison import copying as compare_copying
+from benchmarks.comparison import drills
 from finetune.comparison import data as compare_data
 from finetune.comparison import plan as compare_plan
 from finetune.comparison import report as compare_report
@@ -130,29 +132,58 @@ def test_parts_of_a_task_are_written(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("task", list(compare_plan.TASK_NAMES))
-def test_synthetic_rows_come_from_the_generators_of_the_project(task):
-    rows = base.synthetic_rows(task, 6, seed=1)
-    assert len(rows) == 6 and rows == base.synthetic_rows(task, 6, seed=1)
-    with pytest.raises(ValueError, match=r"synthetic 里的 other .*extraction、generation、classification"):
-        base.synthetic_rows("other", 5, seed=1)
+def drill_texts():
+    return [json.loads(line)["input"] for line in (ROOT / "data" / "d2q_0.json").read_text("utf-8").splitlines()[:40]]
 
 
-def test_copying_rows_answer_with_words_of_their_input():
-    texts = [row_["input"] for row_ in base.synthetic_rows("generation", 40, seed=1)]
-    rows = compare_copying.copying_rows(texts, 60, seed=1)
-    assert rows == compare_copying.copying_rows(texts, 60, seed=1) != compare_copying.copying_rows(texts, 60, seed=2)
-    assert len({row_["instruction"] for row_ in rows}) > 10  # 含要找的词与断开的字
+@pytest.mark.parametrize("form", list(drills.FORMS))
+def test_drills_are_answered_with_words_of_their_input(form):
+    options = {"chars": (12, 60), "forms": {form: 1}, "scrambled": 0.5}
+    rows = drills.drill_rows(drill_texts(), 60, seed=1, **options)
+    assert rows == drills.drill_rows(drill_texts(), 60, seed=1, **options)
+    assert rows != drills.drill_rows(drill_texts(), 60, seed=2, **options)
     for row_ in rows:
+        assert set(row_) == {"instruction", "input", "output"} and row_["output"]
         for line in row_["output"].split("\n"):
-            assert line.replace("_", "") in row_["input"]
-            assert line.count("_") == (2 if "断开" in row_["instruction"] else 0)
-        assert compare_copying.MIN_CHARS <= len(row_["input"]) <= compare_copying.MAX_CHARS
-    with pytest.raises(ValueError, match=r"copying\(9999\) .* \d+，.*general_chars"):
-        compare_copying.copying_rows(texts, 9999, seed=1)
-    drills = compare_copying.drilling_rows(texts, 60, seed=1)
-    assert drills == compare_copying.drilling_rows(texts, 60, seed=1) and len(drills) == 60
-    assert all(row_["input"] == row_["output"] and 3 <= len(row_["input"]) <= 16 for row_ in drills)
+            for part in line.split("_") if form in ("cut", "label") else [line]:
+                assert part in row_["instruction"] + row_["input"]
+            assert line.count("_") == (2 if form in ("cut", "label") else 0) or form == "copy"
+    ended = sum(row_["input"].endswith("\n") for row_ in rows)
+    assert ended == 60 or 15 <= ended <= 45 or form in ("after", "between", "quote", "fields")
+
+
+def test_the_answers_of_drills_are_right():
+    text = "火花塞间隙过大，发动机怠速不稳；更换火花塞后，故障排除。"
+    found = {
+        name: [drills.FORMS[name](text, random.Random(seed)) for seed in range(40)] for name in ("find", "after", "nth")
+    }
+    for instruction, given, answer in found["find"]:
+        word = re.search("“(.*?)”", instruction)[1]
+        assert given == text and answer.split("\n") == [part for part in drills.clauses_of(text) if word in part]
+    for _, given, answer in found["after"]:
+        asked = given.split("\n")[1]
+        assert text[text.index(re.search("“(.*?)”", asked)[1]) :].startswith(re.search("“(.*?)”", asked)[1] + answer)
+    assert {answer for _, _, answer in found["nth"]} == set(drills.clauses_of(text))
+
+
+def test_drawn_strings_use_the_common_characters_once_each():
+    rows = drills.drill_rows(drill_texts(), 200, seed=3, chars=(1, 6), common=50, forms={"copy": 1}, marked=1.0)
+    letters = Counter(char for text in drill_texts() for char in text if char.isalnum())
+    common = {char for char, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:50]}
+    assert set("".join(row_["output"] for row_ in rows)) == common
+    assert all(len(set(row_["output"])) == len(row_["output"]) <= 6 for row_ in rows)
+    assert all(row_["instruction"] == "抄写：" and row_["input"] == row_["output"] + "\n" for row_ in rows)
+    with pytest.raises(ValueError, match="forms 里的 typo"):
+        drills.drill_rows(drill_texts(), 1, seed=1, chars=(1, 6), forms={"typo": 1})
+    with pytest.raises(ValueError, match="900 至 999 字"):
+        drills.drill_rows(drill_texts(), 1, seed=1, chars=(900, 999))
+
+
+def test_scrambling_moves_only_the_letters():
+    text = "甲乙丙，丁戊己。"
+    scrambled = drills.scramble(text, random.Random(1))
+    assert sorted(scrambled) == sorted(text) and scrambled != text
+    assert (scrambled[3], scrambled[7]) == ("，", "。")
 
 
 def test_rows_that_are_too_long_or_empty_are_left_out(tmp_path):
@@ -178,6 +209,7 @@ PLAN = {
     "train_tokens": 1000,
     "checks": ["repeat", "shuffled"],
     "replay": {"ratio": 0.25},
+    "extensions": 0,
 }
 
 
@@ -284,6 +316,47 @@ def test_equal_scores_take_the_smaller_rate(plan):
     results = [result(Cell("sweep", "extraction", "lora", 1, rate), 2.0) for rate in (1e-2, 1e-3)]
     assert compare_plan.best_rate(plan, results, "extraction", "lora") == 1e-3
     assert compare_plan.best_rate(plan, results[:1], "extraction", "lora") is None
+
+
+def extended(plan, scores, task="extraction", method="lora"):
+    """各学习率的分数给定时，逐格做完试跑 → (试过的学习率, 选中的)。"""
+    results = []
+    while missing := [r for r in compare_plan.sweep_rates(plan, results, task, method) if r not in
+                      [row_["learning_rate"] for row_ in results]]:  # fmt: skip
+        results.append({**result(Cell("sweep", task, method, 1, missing[0])), "score": scores(missing[0])})
+    return compare_plan.sweep_rates(plan, results, task, method), compare_plan.best_rate(plan, results, task, method)
+
+
+def test_the_range_grows_until_the_best_rate_lies_inside(plan):
+    plan = {**plan, "extensions": 4}
+    plan["methods"]["lora"]["learning_rates"] = [1e-3, 3e-3, 1e-2]
+    assert extended(plan, lambda rate: abs(rate - 3e-3)) == ([1e-3, 3e-3, 1e-2], 3e-3)
+    assert extended(plan, lambda rate: rate) == ([1.2e-5, 3.7e-5, 1.1e-4, 3.3e-4, 1e-3, 3e-3, 1e-2], 1.2e-5)
+    rates, best = extended(plan, lambda rate: abs(rate - 0.03))
+    assert (rates, best) == ([1e-3, 3e-3, 1e-2, 0.033, 0.11], 0.033)
+    # 太大的学习率没有走完：不选它
+    assert extended(plan, lambda rate: None if rate > 1e-2 else -rate) == ([1e-3, 3e-3, 1e-2, 0.033], 1e-2)
+    assert extended({**plan, "extensions": 0}, lambda rate: rate)[1] == 1e-3
+    plan["methods"]["lora"]["learning_rates"] = [1e-3]
+    assert extended(plan, lambda rate: rate) == ([1e-3], 1e-3)
+
+
+def test_a_method_may_have_its_own_tasks_and_seeds(tmp_path):
+    variant = {"learning_rates": [1e-3], "train_type": "lora", "flags": ["--use_dora"], "tasks": ["extraction"]}
+    methods = {**PLAN["methods"], "dora": {**variant, "seeds": [2]}}
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "methods": methods}))
+    cells = [cell for cell in compare_plan.list_cells(plan) if cell.method == "dora"]
+    assert [cell.name for cell in cells] == ["sweep-extraction-dora-2-0.001", "final-extraction-dora-2"]
+    results = []
+    order = run_to_the_end(plan, results)
+    assert order[-1].startswith("replay-")
+    summary = compare_stats.summarize(plan, results, compare_report.find(results, stage="base"))
+    shared = {(p["first"], p["second"]): p["seeds"] for p in summary["pairs"]["extraction"]}
+    assert shared == {("lora", "full"): [1, 2], ("lora", "dora"): [2], ("full", "dora"): [2]}
+    assert [(p["first"], p["second"]) for p in summary["pairs"]["classification"]] == [("lora", "full")]
+    wrong = {**methods, "dora": {**variant, "tasks": ["typo"], "seeds": [9], "train_type": "x"}}
+    with pytest.raises(ValueError, match=r" 3 (.|\n)*dora (.|\n)*typo(.|\n)*seeds\(\[9\]\)"):
+        compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "methods": wrong}))
 
 
 def test_a_cell_that_waits_for_its_sweep_does_not_hold_up_others(plan):
@@ -481,9 +554,19 @@ def toy_plan(directory: Path) -> Path:
     text.write_text("\n".join(lines[group] for group in dict.fromkeys(groups)) + "\n", encoding="utf-8")
     plan = {
         "base": {
-            **{"arch": "baichuan2-7b", "layers": 2, "hidden_size": 32, "heads": 2, "vocab_size": 1200},
-            **{"model_max_length": 256, "pretrain_tokens": 4000, "pretrain_threads": 1},
-            "repeats": {"general": 1, "classification": 1},
+            "model": {
+                **{"arch": "baichuan2-7b", "layers": 2, "hidden_size": 32, "heads": 2, "vocab_size": 1200},
+                "model_max_length": 256,
+            },
+            "train_flags": ["--precision", "fp32", "--num_threads", 1, "--max_len", 128, "--max_src_len", 96],
+            "stages": [
+                {
+                    "name": "drills",
+                    "drills": [{"count": 60, "chars": [4, 12]}],
+                    "train_flags": ["--learning_rate", 1e-3],
+                },
+                {"name": "texts", "texts": {"general": 0.1, "classification": 2}, "train_flags": ["--max_steps", 4]},
+            ],
         },
         "general_path": str(text),
         "held_out_chars": 400,
