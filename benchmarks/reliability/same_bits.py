@@ -4,7 +4,8 @@
     python benchmarks/reliability/same_bits.py --output /tmp/bits --runs 3 --kinds lora-2 # 小的形式
 
 pretrain-1 是 train.py --task pretrain 的全参数，其余是微调的 60 步（方法-进程数）。每次都是新的进程：从已经导入了各库、
-还没有算过任何东西的进程 fork 出来，省下导入的时间。每次运行之后都写 same_bits.json 与 same_bits.md；再次运行同样的命令接着做。
+还没有算过任何东西的进程 fork 出来，省下导入的时间。每次运行之后都写 same_bits.json 与 same_bits.md；
+再次运行同样的命令接着做。
 退出码 0 表示各种之内全部相同。
 """
 
