@@ -87,12 +87,13 @@ def read_file(path: Path) -> list[tuple[str, Question]]:
                 raise ValueError(f"{path} 缺少 {'、'.join(missing)} 列{hint}，现在的列是 {reader.fieldnames}")
             found = []
             for row in reader:
-                cells = {name: (row[column] or "").strip() for name, column in names.items()}
-                place, answer = f"{path}:{reader.line_num}", cells["answer"].upper()
+                cells = {name: row[column] or "" for name, column in names.items()}
+                place, answer = f"{path}:{reader.line_num}", cells["answer"].strip().upper()
                 if answer not in LABELS:
                     raise ValueError(f"{place}: 答案 {cells['answer']!r} 不是 A、B、C、D 之一")
-                options = tuple(cells[label.lower()] for label in LABELS)
-                found.append((cells.get("subject") or own, Question(place, cells["question"], options, answer)))
+                options = tuple(cells[label.lower()] for label in LABELS)  # 选项原样：官方与 lm-eval 都不去空白
+                question = Question(place, cells["question"].strip(), options, answer)
+                found.append((cells.get("subject", "").strip() or own, question))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} 不是 UTF-8 编码（{error}），请另存为 UTF-8") from error
     return found

@@ -31,11 +31,11 @@ def test_ceval_files(tmp_path):
 
 
 def test_cmmlu_files(tmp_path):
-    (tmp_path / "b.csv").write_text(",Question,A,B,C,D,Answer\n0, 甲 ,1,2,3,4,A\n", encoding="utf-8-sig")
+    (tmp_path / "b.csv").write_text(",Question,A,B,C,D,Answer\n0, 甲 , 1,2,3,4,a \n", encoding="utf-8-sig")
     (tmp_path / "a.csv").write_text(",Question,A,B,C,D,Answer\n0,乙,1,2,3,4,C\n", encoding="utf-8")
     found = choices.read_questions(tmp_path)
     assert list(found) == ["a", "b"]
-    assert found["b"][0][1:] == ("甲", ("1", "2", "3", "4"), "A")
+    assert found["b"][0][1:] == ("甲", (" 1", "2", "3", "4"), "A")
 
 
 def test_a_column_may_name_the_subject(tmp_path):
