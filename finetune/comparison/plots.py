@@ -50,7 +50,7 @@ def set_up(font: Path | None):
     spines = {f"axes.spines.{side}": False for side in ("top", "right")}
     fonts = {"svg.fonttype": kind, "font.family": families, "font.size": 11}
     grid = {"axes.grid": True, "grid.alpha": 0.25, "axes.unicode_minus": False}
-    matplotlib.rcParams.update({"svg.hashsalt": "comparison", "savefig.transparent": True, **spines, **fonts, **grid})
+    matplotlib.rcParams.update({"svg.hashsalt": "comparison", **spines, **fonts, **grid})
     return pyplot
 
 
@@ -72,7 +72,7 @@ def draw_all(plan: dict[str, Any], summary: dict[str, Any], base: dict | None, d
         draw_forgetting(*shared),
     ]
     for (file, caption), figure in zip(FIGURES.items(), figures, strict=True):
-        figure.savefig(directory / file, metadata={"Date": None, "Title": caption})
+        figure.savefig(directory / file, transparent=True, metadata={"Date": None, "Title": caption})
         pyplot.close(figure)
 
 
