@@ -524,7 +524,7 @@ def test_a_font_is_embedded_as_a_subset(finished, font, capsys):
 
 
 def test_without_a_font_the_reader_has_one(finished, monkeypatch):
-    monkeypatch.setattr(fonts, "FAMILIES", ())
+    monkeypatch.setattr(fonts, "NAMES", ())
     compare_report.write_report(finished)
     assert "@font-face" not in (finished / "report.html").read_text(encoding="utf-8")
     picture = (finished / "figures" / "scores.svg").read_text(encoding="utf-8")
@@ -560,17 +560,29 @@ def test_command_line_needs_a_plan_or_a_report(capsys):
     assert "--report DIR" in capsys.readouterr().err
 
 
-def test_the_committed_plan_and_results_give_the_committed_report():
-    kept = ROOT / "benchmarks" / "comparison"
-    plan = compare_plan.read_plan(kept / "plan.json")
+def test_the_committed_plan_is_whole():
+    plan = compare_plan.read_plan(ROOT / "benchmarks" / "comparison" / "plan.json")
     assert [task["name"] for task in plan["tasks"]] == list(compare_plan.TASK_NAMES)
-    assert list(plan["methods"]) == list(compare_plan.METHODS)
-    assert len(plan["seeds"]) >= 3 and all(len(m["learning_rates"]) >= 3 for m in plan["methods"].values())
-    results = compare_run.load_results(kept / "results")
+    assert list(plan["methods"])[:4] == list(compare_plan.METHODS)
+    assert len(plan["seeds"]) >= 3 and all(len(m["learning_rates"]) == 3 for m in plan["methods"].values())
+    assert plan["extensions"] > 0
+    known = {"general", *compare_plan.TASK_NAMES}
+    for stage in plan["base"]["stages"]:
+        assert stage.get("texts", {}).keys() <= known
+        for entry in stage["drills"]:
+            assert (
+                set(entry.get("texts", known)) <= known
+                and entry.get("forms", drills.FORMS).keys() <= drills.FORMS.keys()
+            )
+
+
+def test_the_committed_results_give_the_committed_report():
+    kept = ROOT / "benchmarks" / "comparison" / "results"
+    plan, results = compare_plan.read_plan(kept / "plan.json"), compare_run.load_results(kept)
     base_ = compare_report.find(results, stage="base")
-    facts = json.loads((kept / "results" / "data.json").read_text(encoding="utf-8"))
+    facts = json.loads((kept / "data.json").read_text(encoding="utf-8"))
     parts = compare_report.lay_out(plan, facts, results, compare_stats.summarize(plan, results, base_), base_)
-    assert "\n\n".join(parts) + "\n" == (kept / "results" / "report.md").read_text(encoding="utf-8")
+    assert "\n\n".join(parts) + "\n" == (kept / "report.md").read_text(encoding="utf-8")
 
 
 # ---- 真的做一遍 ----
