@@ -31,6 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--jobs", type=int, default=1, help="并行几个格子，各一个线程；时间也就是并行时测的（缺省 %(default)s）"
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="不运行，只由 DIR 里的结果重写报告")
+    parser.add_argument("--font", type=Path, help="报告里的中文字体，TTF 或 OTF（缺省用系统里的；没有时不嵌字体）")
     args = parser.parse_args(argv)
     if (args.report is None) == (args.plan is None):
         parser.error("请给出计划与 --output_dir，或者 --report DIR")
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
                 compare(plan, output_dir, args.jobs, predict.main)
                 shutil.rmtree(output_dir / "work", ignore_errors=True)
         directory = args.report or args.output_dir
-        write_report(directory)
+        write_report(directory, args.font)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"错误：{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

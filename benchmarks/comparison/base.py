@@ -1,58 +1,105 @@
-"""比较用的基座：由计划里的文字、任务的行与造出来的练习预训练一个小模型。"""
+"""比较用的基座：由计划里的配方，用产品自己的 train.py --task pretrain 一段接一段地从随机的权重练成。
 
+先造随机的模型与分词器（output_dir/untrained，也是核对用的）；各段是一次训练，前一段的检查点是后一段的基座，做完的段
+留在 output_dir/pretrain/，打断之后从下一段接着做。线程数与精度都写在配方里：同一种 CPU 上，同样的配方得到同样的哈希。
+"""
+
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.copying import copying_rows, drilling_rows
+from benchmarks.comparison.drills import drill_rows
+from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.comparison.cells import base_path, read_rows_any
-from finetune.comparison.data import Row, write_rows
+from finetune.comparison.data import write_rows
+from finetune.process.training_process import TrainingProcess
+from utils import file_sha256, read_json, write_json
+
+STAGE_TIMEOUT = 24 * 3600.0
 
 
-def synthetic_rows(task: str, count: int, seed: int) -> list[Row]:
-    """项目自己的生成器写的行（data/source/），只用于预训练；措辞与真实数据不同。
+def build_base(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """计划要求时预训练基座 → 它的说明（data.json 的 base）：权重的 SHA-256、各段的 token 数与步数。已有的不再造。
 
     Raises:
-        ValueError: 这个任务没有生成器。
+        ValueError: 计划给的是检查点目录，里面却没有检查点。
+        RuntimeError: 一段训练没有走完。
     """
-    from data.source import cls, d2q, spo
-
-    modules = {"extraction": spo, "generation": d2q, "classification": cls}
-    if task not in modules:
-        raise ValueError(f"synthetic 里的 {task} 应为 {'、'.join(modules)} 之一")
-    return modules[task].make_rows(seed, count, 1)[0]
-
-
-def build_base(plan: dict[str, Any], output_dir: Path):
-    """计划要求时预训练基座，并为 untrained 造一个同样大小的随机模型；已有的不再造。"""
     if isinstance(plan["base"], str):
-        if not (base_path(plan, output_dir) / "config.json").is_file():
+        config = base_path(plan, output_dir) / "config.json"
+        if not config.is_file():
             raise ValueError(f"base({plan['base']}) 里没有 config.json，请给出检查点目录（相对仓库根目录）")
-        return
+        return {}
+    recipe, described = plan["base"], output_dir / "base.json"
+    if described.is_file():
+        return read_json(described)
+    sources = text_sources(plan, output_dir / "data")
+    build_untrained(recipe["model"], list(sources.values()), output_dir)
+    model, stages = output_dir / "untrained", []
+    for number, stage in enumerate(recipe["stages"], start=1):
+        directory = output_dir / "pretrain" / f"{number}-{stage['name']}"
+        files = stage_files(stage, sources, directory, plan["split_seed"] + number)
+        model, measured = run_stage(recipe, stage, files, model, directory)
+        stages.append({"name": stage["name"], **measured})
+    shutil.copytree(model, output_dir / "base", dirs_exist_ok=True)
+    facts = {"sha256": file_sha256(output_dir / "base" / "model.safetensors"), "stages": stages}
+    write_json(described, facts)
+    return facts
+
+
+def text_sources(plan: dict[str, Any], data: Path) -> dict[str, Path]:
+    """预训练可用的文字：general 与各任务训练部分的输入（不含回答），一行一段；各写成一个文件。"""
+    sources = {"general": data / "general_train.txt"}
+    for task in plan["tasks"]:
+        rows = [row for part in ("train", "pretrain") for row in read_rows_any(data / task["name"] / f"{part}.json")]
+        texts = dict.fromkeys(" ".join(row["input"].split()) for row in rows)
+        sources[task["name"]] = data / f"{task['name']}_inputs.txt"
+        sources[task["name"]].write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    return sources
+
+
+def build_untrained(model: dict[str, Any], files: list[Path], output_dir: Path):
+    """随机的权重与由 files 训练的分词器。"""
     from scripts.build_tiny_model import build_tiny_model
 
-    data, options = output_dir / "data", dict(plan["base"])
-    repeats, synthetic = options.pop("repeats"), options.pop("synthetic", {})
-    files = {task["name"]: data / task["name"] / "pretrain.json" for task in plan["tasks"]}
-    files["general"] = data / "general_pretrain.txt"
-    text = (data / "general_train.txt").read_text(encoding="utf-8")
-    files["general"].write_text(text[: options.pop("general_chars", None)], encoding="utf-8")
-    inputs = [row["input"] for task in plan["tasks"] for row in read_rows_any(files[task["name"]])]
-    texts = [*files["general"].read_text(encoding="utf-8").splitlines(), *inputs]
-    exercises = {"copying": copying_rows, "drilling": drilling_rows}
-    for name, count in synthetic.items():
-        files[f"synthetic_{name}"] = data / f"synthetic_{name}.json"
-        if name in exercises:
-            rows = exercises[name](texts, count, plan["split_seed"])
-        else:
-            rows = synthetic_rows(name, count, plan["split_seed"])
-        write_rows(files[f"synthetic_{name}"], rows)
-    sources = [files[name] for name, count in repeats.items() for _ in range(count)]
-    pretraining = {name: options.pop(name) for name in ("pretrain_tokens", "pretrain_threads") if name in options}
-    arch = options.pop("arch")
-    if not (output_dir / "base").is_dir():
-        build_tiny_model(
-            arch, output_dir / "base", pretrain=sources, train_text=[*dict.fromkeys(sources)], **options, **pretraining
-        )
     if not (output_dir / "untrained").is_dir():
-        tokenizer = output_dir / "base" / "tokenizer.model"
-        build_tiny_model(arch, output_dir / "untrained", tokenizer_model=tokenizer, **options)
+        options = {**model}
+        build_tiny_model(options.pop("arch"), output_dir / "untrained", train_text=files, **options)
+
+
+def stage_files(stage: dict[str, Any], sources: dict[str, Path], directory: Path, seed: int) -> list[str]:
+    """一段的 --train_path：写明份量的文字，与练习写成的文件。"""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = [f"{sources[name]}*{share:g}" for name, share in stage.get("texts", {}).items()]
+    for number, drills in enumerate(stage.get("drills", [])):
+        options = {**drills}
+        names = options.pop("texts", list(sources))
+        lines = [line for name in names for line in sources[name].read_text(encoding="utf-8").splitlines()]
+        path = directory / f"drills-{number}.json"
+        write_rows(path, drill_rows(lines, options.pop("count"), seed, **options))
+        files.append(str(path))
+    return files
+
+
+def run_stage(
+    recipe: dict[str, Any], stage: dict[str, Any], files: list[str], model: Path, directory: Path
+) -> tuple[Path, dict[str, Any]]:
+    """练一段 → (它的检查点, 步数、token 数与末步的损失)；做完了的不再做。"""
+    done = directory / "checkpoint"
+    if not done.is_dir():
+        flags = [
+            *("--task", "pretrain", "--train_type", "full", "--model_name_or_path", model, "--train_path", *files),
+            *("--output_dir", directory / "train", "--num_train_epochs", 1, "--no-save_trainer_state"),
+            *(*recipe["train_flags"], *stage["train_flags"]),
+        ]
+        with TrainingProcess(flags, 1, directory / "log.txt") as run:
+            ended = run.wait(STAGE_TIMEOUT)
+        if ended.returncode != 0:
+            name, code = stage["name"], ended.returncode
+            raise RuntimeError(f"预训练的 {name} 没有走完（退出码 {code}）：\n{ended.output[-3000:]}")
+        shutil.move(next(iter_checkpoints(directory / "train"))[2], done)
+    lines = (directory / "train" / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [record for record in map(json.loads, lines) if "loss" in record]
+    tokens = sum(record["tokens"] for record in records)
+    return done, {"steps": records[-1]["step"], "tokens": tokens, "loss": round(records[-1]["loss"], 4)}

@@ -3,8 +3,9 @@
     python benchmarks/reliability/same_bits.py --output benchmarks/reliability/results    # 五种各 20 次
     python benchmarks/reliability/same_bits.py --output /tmp/bits --runs 3 --kinds lora-2 # 小的形式
 
-pretrain 是微型预训练 200 步；其余是 train.py 的 60 步（方法-进程数）。每次都是新的进程：从已经导入了各库、还没有算过
-任何东西的进程 fork 出来，省下导入的时间。每次运行之后都写 same_bits.json 与 same_bits.md；再次运行同样的命令接着做。
+pretrain-1 是 train.py --task pretrain 的全参数，其余是微调的 60 步（方法-进程数）。每次都是新的进程：从已经导入了各库、
+还没有算过任何东西的进程 fork 出来，省下导入的时间。每次运行之后都写 same_bits.json 与 same_bits.md；
+再次运行同样的命令接着做。
 退出码 0 表示各种之内全部相同。
 """
 
@@ -29,11 +30,11 @@ import peft  # noqa: F401
 import torch
 
 import baichuan  # noqa: F401  （先导入，fork 出来的不必再导入）
+from finetune.checkpoint.output_dir import iter_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("pretrain", "lora-1", "lora-2", "full-1", "full-2")
+KINDS = ("pretrain-1", "lora-1", "lora-2", "full-1", "full-2")
 SIZES = ("--layers", 1, "--hidden_size", 64, "--heads", 2, "--intermediate_size", 96, "--vocab_size", 1000)
-PRETRAIN_TOKENS = 191_000  # 200 步，一步至多 1024 个 token
 NUM_ROWS, GLOBAL_BATCH, EPOCHS = 120, 4, 2  # 60 步
 RUN_TIMEOUT = 900.0
 CLOCKS = ("tokens_per_second", "elapsed_seconds", "memory_mb")
@@ -79,17 +80,9 @@ def run(script: str, words: list, log: Path, num_ranks: int = 1, num_threads: in
     return log.read_text(encoding="utf-8", errors="replace")
 
 
-def pretrain(work: Path, num_threads: int) -> str:
-    """微型预训练 → 权重的摘要。"""
-    words = ["--arch", "baichuan2-7b", "--output_dir", work / "model", *SIZES, "--pretrain", "data/spo_0.json"]
-    words += ["--pretrain_tokens", PRETRAIN_TOKENS, "--pretrain_threads", num_threads]
-    output = run("scripts/build_tiny_model.py", words, work / "log.txt")
-    return re.search(r"SHA-256 (\w+)", output)[1]
-
-
 def train(work: Path, base: Path, rows: Path, kind: str, args: Namespace) -> str:
     """train.py 一次 → 末了的检查点（权重、优化器状态、随机状态）与日志的摘要。"""
-    method, ranks = kind.split("-")
+    method, ranks = kind.replace("pretrain", "full").split("-")
     words = ["--train_path", rows, "--model_name_or_path", base, "--output_dir", work / "output"]
     words += ["--train_type", method, "--ds_file", "ds_zero2_no_offload.json"]
     words += ["--precision", args.precision, "--max_len", 96]
@@ -97,8 +90,10 @@ def train(work: Path, base: Path, rows: Path, kind: str, args: Namespace) -> str
     words += ["--gradient_accumulation_steps", GLOBAL_BATCH // 2 // int(ranks), "--show_loss_step", 1]
     if method == "lora":
         words += ["--lora_module_name", "all-linear"]
+    if kind.startswith("pretrain"):
+        words += ["--task", "pretrain"]
     run("train.py", words, work / "log.txt", int(ranks), args.threads)
-    last = work / "output" / f"epoch-{EPOCHS}-step-{NUM_ROWS // GLOBAL_BATCH * EPOCHS}"
+    _, _, last = next(iter_checkpoints(work / "output"))
     digest = hashlib.sha256()
     for path in sorted(last.rglob("*.safetensors")):
         digest.update(path.relative_to(last).as_posix().encode() + path.read_bytes())
@@ -197,8 +192,7 @@ def main() -> int:
                     continue
                 with scratch(directory) as work:
                     began = time.monotonic()
-                    is_pretrain = kind == "pretrain"
-                    digest = pretrain(work, args.threads) if is_pretrain else train(work, base, rows, kind, args)
+                    digest = train(work, base, rows, kind, args)
                 row = {"kind": kind, "digest": digest, "seconds": round(time.monotonic() - began, 1)}
                 report["runs"].append({**row, "load": round(os.getloadavg()[0], 1)})
                 write_report(args, report)

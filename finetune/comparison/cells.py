@@ -51,16 +51,24 @@ def run_cell(
     """做一个格子 → 结果文件的一行（jobs 由调用者写）。
 
     每次都在全新的目录里，做完删去；训练没有走完时抛 RuntimeError，附日志的末尾。
+    试跑的损失成了 NaN 不算错，分数是 None。
     """
     directory = output_dir / "work" / cell.name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     trained: dict[str, Any] = {}
     if cell.task:
-        checkpoint, trained = train(plan, cell, rate, output_dir, directory)
+        try:
+            checkpoint, trained = train(plan, cell, rate, output_dir, directory)
+        except RuntimeError:
+            if cell.stage != "sweep" or not (directory / "train" / "bad_steps").is_dir():
+                raise
+            checkpoint = None
     else:
         checkpoint = base_path(plan, output_dir) if cell.method == "base" else output_dir / cell.method
-    scored, other = evaluate(plan, cell, output_dir, checkpoint, predict)
+    scored, other = {"metric": "nll"}, {}
+    if checkpoint is not None:
+        scored, other = evaluate(plan, cell, output_dir, checkpoint, predict)
     row = {
         **{"stage": cell.stage, "task": cell.task, "method": cell.method, "seed": cell.seed, "learning_rate": rate},
         **{name: scored.get(name) for name in ("metric", *SCORE)},
@@ -95,10 +103,11 @@ def train(
         shuffled = directory / "shuffled.json"
         write_rows(shuffled, shuffled_labels(read_rows(train_path), plan["split_seed"]))
         train_path = shuffled
+    train_type = plan["methods"][cell.method].get("train_type", cell.method)
     flags = [
         *("--precision", read_json(output_dir / "data.json")["precision"]),
         *("--train_path", train_path, "--model_name_or_path", base_path(plan, output_dir)),
-        *("--output_dir", directory / "train", "--train_type", cell.method, "--learning_rate", repr(rate)),
+        *("--output_dir", directory / "train", "--train_type", train_type, "--learning_rate", repr(rate)),
         *("--seed", cell.seed, "--num_train_epochs", task_of(plan, cell.task)["epochs"], "--no-save_trainer_state"),
         *("--general_path", data / "general_test.txt"),
         *plan["methods"][cell.method].get("flags", []),

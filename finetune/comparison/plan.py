@@ -3,7 +3,7 @@
 计划的写法见 benchmarks/comparison/plan.json 与 benchmarks/comparison/README.md。
 """
 
-from collections import Counter
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,12 @@ from utils import read_json
 
 TASK_NAMES = {"extraction": "抽取", "generation": "生成", "classification": "分类"}
 METRIC_NAMES = {"triple_f1": "三元组 F1", "rouge": "ROUGE-L", "label_f1": "宏 F1"}
-METHODS = ("freeze", "lora", "ptuning", "full")
+METHODS = ("freeze", "lora", "ptuning", "full")  # --train_type 的取值；方法的名字不是其中之一时要写 train_type
+METHOD_KEYS = ("learning_rates", "flags", "train_type", "tasks", "seeds")
 CHECKS = ("repeat", "shuffled", "untrained")
 REQUIRED = ("base", "tasks", "methods", "seeds", "train_tokens", "general_path", "held_out_chars")
 OPTIONAL = {"split_seed": 1, "sweep_share": 0.25, "epochs": 1, "train_flags": [], "checks": [], "replay": None}
+OPTIONAL |= {"extensions": 4}  # 最好的学习率在边上时，试跑的范围至多往外伸几次
 TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
 TASK_OPTIONAL = {"pretrain": 0, "other": 50, "max_input_chars": None, "max_output_chars": None}
 TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
@@ -72,8 +74,13 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     shared = {name: plan.get(name) for name in TASK_OWN}
     plan["tasks"] = [{**TASK_OPTIONAL, **shared, **task} for task in tasks]
     for method, entry in (plan.get("methods") or {}).items():
-        if method not in METHODS:
-            problems.append(f"方法 {method} 应为 {'、'.join(METHODS)} 之一")
+        if entry.get("train_type", method) not in METHODS:
+            problems.append(f"方法 {method} 应为 {'、'.join(METHODS)} 之一，或用 train_type 写明是哪一种")
+        problems += [f"方法 {method}不认识 {key}" for key in entry if key not in METHOD_KEYS]
+        missing = [name for name in entry.get("tasks", ()) if name not in names]
+        problems += [f"方法 {method} 的 tasks 里的 {name} 不在计划的任务里" for name in missing]
+        if not set(entry.get("seeds", ())) <= set(plan.get("seeds") or ()):
+            problems.append(f"方法 {method} 的 seeds({entry['seeds']}) 应在总的 seeds 之内：比较是按种子配对的")
         rates = entry.get("learning_rates") or []
         if not rates or len(set(rates)) < len(rates) or not all(isinstance(r, (int, float)) and r > 0 for r in rates):
             problems.append(f"方法 {method} 的 learning_rates({rates}) 应是一个或几个不同的正数")
@@ -95,37 +102,52 @@ def task_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
     return next(task for task in plan["tasks"] if task["name"] == name)
 
 
-def list_cells(plan: dict[str, Any]) -> list[Cell]:
-    """不依赖结果的全部格子，按应做的次序：基座，逐个任务的试跑与正式，核对。replay 的方法要看结果，见 replay_cell。"""
-    tasks, methods, seeds = [task["name"] for task in plan["tasks"]], list(plan["methods"]), plan["seeds"]
+def methods_of(plan: dict[str, Any], task: str) -> list[str]:
+    """一个任务上比较的方法，按计划的次序。"""
+    return [name for name, entry in plan["methods"].items() if task in entry.get("tasks", [task])]
+
+
+def seeds_of(plan: dict[str, Any], method: str) -> list[int]:
+    """一种方法的种子。"""
+    return plan["methods"][method].get("seeds", plan["seeds"])
+
+
+def list_cells(plan: dict[str, Any], results: Iterable[Result] = ()) -> list[Cell]:
+    """全部格子，按应做的次序：基座，逐个任务的试跑与正式，核对。试跑的范围随 results 往外伸；replay 见 replay_cell。"""
+    tasks, results = [task["name"] for task in plan["tasks"]], list(results)
     cells = [Cell("base", "", "base", 0)]
     if "untrained" in plan["checks"]:
         cells.append(Cell("check", "", "untrained", 0, check="untrained"))
     for task in tasks:
+        methods = methods_of(plan, task)
         for method in methods:
-            rates = plan["methods"][method]["learning_rates"]
-            cells += [Cell("sweep", task, method, seeds[0], rate) for rate in rates]
-        cells += [Cell("final", task, method, seed) for method in methods for seed in seeds]
+            rates = sweep_rates(plan, results, task, method)
+            cells += [Cell("sweep", task, method, seeds_of(plan, method)[0], rate) for rate in rates]
+        cells += [Cell("final", task, method, seed) for method in methods for seed in seeds_of(plan, method)]
     if "repeat" in plan["checks"]:
-        cells.append(Cell("check", tasks[-1], methods[-1], seeds[0], check="repeat"))
+        method = methods_of(plan, tasks[-1])[-1]
+        cells.append(Cell("check", tasks[-1], method, seeds_of(plan, method)[0], check="repeat"))
     if "shuffled" in plan["checks"]:
         # 打乱标签只对分类有清楚的「碰运气」的分数
         task = "classification" if "classification" in tasks else tasks[-1]
-        cells.append(Cell("check", task, methods[-1], seeds[0], check="shuffled"))
+        method = methods_of(plan, task)[-1]
+        cells.append(Cell("check", task, method, seeds_of(plan, method)[0], check="shuffled"))
     return cells
 
 
 def replay_cell(plan: dict[str, Any], results: Iterable[Result]) -> Cell | None:
     """重放的格子：通用文字的 NLL 上升最多的（任务, 方法），第一个种子；没有要求或正式的格子没有做完时为 None。"""
     finals = [row for row in results if row["stage"] == "final"]
-    if plan["replay"] is None or len(finals) < len(plan["tasks"]) * len(plan["methods"]) * len(plan["seeds"]):
+    if plan["replay"] is None or len(finals) < sum(cell.stage == "final" for cell in list_cells(plan)):
         return None
-    rises: Counter[tuple[str, str]] = Counter()
+    rises: dict[tuple[str, str], list[float]] = {}
     for row in finals:
         lost = row["forgetting"]
-        rises[row["task"], row["method"]] += lost["general_nll_after"] - lost["general_nll_before"]
-    task, method = max(rises, key=rises.__getitem__)
-    return Cell("replay", task, method, plan["seeds"][0])
+        rises.setdefault((row["task"], row["method"]), []).append(
+            lost["general_nll_after"] - lost["general_nll_before"]
+        )
+    task, method = max(rises, key=lambda key: sum(rises[key]) / len(rises[key]))
+    return Cell("replay", task, method, seeds_of(plan, method)[0])
 
 
 def cell_of(row: Result) -> Cell:
@@ -134,22 +156,41 @@ def cell_of(row: Result) -> Cell:
     return Cell(row["stage"], row["task"], row["method"], row["seed"], rate, row.get("check"))
 
 
+def sweep_scores(results: Iterable[Result], task: str, method: str) -> dict[float, float]:
+    """试跑的 {学习率: 越小越好的分数}；没有走完的（损失成了 NaN）是无穷大。"""
+    rows = [row for row in results if (row["stage"], row["task"], row["method"]) == ("sweep", task, method)]
+    signs = {row["metric"]: 1 if row["metric"] in LOWER_IS_BETTER else -1 for row in rows}
+    return {r["learning_rate"]: math.inf if r["score"] is None else signs[r["metric"]] * r["score"] for r in rows}
+
+
+def sweep_rates(plan: dict[str, Any], results: Iterable[Result], task: str, method: str) -> list[float]:
+    """该试跑的学习率，从小到大：计划里的；最好的在边上时往外伸一个（同样的倍数），至多 extensions 次。"""
+    rates, scores = sorted(plan["methods"][method]["learning_rates"]), sweep_scores(results, task, method)
+    for _ in range(plan["extensions"] if len(rates) > 1 else 0):
+        if any(rate not in scores for rate in rates):
+            break
+        best = min(rates, key=scores.__getitem__)
+        if best == rates[0]:
+            rates.insert(0, float(f"{best * best / rates[1]:.2g}"))
+        elif best == rates[-1]:
+            rates.append(float(f"{best * best / rates[-2]:.2g}"))
+        else:
+            break
+    return rates
+
+
 def best_rate(plan: dict[str, Any], results: Iterable[Result], task: str, method: str) -> float | None:
     """试跑里最好的学习率（验证部分的分数；相同取较小者）；还没有全部做完时为 None。"""
-    rows = [row for row in results if (row["stage"], row["task"], row["method"]) == ("sweep", task, method)]
-    rates = plan["methods"][method]["learning_rates"]
-    scores = {row["learning_rate"]: row["score"] for row in rows}
-    if not all(rate in scores for rate in rates):
-        return None
-    sign = 1 if rows[0]["metric"] in LOWER_IS_BETTER else -1
-    return min(sorted(rates), key=lambda rate: sign * scores[rate])
+    results = list(results)
+    rates, scores = sweep_rates(plan, results, task, method), sweep_scores(results, task, method)
+    return min(rates, key=scores.__getitem__) if all(rate in scores for rate in rates) else None
 
 
 def next_cell(plan: dict[str, Any], results: list[Result], running: set[Cell]) -> tuple[Cell, float | None] | None:
     """下一个可以开始的格子与它的学习率；没有可以开始的（全部做完，或要等正在做的）时为 None。"""
     done = {cell_of(row) for row in results} | running
     replay = replay_cell(plan, results)
-    for cell in [*list_cells(plan), *([replay] if replay else [])]:
+    for cell in [*list_cells(plan, results), *([replay] if replay else [])]:
         if cell in done:
             continue
         if not cell.needs_sweep:

@@ -3,7 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.comparison.plan import METRIC_NAMES, TASK_NAMES, best_rate, read_plan
+from finetune.comparison.fonts import find_font
+from finetune.comparison.plan import (
+    METRIC_NAMES,
+    TASK_NAMES,
+    best_rate,
+    list_cells,
+    methods_of,
+    read_plan,
+    seeds_of,
+    sweep_rates,
+)
 from finetune.comparison.plots import FIGURES, draw_all
 from finetune.comparison.render import to_html
 from finetune.comparison.run import load_results
@@ -14,22 +24,25 @@ from utils import read_json
 DATA_COLUMNS = ("documents", "test", "dev", "pretrain", "final_rows", "final", "sweep")
 
 
-def write_report(directory: Path):
+def write_report(directory: Path, font: Path | None = None):
     """读 directory 里的计划（没有时读上一级的）与结果，写报告；结果不全时只写已有的，并说明还差多少。
 
+    font 是中文字体的文件，没有给时用系统里的，见 fonts.py。
+
     Raises:
-        ValueError: 没有计划。
+        ValueError: 没有计划，或 font 不是字体。
     """
+    font = find_font(font)
     own, outer = directory / "plan.json", directory.resolve().parent / "plan.json"
     plan = read_plan(outer if outer.is_file() and not own.is_file() else own)
     results = load_results(directory)
     facts = read_json(directory / "data.json") if (directory / "data.json").is_file() else {}
     base = find(results, stage="base")
     summary = summarize(plan, results, base)
-    draw_all(plan, summary, base, directory / "figures")
+    draw_all(plan, summary, base, directory / "figures", font)
     text = "\n\n".join(lay_out(plan, facts, results, summary, base)) + "\n"
     (directory / "report.md").write_text(text, encoding="utf-8")
-    (directory / "report.html").write_text(to_html(text, directory), encoding="utf-8")
+    (directory / "report.html").write_text(to_html(text, directory, font), encoding="utf-8")
 
 
 def find(results: list[dict], **wanted: Any) -> dict | None:
@@ -38,64 +51,119 @@ def find(results: list[dict], **wanted: Any) -> dict | None:
 
 
 def lay_out(plan, facts, results, summary, base) -> list[str]:
-    """整份报告，按次序的各段 Markdown。"""
+    """整份报告，按次序的各段 Markdown：先是答案与分数，怎样比的在最后。"""
     done = sum(row["stage"] == "final" for row in results)
-    num_finals = len(plan["tasks"]) * len(plan["methods"]) * len(plan["seeds"])
-    parts = ["# 四种方法的比较：freeze、LoRA、P-Tuning、全参数", *introduction(plan, facts, results, summary)]
+    num_finals = sum(cell.stage == "final" for cell in list_cells(plan))
+    parts = [f"# 各种微调方法的比较：{'、'.join(plan['methods'])}"]
     if done < num_finals:
         parts.append(f"**还没有做完**：正式的格子做完 {done} / {num_finals}，下面只含已做完的。")
+    how = ["## 怎样比的", *introduction(plan, facts, results, summary)]
     if not done:
-        return parts
-    score, memory, parameters, losses, forgetting = (
+        return [*parts, *how]
+    score, memory, time, rise, losses, forgetting = (
         f"![{text}](figures/{name})\n*{text}*" for name, text in FIGURES.items()
     )
     return [
-        *(*parts, *scores_part(plan, summary, base), score),
-        *(*significance_part(plan, summary), *costs_part(summary), memory, parameters, losses),
+        *(*parts, answer_part(plan, summary), *scores_part(plan, summary, base), score),
+        *(*costs_part(summary), memory, time, rise, losses),
         *(*forgetting_part(plan, summary, base), forgetting, *replay_part(plan, results)),
-        *(*sweep_part(plan, results), *checks_part(results, base)),
+        *(*significance_part(plan, summary), *sweep_part(plan, results), *checks_part(plan, results, base), *how),
     ]
+
+
+def ranked(summary, task: str) -> list[tuple[str, dict[str, Any]]]:
+    """一个任务做完了的方法，从好到坏。"""
+    found = [(method, cell) for (name, method), cell in summary["cells"].items() if name == task]
+    return sorted(found, key=lambda item: -item[1]["score"])
+
+
+def not_worse(summary, task: str) -> set[str]:
+    """一个任务上最好的，与（校正之后）同它没有显著差别的方法。"""
+    best = ranked(summary, task)[0][0]
+    level = {best}
+    for pair in summary["pairs"][task]:
+        if best in (pair["first"], pair["second"]) and pair["p_holm"] >= 0.05:
+            level |= {pair["first"], pair["second"]}
+    return level
+
+
+def answer_part(plan, summary) -> str:
+    """两句话：各任务谁最好、与最差的差多少；从哪一种开始。"""
+    tasks = [task["name"] for task in plan["tasks"] if ranked(summary, task["name"])]
+    found = []
+    for name in tasks:
+        (best, top), *_, (worst, low) = [*ranked(summary, name), ranked(summary, name)[-1]]
+        pair = next((p for p in summary["pairs"][name] if {p["first"], p["second"]} == {best, worst}), None)
+        verdict = ""
+        if pair is not None:
+            verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}"
+            verdict += "（显著）" if pair["p_holm"] < 0.05 else "（不显著）"
+        found.append(f"{TASK_NAMES[name]}是 **{best}**（{with_interval(top)}{verdict}）")
+    level = {name: not_worse(summary, name) for name in tasks}
+    general = [method for method in plan["methods"] if all(method in methods_of(plan, name) for name in tasks)]
+    cells = {m: [summary["cells"][n, m] for n in tasks if (n, m) in summary["cells"]] for m in general}
+    general = [method for method in general if len(cells[method]) == len(tasks)]
+    if not general:
+        return f"> 分数最高的，{'；'.join(found)}。"
+
+    def order(method: str) -> tuple[int, float]:
+        return -sum(method in level[name] for name in tasks), mean(cell["rise"] for cell in cells[method])
+
+    start = min(general, key=order)
+    times, rise = -order(start)[0], order(start)[1]
+    is_tied = sum(order(method)[0] == order(start)[0] for method in general) > 1
+    rates = "、".join(dict.fromkeys(f"{cell['learning_rate']:g}" for cell in cells[start]))
+    return (
+        f"> 分数最高的，{'；'.join(found)}。\n"
+        f"> 从 **{start}** 开始（这个模型上学习率 {rates}）：{len(tasks)} 个任务里有 {times} 个"
+        f"它最好或与最好的没有显著差别{'，这样的方法里它忘得最少' if is_tied else ''}；"
+        f"通用文字的 NLL 平均上升 {rise:.2f}。"
+    )
 
 
 def introduction(plan, facts, results, summary) -> list[str]:
     full = [cell["trainable_parameters"] for (_, method), cell in summary["cells"].items() if method == "full"]
     size = f"{full[0] / 1e4:,.0f} 万个参数" if full else "大小见下"
     is_built = not isinstance(plan["base"], str)
-    origin = "本工具在通用文字与三种任务格式的行上预训练的" if is_built else f"检查点 {plan['base']} 的"
+    origin = "由随机的权重用 `--task pretrain` 练成的" if is_built else f"检查点 {plan['base']} 的"
     budgets, shares = (
         "、".join(dict.fromkeys(form.format(task[name]) for task in plan["tasks"]))
         for name, form in (("train_tokens", "{:,}"), ("sweep_share", "{:.0%}"))
     )
     jobs = "、".join(map(str, sorted({row["jobs"] for row in results if row["tokens"]})))
-    flags = [(method, entry.get("flags")) for method, entry in plan["methods"].items()]
+    flags = [
+        (method, [*(["--train_type", entry["train_type"]] if "train_type" in entry else []), *entry.get("flags", [])])
+        for method, entry in plan["methods"].items()
+    ]
     flags = [
         f"- {name}：{' '.join(map(str, words or ['都是缺省值']))}"
         for name, words in [*flags, ("共同", plan["train_flags"])]
     ]
     flags[-1] += f"；计算精度 {facts['precision']}" if "precision" in facts else ""
+    own_seeds = "".join(
+        f"（{method} 只有 {'、'.join(map(str, seeds_of(plan, method)))}）"
+        for method in plan["methods"]
+        if seeds_of(plan, method) != plan["seeds"]
+    )
     parts = [
         f"基座是{origin}模型，{size}。**小模型的数字不是 7B 模型的数字**：次序、差别与学习率都不能直接搬到 7B 上，"
         "能搬的是做法：每种方法自己试学习率、同样多的训练 token、几个种子、留出的测试文档与区间。",
-        f"种子 {'、'.join(map(str, plan['seeds']))}；同一任务的各方法用同样的行与遍数，训练的 token 见下表"
+        *base_part(facts),
+        f"种子 {'、'.join(map(str, plan['seeds']))}{own_seeds}；同一任务的各方法用同样的行与遍数，训练的 token 见下表"
         f"（预算 {budgets}）；试跑是它的 {shares}。时间与速度是 {jobs} 个格子并行、各一个线程时测的。",
         "各方法在缺省之外的参数（交给 train.py 的）：",
         "\n".join(flags),
     ]
     tasks = [task for task in plan["tasks"] if task["name"] in facts]
     if tasks:
-        inputs_only = [
-            TASK_NAMES[t["name"]]
-            for t in tasks
-            if is_built and t["pretrain"] and t["name"] not in plan["base"]["repeats"]
-        ]
-        note = f"{'与'.join(inputs_only)}的预训练行只取了输入的文字，用来造抄写练习：基座没有见过它们的回答。"
         parts += [
             markdown_table(
                 ["任务", "指标", "文档", "测试文档", "验证行", "预训练行", "训练行", "训练 token", "试跑 token"],
                 [[*names_of(task), *(facts[task["name"]].get(key, "") for key in DATA_COLUMNS)] for task in tasks],
             ),
             "测试、验证、预训练与训练的行按文档分开，相近的文档（较短的一篇有一半以上的 12 字片段也在另一篇里）"
-            f"算作一个；工具核对过，没有相同或相近的文档出现在两份里。{note if inputs_only else ''}",
+            "算作一个；工具核对过，没有相同或相近的文档出现在两份里。"
+            + ("基座只见过训练与预训练部分的输入的文字，没有见过任何回答。" if is_built else ""),
         ]
     if summary["cells"]:
         tokens: dict[str, set[int]] = {}
@@ -105,6 +173,17 @@ def introduction(plan, facts, results, summary) -> list[str]:
         verdict = f"不相等：{uneven}" if uneven else "同一任务的各方法、各种子完全相等"
         parts.append(f"训练的 token 数由训练日志核对：{verdict}。")
     return parts
+
+
+def base_part(facts) -> list[str]:
+    """基座的哈希与各段预训练。"""
+    if "base" not in facts:
+        return []
+    rows = [[stage["name"], f"{stage['tokens']:,}", stage["steps"], stage["loss"]] for stage in facts["base"]["stages"]]
+    return [
+        f"基座的权重（model.safetensors）的 SHA-256 是 `{facts['base']['sha256']}`；各段预训练：",
+        markdown_table(["段", "token", "步", "末步的损失"], rows),
+    ]
 
 
 def names_of(task) -> tuple[str, str]:
@@ -243,8 +322,8 @@ def replay_part(plan, results) -> list[str]:
     return [
         "## 重放买到了什么",
         f"遗忘最多的是{TASK_NAMES[row['task']]}上的 {row['method']}；同样的学习率，只有一个种子（{row['seed']}），"
-        f"训练里混进通用文字（--replay_ratio {plan['replay']['ratio']:g}，是任务行数的这么多倍；"
-        "训练的 token 因此更多）：",
+        f"训练里混进通用文字（--replay_ratio {plan['replay']['ratio']:g} "
+        f"--replay_by {plan['replay'].get('by', 'rows')}；训练的 token 因此更多）：",
         markdown_table(["", "分数", "通用 NLL 上升", "KL", *others, "训练 token", "时间 秒"], table),
     ]
 
@@ -252,38 +331,40 @@ def replay_part(plan, results) -> list[str]:
 def sweep_part(plan, results) -> list[str]:
     """试跑的代价、每种方法的最好学习率，与一句建议。"""
     sweeps, finals = ([row for row in results if row["stage"] == stage] for stage in ("sweep", "final"))
-    spent, rest = (sum(row["seconds"] for row in rows) for rows in (sweeps, finals))
+    spent, rest = (sum(row["seconds"] or 0 for row in rows) for rows in (sweeps, finals))
     parts = [
         "## 学习率",
         f"试跑 {len(sweeps)} 格，训练共 {spent / 60:.1f} 分钟，是正式训练（{rest / 60:.1f} 分钟）的 "
-        f"{spent / max(rest, 1e-9):.0%}；选验证部分目标 token 的 NLL 最低的。表里是各学习率的 NLL，粗体是选中的。",
+        f"{spent / max(rest, 1e-9):.0%}；选验证部分目标 token 的 NLL 最低的，它在边上时范围往外伸一格再试。"
+        "表里是各学习率的 NLL，粗体是选中的。",
     ]
-    advice = []
-    for method, entry in plan["methods"].items():
-        rates, rows, best = sorted(entry["learning_rates"]), [], []
-        for task in plan["tasks"]:
+    advice, edges = [], []
+    for method in plan["methods"]:
+        tasks = [task for task in plan["tasks"] if method in methods_of(plan, task["name"])]
+        ranges = [sweep_rates(plan, results, task["name"], method) for task in tasks]
+        rates, rows, best = sorted({rate for tried in ranges for rate in tried}), [], []
+        for task, own in zip(tasks, ranges, strict=True):
             best.append(best_rate(plan, results, task["name"], method))
             tried = [find(sweeps, method=method, task=task["name"], learning_rate=rate) for rate in rates]
-            scores = ["—" if row is None else f"{row['score']:.4f}" for row in tried]
+            scores = ["—" if r is None else "NaN" if r["score"] is None else f"{r['score']:.4f}" for r in tried]
+            if best[-1] is not None and len(own) > 1 and best[-1] in (own[0], own[-1]):
+                edges.append(f"{method} 的{TASK_NAMES[task['name']]}（{best[-1]:g}）")
             marked = [f"**{s}**" if rate == best[-1] else s for rate, s in zip(rates, scores, strict=True)]
             rows.append([TASK_NAMES[task["name"]], *marked])
         parts.append(markdown_table([method, *(f"{rate:g}" for rate in rates)], rows))
         if any(best):
-            advice.append(advise(method, rates, list(filter(None, best)), len(plan["tasks"])))
-    return [*parts, "这个大小的模型从哪里开始；别的大小请自己试，上面的试跑就是做法：", "\n".join(advice)]
+            advice.append(advise(method, list(filter(None, best)), len(tasks)))
+    verdict = f"选中的学习率在试过的范围的边上的：{'、'.join(edges)}。" if edges else "选中的学习率都在试过的范围之内。"
+    return [*parts, verdict, "这个大小的模型从哪里开始；别的大小请自己试，上面的试跑就是做法：", "\n".join(advice)]
 
 
-def advise(method: str, rates: list[float], best: list[float], num_tasks: int) -> str:
-    """一种方法从哪个学习率开始：选中次数最多的（相同取较小者），与它是不是在试过的边上。"""
+def advise(method: str, best: list[float], num_tasks: int) -> str:
+    """一种方法从哪个学习率开始：选中次数最多的，相同取较小者。"""
     start = max(sorted(set(best)), key=best.count)
-    edge = ""
-    if len(rates) > 1 and start in (rates[0], rates[-1]):
-        further = "更小" if start == rates[0] else "更大"
-        edge = f"；它在试过的范围（{rates[0]:g} 至 {rates[-1]:g}）的边上，{further}的也值得试"
-    return f"- {method}：从 {start:g} 开始（{best.count(start)}/{num_tasks} 个任务选中它）{edge}。"
+    return f"- {method}：从 {start:g} 开始（{best.count(start)}/{num_tasks} 个任务选中它）。"
 
 
-def checks_part(results, base) -> list[str]:
+def checks_part(plan, results, base) -> list[str]:
     lines = []
     if row := find(results, check="repeat"):
         first = same_final(row, results)["score"]

@@ -83,7 +83,7 @@ def stop_orphans(work: Path):
                 os.kill(int(process.name), signal.SIGKILL)
 
 
-def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, Path], None]) -> dict[str, Any]:
+def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, Path], dict]) -> dict[str, Any]:
     """拆数据、核对泄漏、预训练基座、取训练行；已经备好的不再做 → 数据的说明（data.json）。
 
     Raises:
@@ -109,7 +109,8 @@ def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, 
     training = without_near([line for line in training if line], tests)
     for name, lines in (("general_train", training), ("general_test", held_out)):
         (data / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    build_base(plan, output_dir)
+    if base := build_base(plan, output_dir):
+        facts["base"] = base
     for task, chosen in choose_rows(plan, output_dir).items():
         facts[task] |= chosen
     write_json(described, facts)
@@ -128,7 +129,8 @@ def chosen_precision(plan: dict[str, Any]) -> str:
 def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable[[list[str]], int]):
     """做完全部格子，jobs 个并行；一个格子失败就停下，已做完的都在。predict 是 predict.py 的 main。"""
     results = load_results(output_dir, repair=True)
-    num_cells = len(list_cells(plan)) + (plan["replay"] is not None)
+    num_extra = plan["replay"] is not None
+    num_cells = len(list_cells(plan, results)) + num_extra
     bar = tqdm(total=num_cells, initial=len(results), desc="比较", unit="格", dynamic_ncols=True)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (output_dir / "work",))
     running: dict[Future, Cell] = {}
@@ -147,6 +149,7 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable
                     cell = running.pop(future)
                     results.append(future.result() | {"jobs": jobs})
                     record(output_dir, results[-1])
+                    bar.total = len(list_cells(plan, results)) + num_extra  # 试跑的范围会往外伸
                     bar.update()
                     tqdm.write(describe(cell, results[-1]))
     except BrokenProcessPool as error:
@@ -158,12 +161,14 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable
                 worker.kill()
             stop_orphans(output_dir / "work")
         pool.shutdown(wait=True, cancel_futures=True)
-    expected = {*list_cells(plan), *filter(None, [replay_cell(plan, results)])}
+    expected = {*list_cells(plan, results), *filter(None, [replay_cell(plan, results)])}
     assert {cell_of(row) for row in results} >= expected, "还有没做的格子，却没有可以开始的"
 
 
 def describe(cell: Cell, row: dict[str, Any]) -> str:
     """一个做完的格子的一行说明。"""
+    if cell.stage == "sweep" and row["score"] is None:
+        return f"{cell.name}：损失成了 NaN，这个学习率太大"
     if row["score"] is None:
         scores = [f"{name} {entry['test_score']:.3f}" for name, entry in row["forgetting"]["other_tasks"].items()]
         return f"{cell.name}：{'，'.join(scores)}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune.comparison.plan import methods_of
 from finetune.metrics.bootstrap import resample_sums
 from finetune.metrics.registry import SCORERS
 
@@ -82,22 +83,27 @@ def summarize(plan: dict, results: list[dict], base: dict | None) -> dict[str, A
     cells: dict[tuple[str, str], dict[str, Any]] = {}
     pairs: dict[str, list[dict[str, Any]]] = {}
     metrics = {task["name"]: task["metric"] for task in plan["tasks"]}
-    for task in plan["tasks"]:
-        name, drawn, base_drawn = task["name"], {}, None
-        if base is not None:
-            own = base["forgetting"]["other_tasks"][name]["test_per_row"]
-            base_drawn = resampled_scores([own] * len(plan["seeds"]), task["metric"])
-        for method in plan["methods"]:
+    for name, metric in metrics.items():
+        done: dict[str, dict[int, Columns]] = {}  # 方法 → 种子 → 计数
+
+        def drawn(method: str, seeds: Sequence[int], done=done, metric=metric) -> Drawn:
+            return resampled_scores([done[method][seed] for seed in seeds], metric)
+
+        for method in methods_of(plan, name):
             rows = [r for r in results if (r["stage"], r["task"], r["method"]) == ("final", name, method)]
             if rows:
                 rows.sort(key=lambda row: row["seed"])  # 做完的次序各方法不同；比较按种子配对
-                drawn[method] = resampled_scores([row["per_row"] for row in rows], task["metric"])
-                cells[name, method] = summarize_cell(rows, drawn[method], base_drawn)
-        pairs[name] = [
-            {"first": a, "second": b, **paired_difference(drawn[a], drawn[b])}
-            for a, b in combinations(drawn, 2)
-            if cells[name, a]["seeds"] == cells[name, b]["seeds"]
-        ]
+                done[method] = {row["seed"]: row["per_row"] for row in rows}
+                base_drawn = None
+                if base is not None:
+                    own = base["forgetting"]["other_tasks"][name]["test_per_row"]
+                    base_drawn = resampled_scores([own] * len(rows), metric)
+                cells[name, method] = summarize_cell(rows, drawn(method, list(done[method])), base_drawn)
+        pairs[name] = []
+        for first, second in combinations(done, 2):
+            if shared := [seed for seed in done[first] if seed in done[second]]:
+                found = paired_difference(drawn(first, shared), drawn(second, shared))
+                pairs[name].append({"first": first, "second": second, "seeds": shared, **found})
         for entry, adjusted in zip(pairs[name], holm([entry["p_value"] for entry in pairs[name]]), strict=True):
             entry["p_holm"] = adjusted
     chance = {name: chance_score(metrics[name], cell["counts"]) for (name, _), cell in cells.items()}

@@ -129,8 +129,16 @@ def label_log_probs(
     """各提示词之后续写各标签的对数概率（nat，按 fp32 计算），[行][标签]。
 
     是标签全部 token 的对数概率之和，不除以长度：labels 以 eos 结尾时，它就是模型恰好回答这个标签的概率。
+    各标签都只有一个 token 时，一个提示词只算一次。
     """
     device = base_model_of(model).model.embed_tokens.weight.device
+    if all(len(label) == 1 for label in labels):
+        first_tokens, scores = [label[0] for label in labels], []
+        for start in range(0, len(prompts), batch_size):
+            inputs = left_pad(prompts[start : start + batch_size], pad_token_id, device)
+            logits = model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+            scores += logits.float().log_softmax(-1)[:, first_tokens].tolist()
+        return scores
     pairs = [(row, column) for row in range(len(prompts)) for column in range(len(labels))]
     scores = [[0.0] * len(labels) for _ in prompts]
     for start in range(0, len(pairs), batch_size):

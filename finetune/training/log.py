@@ -253,8 +253,17 @@ def cut_log(path: Path, last_step: int, drops_evaluation: bool = False):
 
 
 def draw_loss(log_path: Path):
-    """把 train_log.jsonl 画成同目录下的 loss.png：上面是训练与评估的损失，有别的指标时下面再画它。"""
+    """把 train_log.jsonl 画成同目录下的 loss.png：上面是训练与评估的损失，有别的指标时下面再画它。
+
+    这台机器没有中文字体时，图里的字用英文。
+    """
+    from finetune.comparison.fonts import find_font
     from finetune.comparison.plots import set_up
+
+    font = find_font()
+
+    def word(chinese: str, english: str) -> str:
+        return english if font is None else chinese
 
     records = [json.loads(line) for line in log_path.read_text(encoding="utf-8").splitlines()]
 
@@ -265,16 +274,24 @@ def draw_loss(log_path: Path):
     names = {key.removeprefix("eval/") for record in records for key in record if key.startswith("eval/")}
     metrics = sorted(name for name in names if f"{name}_ci_low" in names or name == "accuracy")
     held_out = "loss" if "loss" in names else "nll"  # 偏好的各阶段看它们自己的损失
-    pyplot = set_up()
+    pyplot = set_up(font)
     figure, panels = pyplot.subplots(
         1 + len(metrics), figsize=(7, 4.2 + 2.6 * len(metrics)), layout="constrained", sharex=True, squeeze=False
     )
-    figure.suptitle(f"训练过程：{log_path.resolve().parent.name}")
+    figure.suptitle(f"{word('训练过程：', '')}{log_path.resolve().parent.name}")
     top, *others = panels[:, 0]
-    top.plot(*curve("loss"), label="训练", color="#0072b2", linewidth=1.6, marker=".", markersize=5)
+    top.plot(*curve("loss"), label=word("训练", "train"), color="#0072b2", linewidth=1.6, marker=".", markersize=5)
     if held_out in names:
-        top.plot(*curve(f"eval/{held_out}"), label="评估", color="#d55e00", linewidth=1.6, marker="o", markersize=5)
-    top.set_ylabel("每个目标 token 的损失" if held_out == "nll" else "每对的损失")
+        top.plot(
+            *curve(f"eval/{held_out}"),
+            label=word("评估", "eval"),
+            color="#d55e00",
+            linewidth=1.6,
+            marker="o",
+            markersize=5,
+        )
+    per_token, per_pair = word("每个目标 token 的损失", "loss per target token"), word("每对的损失", "loss per pair")
+    top.set_ylabel(per_token if held_out == "nll" else per_pair)
     top.legend(frameon=False)
     for axes, metric in zip(others, metrics, strict=True):
         steps, scores = curve(f"eval/{metric}")
@@ -282,7 +299,7 @@ def draw_loss(log_path: Path):
         if f"{metric}_ci_low" in names:
             low, high = (curve(f"eval/{metric}_ci_{side}")[1] for side in ("low", "high"))
             axes.fill_between(steps, low, high, color="#d55e00", alpha=0.15)
-        axes.set_ylabel(f"评估：{metric}")
-    panels[-1, 0].set_xlabel("步")
+        axes.set_ylabel(f"{word('评估：', 'eval ')}{metric}")
+    panels[-1, 0].set_xlabel(word("步", "step"))
     figure.savefig(log_path.with_name("loss.png"), dpi=150)
     pyplot.close(figure)

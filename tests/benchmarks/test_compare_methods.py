@@ -1,11 +1,16 @@
 """方法的比较：拆分与泄漏、计划与格子、打断之后接着做、统计、报告；一个慢测试真的做一遍玩具计划并在半途杀掉。"""
 
+import base64
 import json
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +18,15 @@ import pytest
 from fontTools.ttLib import TTFont
 from paths import ROOT
 
-from benchmarks.comparison import base
-from benchmarks.comparison import copying as compare_copying
+from benchmarks.comparison import drills
 from finetune.comparison import data as compare_data
+from finetune.comparison import fonts
 from finetune.comparison import plan as compare_plan
 from finetune.comparison import report as compare_report
 from finetune.comparison import run as compare_run
 from finetune.comparison import statistics as compare_stats
 from finetune.comparison.plan import Cell
-from finetune.comparison.plots import FONT, draw_scores, set_up
+from finetune.comparison.plots import draw_scores, set_up
 from finetune.metrics.labels import label_f1
 from scripts import compare_methods
 
@@ -130,29 +135,58 @@ def test_parts_of_a_task_are_written(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("task", list(compare_plan.TASK_NAMES))
-def test_synthetic_rows_come_from_the_generators_of_the_project(task):
-    rows = base.synthetic_rows(task, 6, seed=1)
-    assert len(rows) == 6 and rows == base.synthetic_rows(task, 6, seed=1)
-    with pytest.raises(ValueError, match=r"synthetic 里的 other .*extraction、generation、classification"):
-        base.synthetic_rows("other", 5, seed=1)
+def drill_texts():
+    return [json.loads(line)["input"] for line in (ROOT / "data" / "d2q_0.json").read_text("utf-8").splitlines()[:40]]
 
 
-def test_copying_rows_answer_with_words_of_their_input():
-    texts = [row_["input"] for row_ in base.synthetic_rows("generation", 40, seed=1)]
-    rows = compare_copying.copying_rows(texts, 60, seed=1)
-    assert rows == compare_copying.copying_rows(texts, 60, seed=1) != compare_copying.copying_rows(texts, 60, seed=2)
-    assert len({row_["instruction"] for row_ in rows}) > 10  # 含要找的词与断开的字
+@pytest.mark.parametrize("form", list(drills.FORMS))
+def test_drills_are_answered_with_words_of_their_input(form):
+    options = {"chars": (12, 60), "forms": {form: 1}, "scrambled": 0.5}
+    rows = drills.drill_rows(drill_texts(), 60, seed=1, **options)
+    assert rows == drills.drill_rows(drill_texts(), 60, seed=1, **options)
+    assert rows != drills.drill_rows(drill_texts(), 60, seed=2, **options)
     for row_ in rows:
+        assert set(row_) == {"instruction", "input", "output"} and row_["output"]
         for line in row_["output"].split("\n"):
-            assert line.replace("_", "") in row_["input"]
-            assert line.count("_") == (2 if "断开" in row_["instruction"] else 0)
-        assert compare_copying.MIN_CHARS <= len(row_["input"]) <= compare_copying.MAX_CHARS
-    with pytest.raises(ValueError, match=r"copying\(9999\) .* \d+，.*general_chars"):
-        compare_copying.copying_rows(texts, 9999, seed=1)
-    drills = compare_copying.drilling_rows(texts, 60, seed=1)
-    assert drills == compare_copying.drilling_rows(texts, 60, seed=1) and len(drills) == 60
-    assert all(row_["input"] == row_["output"] and 3 <= len(row_["input"]) <= 16 for row_ in drills)
+            for part in line.split("_") if form in ("cut", "label") else [line]:
+                assert part in row_["instruction"] + row_["input"]
+            assert line.count("_") == (2 if form in ("cut", "label") else 0) or form == "copy"
+    ended = sum(row_["input"].endswith("\n") for row_ in rows)
+    assert ended == 60 or 15 <= ended <= 45 or form in ("after", "between", "quote", "fields")
+
+
+def test_the_answers_of_drills_are_right():
+    text = "火花塞间隙过大，发动机怠速不稳；更换火花塞后，故障排除。"
+    found = {
+        name: [drills.FORMS[name](text, random.Random(seed)) for seed in range(40)] for name in ("find", "after", "nth")
+    }
+    for instruction, given, answer in found["find"]:
+        word = re.search("“(.*?)”", instruction)[1]
+        assert given == text and answer.split("\n") == [part for part in drills.clauses_of(text) if word in part]
+    for _, given, answer in found["after"]:
+        asked = given.split("\n")[1]
+        assert text[text.index(re.search("“(.*?)”", asked)[1]) :].startswith(re.search("“(.*?)”", asked)[1] + answer)
+    assert {answer for _, _, answer in found["nth"]} == set(drills.clauses_of(text))
+
+
+def test_drawn_strings_use_the_common_characters_once_each():
+    rows = drills.drill_rows(drill_texts(), 200, seed=3, chars=(1, 6), common=50, forms={"copy": 1}, marked=1.0)
+    letters = Counter(char for text in drill_texts() for char in text if char.isalnum())
+    common = {char for char, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:50]}
+    assert set("".join(row_["output"] for row_ in rows)) == common
+    assert all(len(set(row_["output"])) == len(row_["output"]) <= 6 for row_ in rows)
+    assert all(row_["instruction"] == "抄写：" and row_["input"] == row_["output"] + "\n" for row_ in rows)
+    with pytest.raises(ValueError, match="forms 里的 typo"):
+        drills.drill_rows(drill_texts(), 1, seed=1, chars=(1, 6), forms={"typo": 1})
+    with pytest.raises(ValueError, match="900 至 999 字"):
+        drills.drill_rows(drill_texts(), 1, seed=1, chars=(900, 999))
+
+
+def test_scrambling_moves_only_the_letters():
+    text = "甲乙丙，丁戊己。"
+    scrambled = drills.scramble(text, random.Random(1))
+    assert sorted(scrambled) == sorted(text) and scrambled != text
+    assert (scrambled[3], scrambled[7]) == ("，", "。")
 
 
 def test_rows_that_are_too_long_or_empty_are_left_out(tmp_path):
@@ -178,6 +212,7 @@ PLAN = {
     "train_tokens": 1000,
     "checks": ["repeat", "shuffled"],
     "replay": {"ratio": 0.25},
+    "extensions": 0,
 }
 
 
@@ -284,6 +319,47 @@ def test_equal_scores_take_the_smaller_rate(plan):
     results = [result(Cell("sweep", "extraction", "lora", 1, rate), 2.0) for rate in (1e-2, 1e-3)]
     assert compare_plan.best_rate(plan, results, "extraction", "lora") == 1e-3
     assert compare_plan.best_rate(plan, results[:1], "extraction", "lora") is None
+
+
+def extended(plan, scores, task="extraction", method="lora"):
+    """各学习率的分数给定时，逐格做完试跑 → (试过的学习率, 选中的)。"""
+    results = []
+    while missing := [r for r in compare_plan.sweep_rates(plan, results, task, method) if r not in
+                      [row_["learning_rate"] for row_ in results]]:  # fmt: skip
+        results.append({**result(Cell("sweep", task, method, 1, missing[0])), "score": scores(missing[0])})
+    return compare_plan.sweep_rates(plan, results, task, method), compare_plan.best_rate(plan, results, task, method)
+
+
+def test_the_range_grows_until_the_best_rate_lies_inside(plan):
+    plan = {**plan, "extensions": 4}
+    plan["methods"]["lora"]["learning_rates"] = [1e-3, 3e-3, 1e-2]
+    assert extended(plan, lambda rate: abs(rate - 3e-3)) == ([1e-3, 3e-3, 1e-2], 3e-3)
+    assert extended(plan, lambda rate: rate) == ([1.2e-5, 3.7e-5, 1.1e-4, 3.3e-4, 1e-3, 3e-3, 1e-2], 1.2e-5)
+    rates, best = extended(plan, lambda rate: abs(rate - 0.03))
+    assert (rates, best) == ([1e-3, 3e-3, 1e-2, 0.033, 0.11], 0.033)
+    # 太大的学习率没有走完：不选它
+    assert extended(plan, lambda rate: None if rate > 1e-2 else -rate) == ([1e-3, 3e-3, 1e-2, 0.033], 1e-2)
+    assert extended({**plan, "extensions": 0}, lambda rate: rate)[1] == 1e-3
+    plan["methods"]["lora"]["learning_rates"] = [1e-3]
+    assert extended(plan, lambda rate: rate) == ([1e-3], 1e-3)
+
+
+def test_a_method_may_have_its_own_tasks_and_seeds(tmp_path):
+    variant = {"learning_rates": [1e-3], "train_type": "lora", "flags": ["--use_dora"], "tasks": ["extraction"]}
+    methods = {**PLAN["methods"], "dora": {**variant, "seeds": [2]}}
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "methods": methods}))
+    cells = [cell for cell in compare_plan.list_cells(plan) if cell.method == "dora"]
+    assert [cell.name for cell in cells] == ["sweep-extraction-dora-2-0.001", "final-extraction-dora-2"]
+    results = []
+    order = run_to_the_end(plan, results)
+    assert order[-1].startswith("replay-")
+    summary = compare_stats.summarize(plan, results, compare_report.find(results, stage="base"))
+    shared = {(p["first"], p["second"]): p["seeds"] for p in summary["pairs"]["extraction"]}
+    assert shared == {("lora", "full"): [1, 2], ("lora", "dora"): [2], ("full", "dora"): [2]}
+    assert [(p["first"], p["second"]) for p in summary["pairs"]["classification"]] == [("lora", "full")]
+    wrong = {**methods, "dora": {**variant, "tasks": ["typo"], "seeds": [9], "train_type": "x"}}
+    with pytest.raises(ValueError, match=r" 3 (.|\n)*dora (.|\n)*typo(.|\n)*seeds\(\[9\]\)"):
+        compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "methods": wrong}))
 
 
 def test_a_cell_that_waits_for_its_sweep_does_not_hold_up_others(plan):
@@ -409,31 +485,57 @@ def test_report_contents(finished):
         "| 抽取 | lora | 3.000 → 3.100 | +0.100 | 0.050 | — | 0.200（0.200） |",
         "| 重放 0.25 | 0.500 [0.400, 0.600] | +0.100 | 0.050 | 0.200 | 990 | 10 |",
         "| 抽取 | **2.0000** | 2.0000 |",
-        "- lora：从 0.001 开始（2/2 个任务选中它）；它在试过的范围（0.001 至 0.01）的边上，更小",
+        "> 分数最高的，抽取是 **full**（0.750 [",
+        "> 从 **lora** 开始（这个模型上学习率 0.001）：2 个任务里有 2 个",
+        "- lora：从 0.001 开始（2/2 个任务选中它）。",
+        "选中的学习率在试过的范围的边上的：lora 的抽取（0.001）、lora 的分类（0.001）、full 的抽取（0.0001）",
         "种子 1 再做一次，分数 0.500000 与 0.500000，相同",
         "- 打乱标签：分类、full",
     ):
         assert expected in text, expected
     page = (finished / "report.html").read_text(encoding="utf-8")
-    names = ["scores", "score-memory", "score-parameters", "losses", "forgetting"]
+    names = ["scores", "score-memory", "score-time", "score-forgetting", "losses", "forgetting"]
     assert page.count("data:image/svg+xml;base64,") == len(names)
-    assert [f"figures/{name}.svg" in text for name in names] == [True] * 5
+    assert [f"figures/{name}.svg" in text for name in names] == [True] * 6
     assert "http://" not in page and "https://" not in page and "<script" not in page
-    known = TTFont(FONT).getBestCmap()
-    assert {char for char in page if ord(char) >= 0x2E80 and ord(char) not in known} == set()
+    assert page.index("<blockquote>") < page.index("<table>")  # 先是答案
     assert page.count("<table>") == text.count("| --- |\n") and "**" not in page and "<b>2.0000</b>" in page
-    for name in names:
-        picture = (finished / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-        assert "<text" not in picture and "DroidSansFallback" in picture  # 汉字是路径
     assert compare_report.write_report(finished) is None
     assert (finished / "report.html").read_text(encoding="utf-8") == page  # 同样的结果，同样的字节
+
+
+@pytest.fixture
+def font():
+    """matplotlib 自带的字体，系统里有没有中文字体都一样。"""
+    from matplotlib import font_manager
+
+    return Path(font_manager.findfont("DejaVu Sans"))
+
+
+def test_a_font_is_embedded_as_a_subset(finished, font, capsys):
+    assert compare_methods.main(["--report", str(finished), "--font", str(font)]) == 0
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    embedded = base64.b64decode(re.search(r"url\(data:font/otf;base64,([^)]*)\)", page)[1])
+    found = set(TTFont(BytesIO(embedded)).getBestCmap())
+    assert {ord(char) for char in "freeze0.5"} & found and len(found) < len(TTFont(font).getBestCmap()) / 4
+    assert "<text" not in (finished / "figures" / "scores.svg").read_text(encoding="utf-8")  # 文字是路径
+    assert compare_methods.main(["--report", str(finished), "--font", str(finished / "plan.json")]) == 2
+    assert "--font" in capsys.readouterr().err
+
+
+def test_without_a_font_the_reader_has_one(finished, monkeypatch):
+    monkeypatch.setattr(fonts, "NAMES", ())
+    compare_report.write_report(finished)
+    assert "@font-face" not in (finished / "report.html").read_text(encoding="utf-8")
+    picture = (finished / "figures" / "scores.svg").read_text(encoding="utf-8")
+    assert "<text" in picture and "没有微调的基座" in picture
 
 
 def test_the_chance_line_is_drawn_where_there_is_chance(finished):
     plan, results = compare_plan.read_plan(finished / "plan.json"), compare_run.load_results(finished)
     base_ = compare_report.find(results, stage="base")
     summary = compare_stats.summarize(plan, results, base_)
-    figure = draw_scores(set_up(), plan, plan["tasks"], summary["cells"], base_, summary["chance"])
+    figure = draw_scores(set_up(None), plan, plan["tasks"], summary["cells"], base_, summary["chance"])
     drawn = [[line.get_ydata()[0] for line in axis.lines if line.get_linestyle() == ":"] for axis in figure.axes]
     assert [np.round(values, 3).tolist() for values in drawn] == [[], [0.467]]
     assert "碰运气" in [text.get_text() for text in figure.legends[0].get_texts()]
@@ -458,17 +560,29 @@ def test_command_line_needs_a_plan_or_a_report(capsys):
     assert "--report DIR" in capsys.readouterr().err
 
 
-def test_the_committed_plan_and_results_give_the_committed_report():
-    kept = ROOT / "benchmarks" / "comparison"
-    plan = compare_plan.read_plan(kept / "plan.json")
+def test_the_committed_plan_is_whole():
+    plan = compare_plan.read_plan(ROOT / "benchmarks" / "comparison" / "plan.json")
     assert [task["name"] for task in plan["tasks"]] == list(compare_plan.TASK_NAMES)
-    assert list(plan["methods"]) == list(compare_plan.METHODS)
+    assert list(plan["methods"])[:4] == list(compare_plan.METHODS)
     assert len(plan["seeds"]) >= 3 and all(len(m["learning_rates"]) == 3 for m in plan["methods"].values())
-    results = compare_run.load_results(kept / "results")
+    assert plan["extensions"] > 0
+    known = {"general", *compare_plan.TASK_NAMES}
+    for stage in plan["base"]["stages"]:
+        assert stage.get("texts", {}).keys() <= known
+        for entry in stage["drills"]:
+            assert (
+                set(entry.get("texts", known)) <= known
+                and entry.get("forms", drills.FORMS).keys() <= drills.FORMS.keys()
+            )
+
+
+def test_the_committed_results_give_the_committed_report():
+    kept = ROOT / "benchmarks" / "comparison" / "results"
+    plan, results = compare_plan.read_plan(kept / "plan.json"), compare_run.load_results(kept)
     base_ = compare_report.find(results, stage="base")
-    facts = json.loads((kept / "results" / "data.json").read_text(encoding="utf-8"))
+    facts = json.loads((kept / "data.json").read_text(encoding="utf-8"))
     parts = compare_report.lay_out(plan, facts, results, compare_stats.summarize(plan, results, base_), base_)
-    assert "\n\n".join(parts) + "\n" == (kept / "results" / "report.md").read_text(encoding="utf-8")
+    assert "\n\n".join(parts) + "\n" == (kept / "report.md").read_text(encoding="utf-8")
 
 
 # ---- 真的做一遍 ----
@@ -481,9 +595,19 @@ def toy_plan(directory: Path) -> Path:
     text.write_text("\n".join(lines[group] for group in dict.fromkeys(groups)) + "\n", encoding="utf-8")
     plan = {
         "base": {
-            **{"arch": "baichuan2-7b", "layers": 2, "hidden_size": 32, "heads": 2, "vocab_size": 1200},
-            **{"model_max_length": 256, "pretrain_tokens": 4000, "pretrain_threads": 1},
-            "repeats": {"general": 1, "classification": 1},
+            "model": {
+                **{"arch": "baichuan2-7b", "layers": 2, "hidden_size": 32, "heads": 2, "vocab_size": 1200},
+                "model_max_length": 256,
+            },
+            "train_flags": ["--precision", "fp32", "--num_threads", 1, "--max_len", 128, "--max_src_len", 96],
+            "stages": [
+                {
+                    "name": "drills",
+                    "drills": [{"count": 60, "chars": [4, 12]}],
+                    "train_flags": ["--learning_rate", 1e-3],
+                },
+                {"name": "texts", "texts": {"general": 0.1, "classification": 2}, "train_flags": ["--max_steps", 4]},
+            ],
         },
         "general_path": str(text),
         "held_out_chars": 400,

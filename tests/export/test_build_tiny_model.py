@@ -14,9 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import baichuan
-from benchmarks.comparison import pretrain as pretrain_tiny
 from scripts import build_tiny_model as script
-from scripts import tiny_model_tokenizer as tiny_tokenizer
 
 SCRIPT = ROOT / "scripts" / "build_tiny_model.py"
 ARCHS = ["baichuan-7b", "baichuan-13b", "baichuan2-7b", "baichuan2-13b"]
@@ -175,7 +173,7 @@ def test_normalisation_of_each_version(build):
 @pytest.mark.parametrize("name, version", [("v1-reconstructed", 1), ("v2", 2)])
 def test_user_pieces_are_the_official_ones(shared_dir, name, version):
     official = sentencepiece.SentencePieceProcessor(model_file=str(shared_dir / "tokenizer" / name / "tokenizer.model"))
-    pieces = tiny_tokenizer.official_user_pieces(version)
+    pieces = script.official_user_pieces(version)
     assert len(pieces) == {1: 390, 2: 1086}[version]
     assert pieces == official.id_to_piece(list(range(3, 3 + len(pieces))))
     assert official.id_to_piece(3 + len(pieces)) == "<0x00>"
@@ -198,8 +196,8 @@ def test_rare_characters_fall_back_to_bytes(tmp_path):
     # 三千个不同的字远多于小词表能容纳的数目
     chars = "".join(chr(0x4E00 + i) for i in range(3000))
     (tmp_path / "rare.txt").write_text(chars + "\n" + "你好" * 50, encoding="utf-8")
-    lines = tiny_tokenizer.read_training_lines([tmp_path / "rare.txt"])
-    content = tiny_tokenizer.train_tokenizer(2, 600, lines)
+    lines = script.read_training_lines([tmp_path / "rare.txt"])
+    content = script.train_tokenizer(2, 600, lines)
     processor = sentencepiece.SentencePieceProcessor(model_proto=content)
     assert processor.get_piece_size() <= 600
     assert processor.id_to_piece(processor.encode("你")) == ["你"]
@@ -214,9 +212,9 @@ def test_training_text_formats(tmp_path):
     array_file.write_text(json.dumps([row]), encoding="utf-8-sig")
     text_file.write_text("纯\t文本\r\n" + "长" * 2001, encoding="utf-8")
     expected = ["抽取", "第一行", "第二行", "头", "尾"]
-    assert tiny_tokenizer.read_training_lines([lines_file]) == [*expected, "甲\u2028乙"]
-    assert tiny_tokenizer.read_training_lines([array_file]) == expected
-    assert tiny_tokenizer.read_training_lines([text_file]) == ["纯", "文本", "长" * 2000, "长"]
+    assert script.read_training_lines([lines_file]) == [*expected, "甲\u2028乙"]
+    assert script.read_training_lines([array_file]) == expected
+    assert script.read_training_lines([text_file]) == ["纯", "文本", "长" * 2000, "长"]
 
 
 def test_given_tokenizer_is_copied(build, text_file):
@@ -361,17 +359,17 @@ def test_bad_training_text(tmp_path):
     (tmp_path / "empty.txt").write_text("\n\n", encoding="utf-8")
     (tmp_path / "gbk.txt").write_bytes("你好".encode("gbk"))
     with pytest.raises(ValueError, match=r"bad.json:2: 不是合法的 JSON"):
-        tiny_tokenizer.read_training_lines([tmp_path / "bad.json"])
+        script.read_training_lines([tmp_path / "bad.json"])
     with pytest.raises(ValueError, match="里没有文字"):
-        tiny_tokenizer.read_training_lines([tmp_path / "empty.txt"])
+        script.read_training_lines([tmp_path / "empty.txt"])
     with pytest.raises(ValueError, match="不是 UTF-8 文本"):
-        tiny_tokenizer.read_training_lines([tmp_path / "gbk.txt"])
+        script.read_training_lines([tmp_path / "gbk.txt"])
 
 
 def test_missing_project_data(monkeypatch, tmp_path):
-    monkeypatch.setattr(tiny_tokenizer, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
     with pytest.raises(ValueError, match=r"\*\.json.*--train_text"):
-        tiny_tokenizer.default_training_files()
+        script.default_training_files()
 
 
 def test_existing_directory(build):
@@ -406,98 +404,3 @@ def test_command_line(tmp_path, text_file):
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 1
     assert "错误：--output_dir(" in again.stderr and "Traceback" not in again.stderr
-
-
-# ---- 预训练 ----
-
-
-def test_text_blocks_cover_every_token():
-    blocks = pretrain_tiny.text_blocks("甲" * 100 + "\n\n" + "乙" * 100 + "\n", lambda text: list(text.encode()), eos=2)
-    assert [len(ids) for ids, _ in blocks] == [256, 256, 91]
-    assert [token for ids, _ in blocks for token in ids][301] == 2  # 空行处是 eos
-    assert all(answer == len(ids) for ids, answer in blocks)  # 纯文本没有回答
-
-
-def test_rows_are_encoded_as_train_does(build, tmp_path):
-    from baichuan import BaichuanTokenizer
-    from data_set import BaichuanDataSet
-
-    path = tmp_path / "rows.json"
-    rows = [{"instruction": "你好，", "input": "火花塞", "output": "积碳"}, {"instruction": "点火", "output": ""}]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    tokenizer = BaichuanTokenizer.from_pretrained(build("baichuan2-7b"))
-    dataset = BaichuanDataSet(path, tokenizer, prompt_format="plain", max_len=256, max_src_len=192)
-    blocks = pretrain_tiny.row_blocks(path, tokenizer)
-    assert [ids for ids, _ in blocks] == [sample.input_ids.tolist() for sample in dataset]
-    assert [answer for _, answer in blocks] == [sample.num_src_tokens for sample in dataset]
-
-
-def test_steps_use_each_block_once_or_up_to_the_token_budget():
-    blocks = [([n] * 256, 256) for n in range(20)]
-    steps = pretrain_tiny.deal_steps(blocks, None, seed=1)
-    assert sorted(ids[0] for step in steps for ids, _ in step) == list(range(20))
-    assert [len(step) for step in steps] == [4, 4, 4, 4, 4]
-    assert steps == pretrain_tiny.deal_steps(blocks, None, seed=1) != pretrain_tiny.deal_steps(blocks, None, seed=2)
-    assert sum(len(step) for step in pretrain_tiny.deal_steps(blocks, 25 * 256, seed=1)) == 25
-
-
-def test_short_blocks_come_first():
-    blocks = [([n] * (20 if n % 3 else 200), 20) for n in range(30)]
-    lengths = [len(ids) for step in pretrain_tiny.deal_steps(blocks, None, seed=1) for ids, _ in step]
-    assert lengths == [20] * 20 + [200] * 10
-
-
-def test_initial_values_lean_to_copying():
-    generator, size = torch.Generator().manual_seed(0), 64
-    shapes = {"model.embed_tokens.weight": (40, size), "model.norm.weight": (size,), "lm_head.weight": (40, size)}
-    for layer in range(2):
-        shapes[f"model.layers.{layer}.self_attn.W_pack.weight"] = (3 * size, size)
-        shapes[f"model.layers.{layer}.self_attn.o_proj.weight"] = (size, size)
-    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    leaning = pretrain_tiny.lean_to_copying(weights, seed=3)
-    assert list(leaning) == list(weights) and all(leaning[name].shape == shape for name, shape in shapes.items())
-    embedding, head = leaning["model.embed_tokens.weight"], leaning["lm_head.weight"]
-    for layer in range(2):
-        query, key, value = leaning[f"model.layers.{layer}.self_attn.W_pack.weight"].split(size)
-        written = embedding @ (leaning[f"model.layers.{layer}.self_attn.o_proj.weight"] @ value).T
-        said = (written @ torch.nn.functional.normalize(head).T)[2:].argmax(dim=1)
-        assert said.tolist() == list(range(2, 40))  # 看到什么，就说什么
-        found = ((embedding @ query.T) @ (written @ key.T).T)[2:].argmax(dim=1)
-        share = (found == torch.arange(2, 40)).float().mean().item()
-        assert share > 0.9 if layer else share < 0.1  # 第二层起，查询找的是「前一个是我」的位置
-
-
-def test_learning_rate_warms_up_and_decays():
-    rates = [pretrain_tiny.learning_rate(step, 100) / pretrain_tiny.LEARNING_RATE for step in (0, 4, 5, 99)]
-    assert rates == pytest.approx([0.2, 1.0, 1.0, 0.02], abs=1e-3)
-
-
-@pytest.mark.parametrize("arch", ["baichuan-7b", "baichuan2-13b"])
-def test_pretraining_learns_and_is_reproducible(build, text_file, arch):
-    options = {"pretrain": [text_file], "pretrain_tokens": 12000, "pretrain_threads": 1}
-    first, second = (build(arch, name, **options) for name in ("first", "second"))
-    assert hashes(first) == hashes(second)
-    text = torch.tensor([AutoTokenizer.from_pretrained(first)(TEXT)["input_ids"]])
-    losses = {}
-    for path in (first, build(arch, "random")):
-        model = AutoModelForCausalLM.from_pretrained(path).eval()
-        losses[path.name] = model(input_ids=text, labels=text).loss.item()
-    assert losses["first"] < 0.9 * losses["random"]
-    assert hashes(build(arch, "other", seed=5, **options))["model.safetensors"] != hashes(first)["model.safetensors"]
-
-
-def test_pretraining_weights_are_hashed_by_value():
-    one, other = torch.arange(6.0), torch.arange(6.0).bfloat16()
-    digest = pretrain_tiny.weights_hash({"a": one, "b": other})
-    assert digest == pretrain_tiny.weights_hash({"b": other.clone(), "a": one.clone()})
-    assert digest != pretrain_tiny.weights_hash({"a": one + 1, "b": other})
-
-
-def test_pretraining_options(build, tmp_path):
-    with pytest.raises(ValueError, match="只在 --pretrain 时起作用"):
-        build("baichuan2-7b", pretrain_tokens=10)
-    with pytest.raises(ValueError, match=r"--pretrain_threads\(0\)"):
-        build("baichuan2-7b", pretrain=[tmp_path / "none.txt"], pretrain_threads=0)
-    with pytest.raises(ValueError, match=r"--pretrain 的文件 .*none\.txt 不存在"):
-        build("baichuan2-7b", pretrain=[tmp_path / "none.txt"])
-    assert not any(tmp_path.iterdir())

@@ -1,17 +1,14 @@
 """process/arithmetic.py：决定每一位的各项记得下来，续训接得过来，接不过来的说明。"""
 
-import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT
 
 from finetune.process.arithmetic import adopt_arithmetic, describe_arithmetic, settle_arithmetic
-from scripts.build_tiny_model import build_tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -85,19 +82,3 @@ def test_the_layout_of_a_weights_file_does_not_change_the_bits(tmp_path):
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len({place for place, _ in lines}) > 1
     assert len({digest for _, digest in lines}) == 1
-
-
-def test_pretraining_does_not_depend_on_the_surrounding_threads(tmp_path):
-    """预训练的权重由它自己的线程数决定，与环境里的无关。"""
-    text = tmp_path / "text.txt"
-    text.write_text("天地玄黄，宇宙洪荒。日月盈昃，辰宿列张。\n" * 20, encoding="utf-8")
-    digests = set()
-    for surrounding in (1, 2):
-        torch.set_num_threads(surrounding)
-        directory: Path = build_tiny_model(
-            "baichuan2-7b", tmp_path / str(surrounding), layers=1, hidden_size=128, heads=2, pretrain=[text],
-            pretrain_tokens=300, pretrain_threads=2,
-        )  # fmt: skip
-        digests.add(hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest())
-        assert torch.get_num_threads() == surrounding
-    assert len(digests) == 1

@@ -1,0 +1,225 @@
+"""由文字本身造的练习：回答逐字取自输入，写法很多种，抄写与填空因此由数据学会，初值与结构都不动。
+
+一行练习是 instruction、input、output，只训练回答（`--task pretrain` 读问答时就是这样）；都不用任何任务的回答。
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+Row = dict[str, str]
+Made = tuple[str, str, str]  # instruction、input、output
+
+MARKS = re.compile(r"[，。；：！？、,;:!?\s]+")
+BLANK = "____"
+NUMBERS = "一二三四五六七八九"
+
+
+def clauses_of(text: str) -> list[str]:
+    """按标点断开的分句，不含标点与空的。"""
+    return [clause for clause in MARKS.split(text) if clause]
+
+
+def pieces_of(texts: Sequence[str], least: int, most: int) -> list[str]:
+    """各段文字 → 片段：相接的整句，合起来 least 至 most 字；互不相同，次序不变。"""
+    found: dict[str, None] = {}
+    for text in texts:
+        piece = ""
+        for sentence in re.findall(r"[^，。；！？]*[，。；！？]|[^，。；！？]+$", text):
+            if len(piece) + len(sentence) > most:
+                piece = ""
+            piece += sentence
+            if least <= len(piece) <= most and (sentence[-1] in "。！？；" or len(piece) > (least + most) // 2):
+                found[piece.strip()] = None
+                piece = ""
+        if least <= len(piece) <= most:
+            found[piece.strip()] = None
+    return list(found)
+
+
+# ---- 练习的各种写法：一个片段 → 一行；片段不合用时返回 None ----
+
+
+def copy(text: str, rng: random.Random) -> Made:
+    """照抄，指令总是最短的一种：最先学的是它。"""
+    return "抄写：", text, text
+
+
+def repeat(text: str, rng: random.Random) -> Made:
+    """照抄。"""
+    return rng.choice(("抄写：", "照抄一遍：", "把下面的文字照抄一遍。文本：", "原文：")), text, text
+
+
+def after(text: str, rng: random.Random) -> Made | None:
+    """某几个字后面的几个字。"""
+    size = rng.randint(1, 3)
+    places = [p for p in range(len(text) - size - 1) if text.count(text[p : p + size]) == 1]
+    if not places:
+        return None
+    place, count = rng.choice(places), rng.randint(2, 8)
+    word = text[place : place + size]
+    form = rng.choice(("“{}”后面的{}个字是：", "在原文里，紧接着“{}”的{}个字：", "找出“{}”之后的{}个字。"))
+    answer = text[place + size : place + size + count]
+    return "文本：", f"{text}\n{form.format(word, len(answer))}", answer
+
+
+def fill(text: str, rng: random.Random) -> Made | None:
+    """原文与挖去一段的原文：填上那一段。"""
+    size = rng.randint(2, 8)
+    if len(text) < size + 6:
+        return None
+    place = rng.randint(2, len(text) - size - 2)
+    begin, end = max(0, place - rng.randint(3, 15)), place + size + rng.randint(2, 10)
+    holed = text[begin:place] + BLANK + text[place + size : end]
+    return rng.choice(("原文：", "文本：")), f"{text}\n填空：{holed}\n", text[place : place + size]
+
+
+def quote(text: str, rng: random.Random) -> Made | None:
+    """原文与一句的开头：把这一句摘录完。"""
+    clauses = [clause for clause in clauses_of(text) if len(clause) >= 5]
+    if not clauses:
+        return None
+    clause = rng.choice(clauses)
+    cut = rng.randint(1, 3)
+    return "原文：", f"{text}\n摘录：{clause[:cut]}", clause[cut:]
+
+
+def split(text: str, rng: random.Random) -> Made:
+    """按标点分行。"""
+    return rng.choice(("按标点分行：", "把下面的文字按标点分开，每行一段。文本：")), text, "\n".join(clauses_of(text))
+
+
+def find(text: str, rng: random.Random) -> Made | None:
+    """含有某个词的分句。"""
+    clauses = [clause for clause in clauses_of(text) if len(clause) >= 3]
+    if not clauses:
+        return None
+    clause = rng.choice(clauses)
+    begin = rng.randrange(len(clause) - 1)
+    word = clause[begin : begin + 2]
+    form = rng.choice(("从文本中找出含有“{}”的分句。文本：", "请摘录提到“{}”的各句，一行一句。文本："))
+    return form.format(word), text, "\n".join(c for c in clauses_of(text) if word in c)
+
+
+def cut(text: str, rng: random.Random) -> Made | None:
+    """含有某个字的各分句，在这个字处断开，写成「前_字_后」。"""
+    inner = [c for clause in clauses_of(text) for c in clause[1:-1]]
+    if not inner:
+        return None
+    char = rng.choice(inner)
+    clauses = [clause for clause in clauses_of(text) if char in clause[1:-1]]
+    places = [clause.index(char, 1) for clause in clauses]
+    form = rng.choice(
+        ("在“{0}”处断开含有它的分句，写成“前_{0}_后”，一行一个。文本：", '找出以“{0}”相连的两部分，用"_"连接。文本：')
+    )
+    lines = [f"{c[:p]}_{char}_{c[p + 1 :]}" for c, p in zip(clauses, places, strict=True)]
+    return form.format(char), text, "\n".join(lines)
+
+
+def label(text: str, rng: random.Random) -> Made | None:
+    """各分句分成前后两部分，中间写上指令里给出的标签。"""
+    clauses = [clause for clause in clauses_of(text) if len(clause) >= 4]
+    if not clauses:
+        return None
+    names = ["".join(rng.sample(text, 2)) for _ in range(rng.randint(1, 3))]
+    name, size = names[0], rng.randint(2, 3)
+    given = "、".join(f'"{other}"' for other in rng.sample(names, len(names)))
+    form = rng.choice(('标签有{0}，用"{1}"连接各分句的前{2}字与其余，', '关系有{0}，把"{1}"写在各句前{2}字之后，'))
+    lines = [f"{c[:size]}_{name}_{c[size:]}" for c in clauses if len(c) > size]
+    return form.format(given, name, NUMBERS[size - 1]) + '内部用"_"连接。文本：', text, "\n".join(lines)
+
+
+def fields(text: str, rng: random.Random) -> Made | None:
+    """几个「名：值」的一张单子：给名答值，或给值答名。"""
+    clauses = [clause for clause in clauses_of(text) if len(clause) >= 4][:8]
+    if len(clauses) < 2:
+        return None
+    pairs = [(clause[:2], clause[2:14]) for clause in clauses]
+    listed = "；".join(f"{name}：{value}" for name, value in pairs)
+    name, value = rng.choice(pairs)
+    if rng.random() < 0.5:
+        return "单子：", f"{listed}\n“{name}”的值：", value
+    return "单子：", f"{listed}\n值为“{value}”的：", name
+
+
+def nth(text: str, rng: random.Random) -> Made | None:
+    """第几个分句。"""
+    clauses = clauses_of(text)[:9]
+    if len(clauses) < 2:
+        return None
+    place = rng.randrange(len(clauses))
+    return f"写出第{NUMBERS[place]}个分句。文本：", text, clauses[place]
+
+
+def between(text: str, rng: random.Random) -> Made | None:
+    """两个词之间的字。"""
+    size = rng.randint(2, 10)
+    if len(text) < size + 5:
+        return None
+    place = rng.randint(2, len(text) - size - 2)
+    left, right = text[place - 2 : place], text[place + size : place + size + 2]
+    return "文本：", f"{text}\n在“{left}”与“{right}”之间的是：", text[place : place + size]
+
+
+FORMS: dict[str, Callable[[str, random.Random], Made | None]] = {
+    form.__name__: form for form in (copy, repeat, after, fill, quote, split, find, cut, label, fields, nth, between)
+}
+
+
+def scramble(text: str, rng: random.Random) -> str:
+    """打乱标点之间的各字：语言的规律帮不上忙，只能抄。"""
+    parts = re.split(f"({MARKS.pattern})", text)
+    chars = [char for part in parts[::2] for char in part]
+    rng.shuffle(chars)
+    drawn = iter(chars)
+    return "".join(part if index % 2 else "".join(next(drawn) for _ in part) for index, part in enumerate(parts))
+
+
+def drawn(texts: Sequence[str], count: int, chars: tuple[int, int], common: int, rng: random.Random) -> list[str]:
+    """count 个随机的字串，各字不重复：取最常见的 common 个字，常见的只按次数的平方根多一些，少见的字也学得到。"""
+    counts = Counter("".join(texts))
+    ranked = sorted((char for char in counts if char.isalnum()), key=lambda char: (-counts[char], char))[:common]
+    weights = [counts[char] ** 0.5 for char in ranked]
+    return ["".join(dict.fromkeys(rng.choices(ranked, weights, k=rng.randint(*chars)))) for _ in range(count)]
+
+
+def drill_rows(
+    texts: Sequence[str],
+    count: int,
+    seed: int,
+    *,
+    chars: tuple[int, int],
+    forms: dict[str, float] | None = None,
+    scrambled: float = 0.0,
+    common: int | None = None,
+    marked: float = 0.5,
+) -> list[Row]:
+    """由 texts 造 count 行练习；同样的参数同样的行。
+
+    Args:
+        chars: 一个片段至少、至多几个字。
+        forms: 各种写法（FORMS 的名字）的份量；缺省都一样多。
+        scrambled: 打乱字序的份额。
+        common: 片段不取自文字，而是最常见的这么多个字随机拼的。
+        marked: 输入末尾加换行的份额；不加时模型得自己看出输入到哪里为止，真的任务里就是这样。
+
+    Raises:
+        ValueError: 没有这么长的片段，或不认识的写法。
+    """
+    forms = forms or dict.fromkeys(FORMS, 1.0)
+    if unknown := [name for name in forms if name not in FORMS]:
+        raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{'、'.join(FORMS)}")
+    rng = random.Random(seed)
+    pieces = pieces_of(texts, *chars) if common is None else drawn(texts, count, chars, common, rng)
+    if not pieces:
+        raise ValueError(f"drills 要 {chars[0]} 至 {chars[1]} 字的片段，文字里没有，请放宽 chars")
+    names, weights, rows = list(forms), list(forms.values()), []
+    for number in range(count):
+        text = pieces[number] if common is not None else rng.choice(pieces)
+        if rng.random() < scrambled:
+            text = scramble(text, rng)
+        instruction, given, output = FORMS[rng.choices(names, weights)[0]](text, rng) or repeat(text, rng)
+        end = "\n" if rng.random() < marked and not given.endswith("\n") else ""
+        rows.append({"instruction": instruction, "input": given + end, "output": output})
+    return rows
