@@ -2,9 +2,9 @@
 
     python benchmarks/stages/pretrain_memory.py --general general_0.txt --base 基座 --out pretrain_memory.json
 
-语料由 --general 的各行打乱、编号写成；一篇一行。分词在训练进程之外的子进程里，不计入。第一次训练走到 --steps 步时收到
-SIGTERM，存好退出；第二次 --resume auto 再走 --steps 步；这一轮余下的各步由同一个 StepLoader 接着读完，不作前向。
-三段读到的各篇合起来数。
+语料由 --general 的各行打乱、编号写成；一篇一行。分词在训练进程之外的子进程里，不计入。第一次训练走到 --steps 步时
+收到 SIGTERM，存好退出；第二次 --resume auto 再走 --steps 步。两次真的读到的各篇，与这一轮余下各步的合起来数；余下的从
+第二次停下的一步起，照 StepLoader 的次序，不作前向。
 """
 
 import argparse
@@ -30,6 +30,7 @@ def watch():
         peak[0] = max(peak[0], process_memory_mb("RssAnon", "RssShmem"))
 threading.Thread(target=watch, daemon=True).start()
 import train
+from finetune.data.packing import iter_steps
 counts = np.zeros(0, dtype=np.int64)
 def read(step):
     np.add.at(counts, [line for _, line in step.rows], 1)
@@ -47,8 +48,12 @@ def train_all(run):
     all_steps(run)
     stop.set()
     if reads_rest:
-        for step in run.loader.epoch(0, start_step=run.engine.global_steps):
-            read(step)
+        loader, starts = run.loader, run.loader.dataset.starts
+        size = len(loader.order), loader.global_batch_size
+        for step in iter_steps(*size, loader.seed, 0, run.engine.global_steps):
+            for place in step:
+                begin, end = starts[loader.order[place] :][:2]
+                np.add.at(counts, lines[begin:end], 1)
     np.savez(path, counts=counts, expected=np.bincount(lines, minlength=len(counts)), stopped=run.engine.global_steps)
 train.train_step, train.train = train_step, train_all
 sys.argv = ["train.py", *sys.argv[4:]]
