@@ -240,7 +240,9 @@ class BaichuanDataSet:
 def _columns_of(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """每个样本一项的各列，与各样本的起点。"""
     columns = {name: arrays[name] for name in PER_SAMPLE}
-    return {**columns, "begins": np.cumsum(columns["lengths"], dtype=np.int64) - columns["lengths"]}
+    begins = np.cumsum(columns["lengths"], dtype=np.int64)
+    begins -= columns["lengths"]
+    return {**columns, "begins": begins}
 
 
 def _listing(counts: dict[str, int]) -> str:

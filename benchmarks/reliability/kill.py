@@ -2,6 +2,7 @@
 
     python benchmarks/reliability/kill.py --kills 60 --seed 1 --output benchmarks/reliability/results       # 约一小时
     python benchmarks/reliability/kill.py --kills 6 --seed 7 --output /tmp/kills/                    # 小的形式，几分钟
+    python benchmarks/reliability/kill.py --kills 10 --task dpo --output benchmarks/stages/results   # 训练的另一个阶段
 
 16 条线（四种方法 × ZeRO-2、ZeRO-3 offload × 1、2 个进程），每条线先完整训练一次，再同样地训练一次，途中挨若干次杀。
 时刻：operator build（编译算子）、load、step、evaluation、save、rename；信号 SIGKILL 与 SIGTERM，发给一个 rank、
@@ -63,8 +64,8 @@ CLOCKS = ("tokens_per_second", "elapsed_seconds", "memory_mb")
 class Line:
     """一种组合：一次没有打断的训练、一次挨杀的训练，命令只有 --output_dir 与 --resume 不同。"""
 
-    def __init__(self, name: str, work: Path):
-        self.name = name
+    def __init__(self, name: str, work: Path, task: str = "sft"):
+        self.name, self.task = name, task
         self.method, self.stage, ranks = name.split("-")
         self.num_ranks = int(ranks)
         self.work = work / name
@@ -77,12 +78,13 @@ class Line:
             (work / f".{arch}").rename(self.base)  # 造到一半被打断的不算
         self.rows = work / "rows.json"
         lines = (ROOT / "data" / "spo_0.json").read_text(encoding="utf-8").splitlines()[:NUM_ROWS]
-        self.rows.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self.rows.write_text("".join(f"{row_of(line, task)}\n" for line in lines), encoding="utf-8")
 
     def start(self, output: Path, *more, env: dict | None = None) -> TrainingProcess:
         flags = [
             *("--train_path", self.rows, "--eval_path", self.rows, "--model_name_or_path", self.base),
             *("--output_dir", output, "--train_type", self.method, "--ds_file", STAGES[self.stage]),
+            *("--task", self.task),
             *("--precision", "fp32", "--max_len", 96, "--max_src_len", 64, "--learning_rate", "5e-3"),
             *("--num_train_epochs", EPOCHS, "--save_model_step", SAVE_STEP, "--show_loss_step", 1),
             *("--per_device_train_batch_size", 1, "--gradient_accumulation_steps", GLOBAL_BATCH // self.num_ranks),
@@ -98,6 +100,15 @@ class Line:
         if ended.returncode != 0:
             raise RuntimeError(f"{self.name}：训练没有走完（退出码 {ended.returncode}）\n{ended.output[-3000:]}")
         return ended.output
+
+
+def row_of(line: str, task: str) -> str:
+    """数据的一行写成这一阶段读的样子；不好的回答是文档的开头。"""
+    if task == "sft":
+        return line
+    row = json.loads(line)
+    answer, worse = row.pop("output"), row["input"][:12]
+    return json.dumps({**row, "chosen": answer, "rejected": worse}, ensure_ascii=False)
 
 
 def line_names(kills: int, rng: random.Random) -> dict[str, int]:
@@ -257,7 +268,7 @@ def run_line(name: str, count: int, args: Namespace, work: Path, report: dict):
     started, earlier = time.monotonic(), [row["seconds"] for row in report["kills"] if row["line"] == name]
     if not earlier:  # 也许有别的一次战役留下的
         shutil.rmtree(work / name, ignore_errors=True)
-    line = Line(name, work)
+    line = Line(name, work, args.task)
     whole, killed, final = line.work / "whole", line.work / "killed", f"epoch-{EPOCHS}-step-{STEPS}"
     if not earlier:
         line.finish(whole)
@@ -296,6 +307,7 @@ def write_report(args: Namespace, report: dict):
     """kills.json（每一次）与 kills.md（汇总与逐行的表）。"""
     write_json(args.output / "kills.json", report)
     lines, kills = report["lines"], report["kills"]
+    task = "" if args.task == "sft" else f" --task {args.task}"
     hit = [row for row in kills if row["hit"]]
     lost = [row for row in kills if row["problem"]]
     by_moment = [
@@ -318,7 +330,7 @@ def write_report(args: Namespace, report: dict):
     ]  # fmt: skip
     text = [
         "# 中断战役",
-        f"`python benchmarks/reliability/kill.py --kills {args.kills} --seed {args.seed}`，{report['machine']}",
+        f"`python benchmarks/reliability/kill.py --kills {args.kills} --seed {args.seed}{task}`，{report['machine']}",
         f"杀了 {len(hit)} 次（另有 {len(kills) - len(hit)} 次训练先走完了），丢失 {len(lost)} 次；"
         f"完成 {len(lines)}/{report['num_lines']} 条线，其中 {sum(bool(row['differences']) for row in lines)} 条与"
         "没有打断过的一次不同（权重、优化器状态、随机状态、日志逐位比较）。",
@@ -336,6 +348,7 @@ def load_report(args: Namespace, num_lines: int, work: Path) -> dict:
     path = args.output / "kills.json"
     machine = f"{platform.machine()}，torch {torch.__version__}"
     fresh = {"seed": args.seed, "num_kills": args.kills, "num_lines": num_lines, "machine": machine}
+    fresh |= {} if args.task == "sft" else {"task": args.task}
     if path.is_file():
         report = read_json(path)
         if all(report.get(key) == value for key, value in fresh.items()):
@@ -350,6 +363,7 @@ def parse_args() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=60, help="一共杀多少次（缺省 %(default)s）")
     parser.add_argument("--seed", type=int, default=1, help="种子：决定哪些线、什么时刻、什么信号（缺省 %(default)s）")
+    parser.add_argument("--task", choices=("sft", "dpo", "orpo", "simpo"), default="sft", help="训练的阶段（缺省 sft）")
     parser.add_argument("--output", type=Path, required=True, help="kills.json 与 kills.md 的目录（必填）")
     parser.add_argument("--work", type=Path, help="训练用的工作目录（缺省在临时目录里，由种子与次数定名；做完后删去）")
     return parser.parse_args()
@@ -359,7 +373,7 @@ def main() -> int:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     names = line_names(args.kills, random.Random(args.seed))
-    work = args.work or Path(tempfile.gettempdir(), f"kills-{os.getuid()}-{args.seed}-{args.kills}")
+    work = args.work or Path(tempfile.gettempdir(), f"kills-{os.getuid()}-{args.task}-{args.seed}-{args.kills}")
     report = load_report(args, len(names), work)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # 让正在进行的训练也结束
     for name, count in names.items():

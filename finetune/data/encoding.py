@@ -169,7 +169,10 @@ def encode_file(
         raise ValueError(f"数据文件 {path} 里没有任何样本（只有空白），请检查文件内容")
     if firsts:
         digests = np.concatenate(firsts)
-        counts["num_duplicates"] = len(digests) - len(np.unique(digests))
+        firsts.clear()
+        digests.sort()
+        counts["num_duplicates"] = int(np.count_nonzero(digests[1:] == digests[:-1]))
+        del digests
     arrays = kept.arrays()
     if not len(arrays["lengths"]):
         raise ValueError(f"数据文件 {path} 的 {counts['num_skipped']} 行全部超长，被 --is_skip 丢弃，请调大 --max_len")

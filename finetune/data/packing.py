@@ -33,8 +33,9 @@ def iter_steps(
     """epoch_steps 的各步，从第 start_step 步起，逐步给出。"""
     if num_samples < 1 or global_batch_size < 1:
         raise ValueError(f"样本数({num_samples})与全局 batch({global_batch_size})都必须至少为 1")
-    order = np.arange(num_samples)
-    if seed is not None:
+    if seed is None:
+        order = np.arange(num_samples)
+    else:
         order = np.random.default_rng([seed % 2**64, epoch]).permutation(num_samples)
     for begin in range(start_step * global_batch_size, num_samples, global_batch_size):
         yield order[begin : begin + global_batch_size].tolist()

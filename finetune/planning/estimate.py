@@ -16,7 +16,7 @@ from finetune.data.packing import deal_step, epoch_steps
 from finetune.data.rows import Problem, ProblemList, RawRow, iter_rows
 from finetune.data.samples import row_options
 from finetune.planning.activations import MicroBatch, PlannedModel, checkpointed_layers
-from finetune.planning.flops import recompute_flops, step_flops
+from finetune.planning.flops import forward_flops, recompute_flops, step_flops
 from finetune.planning.machine import Machine
 from finetune.planning.memory import GIB, Plan, Setup, plan_memory, setup_of
 from finetune.process.precision import choose_precision
@@ -58,6 +58,7 @@ class Outcome(NamedTuple):
     num_steps: int
     step_flops: float
     hours: float
+    extra_passes: float = 0.0  # 另对全部数据作几遍前向：参考模型的
 
 
 def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
@@ -168,9 +169,12 @@ def evaluate(
         args.gradient_checkpointing == "attention",
     )
     flops *= sample.scale / steps_per_epoch
+    passes = TASKS[args.task].open(args).extra_passes(num_steps / steps_per_epoch)
+    pass_flops = forward_flops(model.shape, sample.lengths, sum(sample.num_targets)) * sample.scale
     # 没有 GPU 时各进程分享同样的核
     rate = machine.rate * utilisation(setup) * (cards if machine.device == "cuda" else 1)
-    return Outcome(plan, setup, batch, steps_per_epoch, num_steps, flops, num_steps * flops / rate / 3600)
+    hours = (num_steps * flops + passes * pass_flops) / rate / 3600
+    return Outcome(plan, setup, batch, steps_per_epoch, num_steps, flops, hours, passes)
 
 
 def utilisation(setup: Setup) -> float:

@@ -87,6 +87,11 @@ def step_flops(
     )
 
 
+def forward_flops(shape: Shape, lengths: Sequence[int], num_targets: int) -> float:
+    """只作一遍前向的，公式的第一项。"""
+    return step_flops(shape, lengths, num_targets, "freeze") - 2.0 * num_targets * shape.hidden * shape.vocab
+
+
 def recompute_flops(shape: Shape, lengths: Sequence[int], checkpointed_layers: int, only_attention: bool) -> float:
     """--gradient_checkpointing 在反向里多算的前向：几层，或只是它们的注意力部分（W_pack、o_proj 与注意力）。"""
     weights = 4 * shape.hidden**2 if only_attention else shape.layer_weights

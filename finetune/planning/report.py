@@ -38,7 +38,8 @@ def describe(
         *(f"    {name} {gib(number)}" for name, number in plan.host.items()),
         f"检查点：每个 {gib(size)}" + ("（含训练状态）" if args.save_trainer_state else "（只有模型）"),
         f"计算：每步 {outcome.step_flops / 1e12:.3g} TFLOP；按 {machine.name} {machine.rate / 1e12:.3g} TFLOP/s"
-        f"（{machine.rate_source}）、利用率 {utilisation(setup):.0%}（假定），全部{duration(outcome.hours)}",
+        f"（{machine.rate_source}）、利用率 {utilisation(setup):.0%}（假定），全部{duration(outcome.hours)}"
+        + (f"（含参考模型的 {outcome.extra_passes:.3g} 遍前向）" if outcome.extra_passes else ""),
     ]
     if machine.device_bytes is not None:
         lines.append(f"本机：{machine.name}，显存 {gib(machine.device_bytes)}，主机内存 {gib(machine.host_bytes)}")

@@ -79,6 +79,10 @@ class KtoLoss(PreferenceLoss):
         super().__init__(options, pair_loss=None, uses_reference=True, width=1)
         self.divergence: Tensor | None = None  # 这一步的 z
 
+    def extra_passes(self, num_epochs: float) -> float:
+        """另有各轮的搭档：现在的模型与参考模型各一遍。"""
+        return super().extra_passes(num_epochs) + 2 * num_epochs
+
     def start(self, engine, data_sets: Sequence, pad_token_id: int) -> None:
         """另外算好每一步的搭档的；搭档随各轮的次序而变。"""
         super().start(engine, data_sets, pad_token_id)

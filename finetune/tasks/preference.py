@@ -100,6 +100,10 @@ class PreferenceLoss(TokenLoss):
         self.is_live = options.train_type == "lora" and options.adapter_path is None
         self._sums: dict[str, Tensor] = {}
 
+    def extra_passes(self, num_epochs: float) -> float:
+        """参考模型的：每步一次，或第一步之前一遍。"""
+        return 0.0 if not self.uses_reference else num_epochs if self.is_live else 1.0
+
     def start(self, engine, data_sets: Sequence, pad_token_id: int) -> None:
         """第一步之前，权重还是起点的：需要时算好参考模型的对数概率，放进 data_set.reference。集合操作。"""
         if not self.uses_reference or self.is_live:

@@ -24,6 +24,10 @@ class TokenLoss:
     with_samples = False  # StepLoader 的同名参数
     partners = eval_partners = None  # 同上
 
+    def extra_passes(self, num_epochs: float) -> float:
+        """除了训练自己的，另要对全部训练数据作几遍前向；推算时间用。"""
+        return 0.0
+
     def start(self, engine, data_sets, pad_token_id: int) -> None:
         """第一步之前，权重还是起点的；集合操作。"""
 

@@ -25,7 +25,7 @@ def row(line: str) -> dict:
 
 
 def test_an_interrupted_campaign_goes_on(tmp_path):
-    args, work = Namespace(seed=1, kills=6, output=tmp_path), tmp_path / "work"
+    args, work = Namespace(seed=1, kills=6, task="sft", output=tmp_path), tmp_path / "work"
     report = load_report(args, 3, work)
     assert report["kills"] == report["lines"] == []
     report["lines"] = [{"line": "a", "kills": 2, "differences": [], "seconds": 90.0}]
@@ -36,6 +36,6 @@ def test_an_interrupted_campaign_goes_on(tmp_path):
     kept = load_report(args, 3, work)
     assert [kill["line"] for kill in kept["kills"]] == ["a", "a", "b"]  # c 的工作目录不在了
     assert kept["lines"] == report["lines"]
-    other = Namespace(seed=2, kills=6, output=tmp_path)
+    other = Namespace(seed=2, kills=6, task="sft", output=tmp_path)
     assert load_report(other, 3, work)["kills"] == []
     assert "完成 1/3 条线" in (tmp_path / "kills.md").read_text(encoding="utf-8")

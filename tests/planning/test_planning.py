@@ -10,7 +10,7 @@ from launching import launch
 from paths import ROOT
 
 from baichuan import BaichuanConfig, BaichuanForCausalLM
-from finetune.checkpoint.base_model import load_tokenizer
+from finetune.checkpoint.base_model import load_config, load_tokenizer
 from finetune.cli.train_checks import validate_args
 from finetune.cli.train_flags import parse_args
 from finetune.data.packing import collate
@@ -210,6 +210,26 @@ def test_dry_run_follows_the_launcher(tiny_checkpoint, tmp_path, capsys, monkeyp
     monkeypatch.setenv("RANK", "1")
     assert run_dry(tiny_checkpoint("baichuan2-7b"), tmp_path / "output") == 0
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("task", "method", "passes"),
+    [("sft", "lora", 0), ("simpo", "full", 0), ("dpo", "lora", 3), ("dpo", "full", 1), ("kto", "lora", 9)],
+)
+def test_the_passes_of_the_reference_are_counted(task, method, passes, tiny_checkpoint, tmp_path):
+    """3 轮：新的 LoRA 每步另作一次前向，full 在第一步之前一遍，kto 另有搭档的两遍。"""
+    flags = ["--task", task, "--train_type", method, "--num_train_epochs", "3", "--precision", "fp32"]
+    args = parse_args(flags_for("-", tmp_path, *flags))
+    model = plan_model(args, load_config(tiny_checkpoint("baichuan2-7b")))
+    outcome = evaluate(args, ZERO2, model, SAMPLE, cpu_machine(64), 1)
+    shape = model.shape
+    matrices = (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate) * shape.layers
+    forward = 2 * 1_024_000 * matrices + 2 * 1000 * 1024**2 * shape.hidden * shape.layers
+    forward += 2 * 200_000 * shape.hidden * shape.vocab
+    forward -= 2 * (1_024_000 - 200_000) * (shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+    assert outcome.extra_passes == passes
+    flops = outcome.num_steps * outcome.step_flops + passes * forward
+    assert outcome.hours == pytest.approx(flops / (0.6e12 * 3600))
 
 
 @pytest.fixture
