@@ -43,6 +43,7 @@ from finetune.process.errors import explain
 from finetune.process.interruption import EXIT_INTERRUPTED, WAIT_LIMIT, Interruption, leave, limit_waiting
 from finetune.process.launching import join_or_stand_alone, process_count_note
 from finetune.process.libraries import quiet_libraries
+from finetune.process.matmul_on_cpu import settle_products
 from finetune.process.precision import choose_precision
 from finetune.process.stale_files import clean_leftovers, release_shared_memory
 from finetune.tasks.registry import TASKS
@@ -114,7 +115,7 @@ def main() -> int:
     log_rank_0(f"提示格式：{prompting_reason(prompting, args.prompt_format)}")
     train_set, eval_set = load_data(args, tokenizer, prompting)
     precision, reason = broadcast_from_rank_0(lambda: settle_precision(args, config))
-    log_rank_0(f"精度：{precision}（{reason}）")
+    log_rank_0(f"精度：{precision}（{reason}）{settle_products(precision)}")
 
     run_config = broadcast_from_rank_0(lambda: describe_run(args, prompting, ds_config, precision, reason))
     resume_from = open_run(args, run_config)

@@ -41,6 +41,8 @@ CHAR_SHARE = 0.6
 MAX_LINE_CHARS = 2000
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 INITIALIZER_RANGE = 0.02
+# 随机数一次取这么多（fp32，64 MiB）：真尺寸的张量不必先有一份 fp32 的；16 的倍数，取出的数与一次取完相同
+DRAWN_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -361,18 +363,28 @@ def tensor_shapes(arch: str, config: dict[str, Any], with_inv_freq: bool) -> dic
     return shapes
 
 
-def init_tensor(name: str, shape: tuple[int, ...], norm_head: bool, generator: torch.Generator) -> torch.Tensor:
-    """官方初始化的一个 fp32 张量：归一化权重为 1，NormHead 用 kaiming，其余 N(0, 0.02)，补齐行为 0。"""
+def init_tensor(
+    name: str,
+    shape: tuple[int, ...],
+    norm_head: bool,
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """官方初始化的一个张量：归一化权重为 1，NormHead 用 kaiming，其余 N(0, 0.02)，补齐行为 0；inv_freq 总是 fp32。"""
     if name.endswith("inv_freq"):
         return 10000.0 ** -(torch.arange(shape[0], dtype=torch.float32) / shape[0])
     # 13B 的官方代码从不初始化归一化权重（torch.empty），从头开始时必须置 1
     if len(shape) == 1:
-        return torch.ones(shape)
-    if name == "lm_head.weight" and norm_head:
-        # kaiming_uniform(a=sqrt(5)) 的界恰是 1/sqrt(fan_in)
-        bound = 1 / math.sqrt(shape[1])
-        return torch.empty(shape).uniform_(-bound, bound, generator=generator)
-    weight = torch.empty(shape).normal_(0.0, INITIALIZER_RANGE, generator=generator)
+        return torch.ones(shape, dtype=dtype)
+    weight = torch.empty(shape, dtype=dtype)
+    # kaiming_uniform(a=sqrt(5)) 的界恰是 1/sqrt(fan_in)
+    bound = 1 / math.sqrt(shape[1])
+    for part in weight.view(-1).split(DRAWN_AT_ONCE):
+        drawn = torch.empty(part.shape)
+        if name == "lm_head.weight" and norm_head:
+            part.copy_(drawn.uniform_(-bound, bound, generator=generator))
+        else:
+            part.copy_(drawn.normal_(0.0, INITIALIZER_RANGE, generator=generator))
     if name == "model.embed_tokens.weight":
         weight[0] = 0.0
     return weight
@@ -400,11 +412,13 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def initial_weights(arch: str, shapes: dict[str, tuple[int, ...]], seed: int) -> Callable[[str], torch.Tensor]:
-    """返回 `weight(name)`：按种子的初值，fp32；须按 shapes 的次序逐个取。"""
+def initial_weights(
+    arch: str, shapes: dict[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32
+) -> Callable[[str], torch.Tensor]:
+    """返回 `weight(name)`：按种子的初值，dtype 是舍入成的类型；须按 shapes 的次序逐个取。"""
     generator = torch.Generator().manual_seed(seed)
     norm_head = ARCHITECTURES[arch].version == 2
-    return lambda name: init_tensor(name, shapes[name], norm_head, generator)
+    return lambda name: init_tensor(name, shapes[name], norm_head, generator, dtype)
 
 
 def write_weights(
@@ -415,7 +429,7 @@ def write_weights(
     format: str,
     max_shard_size: str | int,
 ) -> None:
-    """逐片取得并写出权重与索引文件；weight(name) 给出一个 fp32 张量，内存里至多有一个分片。"""
+    """逐片取得并写出权重与索引文件；weight(name) 给出一个张量，内存里至多有一个分片。"""
     suffix = {"safetensors": ".safetensors", "bin": ".bin"}[format]
     stem = "model" if format == "safetensors" else "pytorch_model"
     # inv_freq 是缓冲区，半精度检查点里也按 fp32 存
@@ -433,6 +447,7 @@ def write_weights(
         # safetensors 建的文件只有属主可读，这里改成与其他文件一致
         (directory / file).chmod((directory / "config.json").stat().st_mode)
         weight_map |= dict.fromkeys(names, file)
+        del tensors  # 下一片做好之前不留着这一片
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(directory / f"{stem}{suffix}.index.json", index)
@@ -538,7 +553,7 @@ def build_tiny_model(
             write_json(staging / name, content)
         (staging / "tokenizer.model").write_bytes(tokenizer)
         shapes = tensor_shapes(arch, config, with_inv_freq=format == "bin")
-        weight = initial_weights(arch, shapes, seed)
+        weight = initial_weights(arch, shapes, seed, NAMED_DTYPES[dtype])
         write_weights(staging, shapes, weight, dtype, format, max_shard_size)
         if target.is_dir():
             shutil.rmtree(target)

@@ -142,7 +142,7 @@ def report(measured: dict | None) -> str:
         "\n".join(measured_table(measured)),
         "MiB，超出基线的部分。实测的是匿名与共享内存之和（不含映射的权重文件），每 10 毫秒看一次。"
         "「在用的」让 glibc 把超过 64 KiB 的块一释放就还给系统（`MALLOC_MMAP_THRESHOLD_=65536`），"
-        "近于 GPU 的已分配峰值，推算不含碎片；「glibc 缺省」是平常的运行，释放的块大多留着，推算加 45%"
+        "近于 GPU 的已分配峰值，推算不含碎片；「glibc 缺省」是平常的运行，释放的块大多留着，推算给权重之外的加 45%"
         "（`FRAGMENTATION`，由这张表的实测定出，所以只是自洽，不是预言）。"
         "剩下的差：oneDNN 重排权重的缓冲、DeepSpeed 的临时复制、看的间隔。",
     ]

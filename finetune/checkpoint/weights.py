@@ -1,5 +1,6 @@
 """权重张量的读与写：逐个张量，不把整个模型再复制一份；ZeRO-3 下每个进程只读自己的那一段。"""
 
+import json
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -7,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.process.threads import allowed_cores
@@ -22,6 +22,12 @@ INDEX_NAMES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_NAMES = ("model.safetensors", "pytorch_model.bin")
 # 官方文件里有、我们现算的张量
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
+# 写出的 safetensors：文件头（含它前面的 8 字节长度）占的字节数，与各类型的名字
+HEADER_BYTES = 2**16
+SAFETENSORS_NAMES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"},
+}
 # torch.compile、FSDP、DDP 加的一段
 WRAPPER_PARTS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module"}
 # bitsandbytes、官方 -4bits 目录与 GPTQ、AWQ 存下的量化状态
@@ -242,34 +248,61 @@ def gathered_tensors(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterator
 
 
 class ShardedWriter:
-    """把张量一个个收下，满一片就写盘；内存里最多一片。只在 0 号进程使用。"""
+    """把张量一个个收下，当场写进分片，内存里一个也不留；只在 0 号进程使用。
+
+    分片是 safetensors：文件头的位置先空出来，一片满了再填（格式许可末尾的空格）。
+    """
 
     def __init__(self, directory: Path, stem: str = "model", max_shard_bytes: int = 5 * 10**9):
         self.directory, self.stem, self.max_shard_bytes = directory, stem, max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
+        self._stream: BinaryIO | None = None
+        self._header: dict[str, dict] = {}
         self._shards: list[list[str]] = []
-        self._total_bytes = 0
+        self._shard_bytes = self._total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor):
-        """收下一个张量；存储连续且不与别的张量共享。"""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._write_shard()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
+    def add(self, name: str, *parts: Tensor):
+        """收下一个张量：整个，或依次的各些行。"""
+        size = sum(part.numel() * part.element_size() for part in parts)
+        entry = {
+            "dtype": SAFETENSORS_NAMES[parts[0].dtype],
+            "shape": [sum(len(part) for part in parts), *parts[0].shape[1:]] if parts[0].dim() else [],
+        }
+        if self._stream is not None and (self._shard_bytes + size > self.max_shard_bytes or not self._has_room(name)):
+            self._finish_shard()
+        if self._stream is None:
+            self._start_shard()
+        self._header[name] = entry | {"data_offsets": [self._shard_bytes, self._shard_bytes + size]}
+        for part in parts:
+            self._write(part)
+        self._shard_bytes += size
         self._total_bytes += size
 
-    def _write_shard(self):
-        number = len(self._shards) + 1
-        save_file(self._pending, self.directory / f"{self.stem}-{number:05d}.safetensors", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+    def _has_room(self, name: str) -> bool:
+        return len(json.dumps(self._header)) + len(json.dumps(name)) + 200 < HEADER_BYTES
+
+    def _start_shard(self):
+        path = self.directory / f"{self.stem}-{len(self._shards) + 1:05d}.safetensors"
+        self._stream, self._shard_bytes, self._header = path.open("wb"), 0, {"__metadata__": {"format": "pt"}}
+        self._stream.seek(HEADER_BYTES)
+
+    def _write(self, part: Tensor):
+        self._stream.write(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+    def _finish_shard(self):
+        header = json.dumps(self._header).encode()
+        self._stream.truncate(HEADER_BYTES + self._shard_bytes)
+        self._stream.seek(0)
+        self._stream.write((HEADER_BYTES - 8).to_bytes(8, "little") + header.ljust(HEADER_BYTES - 8))
+        self._stream.close()
+        self._stream = None
+        self._shards.append([name for name in self._header if name != "__metadata__"])
 
     def close(self) -> int:
         """写完最后一片；多于一片时按官方布局改名并写索引。返回张量总数。"""
-        if self._pending or not self._shards:
-            self._write_shard()
+        if self._stream is None and not self._shards:
+            self._start_shard()
+        if self._stream is not None:
+            self._finish_shard()
         count = len(self._shards)
         weight_map = {}
         for number, names in enumerate(self._shards, start=1):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaModel
 from baichuan import BaichuanConfig
 from baichuan.modeling_baichuan import BaichuanModel
 from finetune.data.prompting import Prompting, encode_prompt
-from finetune.export.tensors import CheckFailed, TensorSource, dora_factor, normalized_head
+from finetune.export.tensors import CheckFailed, TensorSource, dora_factor, normalized_head, row_parts
 from finetune.process.precision import NAMED_DTYPES
 from finetune.terminal import watched
 
@@ -59,7 +59,7 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Comparison:
 @torch.inference_mode()
 def streamed_logits(
     config: BaichuanConfig | LlamaConfig,
-    read: Callable[[str], Tensor],
+    read: Callable[..., Tensor],
     prompts: list[list[int]],
     lora: dict | None = None,
     magnitudes: dict[str, Tensor] | None = None,
@@ -68,7 +68,7 @@ def streamed_logits(
 
     Args:
         config: LlamaConfig 时由 transformers 的 Llama 的层来算，read 与 lora 是 Llama 的名字。
-        read: 官方名字 → 张量。
+        read: 官方名字 → 张量；第二个参数是哪些行（slice），缺省全部。
         lora: 给出时不合并，在各线性层旁边另算 缩放 · B(A x)，与训练时的适配器相同。
         magnitudes: DoRA 各行的大小。
     """
@@ -93,9 +93,13 @@ def streamed_logits(
     layer = model.layers[0]
     for name, module in layer.named_modules():
         module.register_forward_hook(add_lora(name))
-    embeddings = read("model.embed_tokens.weight")
-    states = [embeddings[torch.tensor(prompt)][None].float() for prompt in prompts]  # 各 [1, L, H]
-    del embeddings
+
+    def embed(prompt: list[int]) -> Tensor:
+        """各 id 的一行 → [1, L, H]。"""
+        rows = [read("model.embed_tokens.weight", slice(token, token + 1)) for token in prompt]
+        return torch.cat(rows)[None].float()
+
+    states = [embed(prompt) for prompt in prompts]
     for index in watched(range(config.num_hidden_layers), "核对", "层"):
         prefix = f"model.layers.{index}."
         for name, parameter in layer.named_parameters():
@@ -104,14 +108,17 @@ def streamed_logits(
         active.update({k.removeprefix(prefix): v for k, v in (lora or {}).items() if k.startswith(prefix)})
         states = [model(inputs_embeds=hidden, use_cache=False).last_hidden_state for hidden in states]
     final_norm.weight.copy_(read("model.norm.weight"))
-    head = normalized_head(config, "lm_head.weight", read("lm_head.weight").float())
-    return [final_norm(hidden[0]) @ head.T for hidden in states]
+    states, logits = [final_norm(hidden[0]) for hidden in states], []
+    for rows in row_parts("lm_head.weight", (config.vocab_size, config.hidden_size)):
+        head = normalized_head(config, "lm_head.weight", read("lm_head.weight", rows).float())
+        logits.append([hidden @ head.T for hidden in states])
+    return [torch.cat(parts, dim=-1) for parts in zip(*logits, strict=True)]
 
 
 def check_export(
     source: TensorSource,
     config: BaichuanConfig,
-    read: Callable[[str], Tensor],
+    read: Callable[..., Tensor],
     prompts: list[list[int]],
     kind: str,
     vector_kind: str | None = None,
@@ -120,7 +127,7 @@ def check_export(
 
     Args:
         config: 写出的模型的结构（词表投影已归一化时 norm_head 为 False）。
-        read: 官方名字 → 写出的张量。
+        read: 官方名字（与哪些行）→ 写出的张量。
         kind: 写出的类型，ROUNDING_TOLERANCES 的键；vector_kind: 向量（RMSNorm 的权重）的类型，缺省与 kind 相同。
 
     Returns:
@@ -135,11 +142,12 @@ def check_export(
         if not merged.max_difference <= EXACT_TOLERANCE * max(1.0, merged.max_logit):
             raise CheckFailed(f"fp32 合并与不合并的适配器不同：{merged}")
     for name in watched(source.names, "核对权重", "个"):
-        tensor = source.read(name)
-        if source.config.norm_head and not config.norm_head:
-            tensor = normalized_head(source.config, name, tensor)
-        tensor_kind = vector_kind if vector_kind and tensor.dim() == 1 else kind
-        check_rounding(name, tensor, read(name).float(), tensor_kind)
+        tensor_kind = vector_kind if vector_kind and len(source.shapes[name]) == 1 else kind
+        for rows in row_parts(name, source.shapes[name]):
+            tensor = source.read(name, rows)
+            if source.config.norm_head and not config.norm_head:
+                tensor = normalized_head(source.config, name, tensor)
+            check_rounding(name, tensor, read(name, rows).float(), tensor_kind)
     result = compare_logits(expected, streamed_logits(config, read, prompts))
     if not result.relative_rms <= ROUNDING_TOLERANCES[kind]:
         raise CheckFailed(f"写出的权重算出的 logits 与来源不同：{result}，上限 {ROUNDING_TOLERANCES[kind]}（{kind}）")

@@ -19,6 +19,7 @@ from finetune.export.check import Comparison, check_export, encode_check_prompts
 from finetune.export.llama import LlamaDirectory, llama_config
 from finetune.export.llama_lora import check_lora_layouts, pack_lora, write_lora
 from finetune.export.tensors import (
+    ALL_ROWS,
     TensorSource,
     WeightDirectory,
     dtype_name,
@@ -116,12 +117,15 @@ class LlamaSource:
             for name, _ in skeleton.named_parameters()
             if not name.endswith(("k_proj.weight", "v_proj.weight"))
         ]
+        shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+        packed = (3 * self.config.hidden_size, self.config.hidden_size)
+        self.shapes = {name: shapes.get(name, packed) for name in self.names}
         values = {name: getattr(self.config, name) for name in KEPT}
         self.baichuan = BaichuanConfig(**values, position_embedding="rope", norm_head=False)
 
-    def read(self, name: str) -> Tensor:
-        """官方名字的张量，fp32。"""
-        return self._weights.read(name).float()
+    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """官方名字的张量的这些行，fp32。"""
+        return self._weights.read(name, rows).float()
 
 
 def structure_problems(raw: Any) -> list[str]:

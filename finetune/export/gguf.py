@@ -13,7 +13,7 @@ from torch import Tensor
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.data.prompting import Prompting
 from finetune.export.fast_tokenizer import PIECE_TYPES, added_words, chat_template, read_model_proto
-from finetune.export.tensors import TensorSource, normalized_head
+from finetune.export.tensors import ALL_ROWS, TensorSource, normalized_head, row_parts
 from finetune.terminal import watched
 
 # --gguf_type → 核对的精度名
@@ -119,10 +119,17 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for official in watched(source.names, "写权重", "个"):
-            for tensor in gguf_tensors(source.config, official, source.read(official)):
-                if gguf_type == "f16" and not tensor.abs().max() <= torch.finfo(torch.float16).max:
-                    raise ValueError(f"{official} 有 f16 放不下的数，或来源就有 NaN；前者请换 --gguf_type bf16 或 f32")
-                writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), kind_of(tensor.shape)))
+            quantized: list[list[np.ndarray]] = [[] for _ in gguf_names(official)]
+            for rows in row_parts(official, source.shapes[official]):
+                tensors = gguf_tensors(source.config, official, source.read(official, rows))
+                for parts, tensor in zip(quantized, tensors, strict=True):
+                    if gguf_type == "f16" and not tensor.abs().max() <= torch.finfo(torch.float16).max:
+                        raise ValueError(
+                            f"{official} 有 f16 放不下的数，或来源就有 NaN；前者请换 --gguf_type bf16 或 f32"
+                        )
+                    parts.append(gguf.quants.quantize(tensor.contiguous().numpy(), kind_of(tensor.shape)))
+            for parts in quantized:
+                writer.write_tensor_data(parts[0] if len(parts) == 1 else np.concatenate(parts))
     finally:
         writer.close()
 
@@ -204,16 +211,21 @@ class GgufFile:
         }
         self._num_heads = num_heads
 
-    def read(self, name: str) -> Tensor:
-        """官方名字 → fp32 张量。"""
-        parts = [self._dequantized(gguf_name) for gguf_name in gguf_names(name)]
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat([*(unpermute_rows(part, self._num_heads) for part in parts[:2]), parts[2]])
+    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """官方名字 → fp32 张量的这些行。"""
+        names = gguf_names(name)
+        if len(names) == 1:
+            return self._dequantized(names[0], rows)
+        *first, value = (self._dequantized(gguf_name, ALL_ROWS) for gguf_name in names)
+        return torch.cat([*(unpermute_rows(part, self._num_heads) for part in first), value])[rows]
 
-    def _dequantized(self, gguf_name: str) -> Tensor:
+    def _dequantized(self, gguf_name: str, rows: slice) -> Tensor:
         offset, num_bytes, kind, shape = self._tensors[gguf_name]
-        shape = shape[::-1]  # GGUF 的形状是列在前
-        content = np.fromfile(self._path, dtype=np.uint8, count=num_bytes, offset=offset)
-        rows = content.reshape(*shape[:-1], -1)
-        return torch.from_numpy(self._gguf.quants.dequantize(rows, kind)).reshape(shape)
+        num_rows, *width = shape[::-1]  # GGUF 的形状是列在前
+        begin, end, _ = rows.indices(num_rows)
+        row_bytes = num_bytes // num_rows
+        content = np.fromfile(
+            self._path, dtype=np.uint8, count=(end - begin) * row_bytes, offset=offset + begin * row_bytes
+        )
+        content = content.reshape(end - begin, -1) if width else content
+        return torch.from_numpy(self._gguf.quants.dequantize(content, kind)).reshape(end - begin, *width)

@@ -9,7 +9,14 @@ from torch import Tensor
 from baichuan import BaichuanConfig, BaichuanTokenizer
 from finetune.checkpoint.inspection import Checkpoint
 from finetune.export.fast_tokenizer import write_fast_tokenizer
-from finetune.export.tensors import TensorSource, WeightDirectory, dtype_name, normalized_head, write_tensors
+from finetune.export.tensors import (
+    ALL_ROWS,
+    TensorSource,
+    WeightDirectory,
+    dtype_name,
+    normalized_head,
+    write_tensors,
+)
 from utils import read_json, write_json
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -44,14 +51,14 @@ def llama_config(config: BaichuanConfig, dtype: torch.dtype) -> dict:
     }
 
 
-def llama_reader(source: TensorSource) -> Callable[[str], Tensor]:
+def llama_reader(source: TensorSource) -> Callable[..., Tensor]:
     """基座的张量，按 Llama 的名字：W_pack 的一段是 q、k 或 v，词表投影已归一化，fp32。"""
 
-    def read(name: str) -> Tensor:
+    def read(name: str, rows: slice = ALL_ROWS) -> Tensor:
         for index, projection in enumerate(PROJECTIONS):
             if projection in name:
-                return source.read_base(name.replace(projection, "W_pack")).chunk(3)[index].float()
-        return normalized_head(source.config, name, source.read_base(name).float())
+                return source.read_base(name.replace(projection, "W_pack")).chunk(3)[index][rows].float()
+        return normalized_head(source.config, name, source.read_base(name, rows).float())
 
     return read
 
@@ -82,8 +89,8 @@ def write_llama(
 class LlamaDirectory(WeightDirectory):
     """读回 LlamaForCausalLM 目录的张量，名字还原成官方的。"""
 
-    def read(self, name: str) -> Tensor:
-        """官方名字 → 张量；W_pack 由 q、k、v 拼回。"""
+    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """官方名字 → 张量的这些行；W_pack 由 q、k、v 拼回。"""
         if name.endswith("W_pack.weight"):
-            return torch.cat([super(LlamaDirectory, self).read(name.replace("W_pack", p)) for p in PROJECTIONS])
-        return super().read(name)
+            return torch.cat([super(LlamaDirectory, self).read(name.replace("W_pack", p)) for p in PROJECTIONS])[rows]
+        return super().read(name, rows)

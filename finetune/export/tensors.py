@@ -1,8 +1,9 @@
 """合并与导出共用：按官方张量名逐个读任何检查点（LoRA 当场合并），写官方布局的目录。
 
-内存里至多一个分片：权重一个个读，一片片写，不把整个模型读进来。
+内存里至多一个张量：权重一个个读，当场写，大的几行几行地变换。
 """
 
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from utils import read_json, write_json
 MAX_SHARD_BYTES = 5 * 10**9
 # 读过这么多字节就重开文件：safetensors 是内存映射，读过的页一直算在进程的内存里
 REOPEN_BYTES = 2 * 10**9
+# 大的矩阵一次变换这么多个数（fp32 256 MiB）：7B 的词嵌入整个展开成 fp32 有 2 GB
+ELEMENTS_AT_ONCE = 2**26
 # 合并公式 V = W + 缩放 · B A（DoRA 另把 V 的各行缩放到训练出的大小）之外的设置；秩与缩放各模块可以不同
 UNMERGEABLE = (
     *("modules_to_save", "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora"),
@@ -46,6 +49,16 @@ class CheckFailed(RuntimeError):
 # ---------------------------------------------------------------------------------------------------------------------
 # 读
 
+ALL_ROWS = slice(None)
+
+
+def row_parts(name: str, shape: tuple[int, ...]) -> list[slice]:
+    """一个官方张量分几次变换，各是哪些行；W_pack 要拆成 q、k、v，总是整个。"""
+    if name.endswith("W_pack.weight"):
+        return [ALL_ROWS]
+    size = max(1, ELEMENTS_AT_ONCE // math.prod(shape[1:]))
+    return [slice(begin, begin + size) for begin in range(0, shape[0], size)]
+
 
 class WeightDirectory:
     """一个目录里的全部权重，按名字读；同一时刻只开着一个文件。"""
@@ -60,13 +73,13 @@ class WeightDirectory:
         """张量名。"""
         return list(self._paths)
 
-    def read(self, name: str) -> Tensor:
-        """一个张量，CPU，文件里的类型。"""
+    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """一个张量的这些行，CPU，文件里的类型。"""
         path = self._paths[name]
         if self._open is None or self._open.path != path or self._bytes_read > REOPEN_BYTES:
             self._open, self._bytes_read = None, 0  # 先放开旧的映射
             self._open = WeightFile(path, model_name)
-        tensor = self._open.read(name)
+        tensor = self._open.read(name)[rows]
         self._bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -96,21 +109,22 @@ class TensorSource:
         if checkpoint.is_adapter:
             self.lora, self.magnitudes = read_lora(checkpoint.path, checkpoint.config)
 
-    def read_base(self, name: str) -> Tensor:
-        """没有合并 LoRA 的张量，基座的类型；已接上新词。"""
-        tensor = self._weights.read(name)
-        return tensor if self.added is None else self.added.grow(name, tensor)
+    def read_base(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """没有合并 LoRA 的张量的这些行，基座的类型；已接上新词。"""
+        if self.added is None:
+            return self._weights.read(name, rows)
+        return self.added.grow(name, self._weights.read(name))[rows]
 
-    def read(self, name: str) -> Tensor:
-        """合并之后的张量，fp32：W + 缩放 · B A；DoRA 的各行再缩放到训练出的大小。"""
-        weight = self.read_base(name).float()
+    def read(self, name: str, rows: slice = ALL_ROWS) -> Tensor:
+        """合并之后的张量的这些行，fp32：W + 缩放 · B A；DoRA 的各行再缩放到训练出的大小。"""
+        weight = self.read_base(name, rows).float()
         adapter = self.lora.get(name.removesuffix(".weight"))
         if adapter is None:
             return weight
         lora_a, lora_b, scaling = adapter
-        merged = torch.addmm(weight, lora_b, lora_a, alpha=scaling)
+        merged = torch.addmm(weight, lora_b[rows], lora_a, alpha=scaling)
         magnitude = self.magnitudes.get(name.removesuffix(".weight"))
-        return merged if magnitude is None else merged * dora_factor(magnitude, merged)
+        return merged if magnitude is None else merged * dora_factor(magnitude[rows], merged)
 
 
 def dora_factor(magnitude: Tensor, merged: Tensor) -> Tensor:
@@ -213,18 +227,21 @@ def write_tensors(
 ) -> int:
     """把来源的张量逐个变换、舍入一次、写成 safetensors 分片，返回张量数。
 
-    convert：(官方名字, fp32 张量) → {写出的名字: 张量}。
+    convert：(官方名字, fp32 张量的一些行) → {写出的名字: 张量}。
     """
     writer = ShardedWriter(directory, max_shard_bytes=MAX_SHARD_BYTES)
     for name in watched(source.names, "写权重", "个"):
-        for new_name, tensor in convert(name, source.read(name)).items():
-            # 切出的视图与别的张量共享存储，safetensors 不收
-            rounded = tensor.to(dtype, copy=tensor._is_view())
-            if not rounded.isfinite().all():
-                raise ValueError(
-                    f"{name} 有 {dtype_name(dtype)} 放不下的数（或来源就有 NaN），请换 --dtype bfloat16 或 float32"
-                )
-            writer.add(new_name, rounded)
+        converted: dict[str, list[Tensor]] = {}
+        for rows in row_parts(name, source.shapes[name]):
+            for new_name, tensor in convert(name, source.read(name, rows)).items():
+                rounded = tensor.to(dtype)
+                if not rounded.isfinite().all():
+                    raise ValueError(
+                        f"{name} 有 {dtype_name(dtype)} 放不下的数（或来源就有 NaN），请换 --dtype bfloat16 或 float32"
+                    )
+                converted.setdefault(new_name, []).append(rounded)
+        for new_name, parts in converted.items():
+            writer.add(new_name, *parts)
     return writer.close()
 
 

@@ -23,6 +23,7 @@ from finetune.inference.generation import (
     target_nll,
 )
 from finetune.inference.options import SAMPLING_DEFAULTS, GenerationOptions
+from finetune.process.matmul_on_cpu import settle_products
 from finetune.process.precision import TORCH_DTYPES, choose_precision, cpu_bf16_speedup
 from finetune.terminal import long_job, note
 
@@ -99,6 +100,7 @@ class Predictor:
     def load_model(self, device: torch.device) -> None:
         """读权重与适配器，定下生成配置。"""
         dtype = prediction_dtype(self.args.precision, device)
+        products = settle_products("bf16") if (device.type, dtype) == ("cpu", torch.bfloat16) else ""
         model = load_checkpoint_model(self.base, dtype, device, quantization_of(self.args))
         for name, adapter in self.adapters.items():
             model = attach_adapter(model, adapter, dtype, device, self._peft_name(name))
@@ -108,7 +110,7 @@ class Predictor:
         self.generation_config = make_generation_config(self.model, self.args.max_new_tokens, **options)
         kind = f"适配器，基座 {self.base.base_path}" if self.base.is_adapter else "完整模型"
         loaded = f"{self.base.path}（{kind}）" + (f"与适配器 {'、'.join(self.adapters)}" if self.adapters else "")
-        note(f"已载入 {loaded}；{device}，{dtype}，提示格式 {self.prompting_reason}")
+        note(f"已载入 {loaded}；{device}，{dtype}{products}，提示格式 {self.prompting_reason}")
 
     @property
     def prompting_reason(self) -> str:

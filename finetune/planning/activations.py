@@ -251,6 +251,8 @@ def activations(
         saved += target_rows * (model.shape.hidden * element_bytes + 4)  # 最后的归一化，只有目标行
         # SwiGLU 的反向同时有 4 份前馈宽度的张量，外加残差与它的梯度
         again += tokens * (4 * model.shape.intermediate + 2 * model.shape.hidden) * element_bytes
+    if model.quantized_bytes is not None:  # 每次乘法现展开一个权重
+        again += model.shape.hidden * max(3 * model.shape.hidden, model.shape.intermediate) * element_bytes
     rotary = rotary_bytes(model, tokens, element_bytes)
     return Activations(saved, again, rotary + bias_bytes(model, batch, element_bytes, on_cpu))
 

@@ -15,13 +15,14 @@ from finetune.planning.activations import MicroBatch, PlannedModel, activations,
 
 GIB = 2**30
 ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-SAVE_SHARD_BYTES = 5 * 10**9  # 保存时一片的大小（weights.ShardedWriter）
-# 分配器留着的碎片，占其余各项之和：CUDA 是假定；CPU 由 benchmarks/memory/plan_memory.py 量得（glibc 缺省）
+# 分配器留着的碎片，占权重之外各项（CUDA 上是全部各项，假定）之和：CPU 由 benchmarks/memory/plan_memory.py 量得
+# （glibc 缺省）；权重读进来之后一直在，不产生碎片，7B 上量过
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.45}
 # 下面三个没有在 GPU 上测过，是假定
 CUDA_CONTEXT = 0.6 * GIB  # CUDA 上下文与 cuBLAS 工作区
 NCCL_BUFFERS = 0.4 * GIB  # 多卡通信
 HOST_RUNTIME = {"cpu": 0.5 * GIB, "cuda": 3.0 * GIB}  # 一个进程的解释器与各库
+LAUNCHERS = 0.32 * GIB  # deepspeed 与 launch.py 两个进程，量得
 
 
 class Setup(NamedTuple):
@@ -166,12 +167,13 @@ def plan_memory(
     ]
     device = states | max(moments, key=lambda parts: sum(parts.values()))
     device["前缀"] = prefix_bytes(model, size)
-    device["碎片"] = int(FRAGMENTATION[setup.device] * sum(device.values()))
+    steady = device["权重"] if on_cpu else 0
+    device["碎片"] = int(FRAGMENTATION[setup.device] * (sum(device.values()) - steady))
     if not on_cpu:
         device["CUDA 与通信"] = int(CUDA_CONTEXT + (NCCL_BUFFERS if setup.cards > 1 else 0))
     processes = min(setup.cards, setup.cards_per_node)
-    host["各进程的程序与数据"] = int(processes * (HOST_RUNTIME[setup.device] + 5 * num_data_tokens))
-    host["保存检查点"] = min(checkpoint_bytes(model, size, True), SAVE_SHARD_BYTES)
+    host["各进程的程序与数据"] = int(LAUNCHERS + processes * (HOST_RUNTIME[setup.device] + 5 * num_data_tokens))
+    host["保存检查点"] = min(checkpoint_bytes(model, size, True), size * model.largest_module)  # 一次一个张量
     if on_cpu:
         host["训练（各进程）"] = processes * sum(device.values())
     return Plan({name: value for name, value in device.items() if value}, {k: v for k, v in host.items() if v})

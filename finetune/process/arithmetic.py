@@ -7,6 +7,7 @@ import re
 import torch
 
 from finetune.process.accelerator import card_name, has_accelerator
+from finetune.process.matmul_on_cpu import products_type
 from finetune.process.threads import choose_threads
 from utils import broadcast_from_rank_0, log_rank_0
 
@@ -21,6 +22,7 @@ DECIDING = {
     "mkl": "MKL",
     "onednn": "oneDNN",
     "variables": "环境变量",
+    "products": "bf16 的矩阵乘法",
 }
 
 
@@ -56,6 +58,7 @@ def describe_arithmetic() -> dict:
         "device": card_name() if has_accelerator() else cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         **libraries,
+        "products": products_type(),
         "variables": {name: value for name, value in sorted(os.environ.items()) if ARITHMETIC_VARIABLES.match(name)},
     }
 

@@ -179,7 +179,7 @@ def test_a_failed_write_leaves_nothing(engine_of, tmp_path, monkeypatch, method,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     target = {
-        "model": (ShardedWriter, "_write_shard"),
+        "model": (ShardedWriter, "_write"),
         "adapter": (save_module, "save_file"),
         "tokenizer": (type(tokenizer), "save_pretrained"),
         "rename": (os, "rename"),

@@ -226,6 +226,20 @@ def test_any_shard_size_reads_back_bit_for_bit(tmp_path_factory, sizes, limit, d
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_tensor_in_parts_and_more_names_than_a_header_holds(tmp_path):
+    whole = torch.randn(7, 4).bfloat16()
+    writer = ShardedWriter(tmp_path)
+    writer.add("parts", *whole.split(3))
+    names = [f"{'x' * 150}{i}" for i in range(400)]  # 一个约 250 字节，一片的文件头放不下
+    for name in names:
+        writer.add(name, torch.tensor(len(name)))
+    assert writer.close() == 401
+    files = weight_files(tmp_path)
+    assert len(files) == 2 and torch.equal(load_file(files[0])["parts"], whole)
+    found = {name: tensor for path in files for name, tensor in load_file(path).items()}
+    assert found.keys() == {"parts", *names} and all(found[name] == len(name) for name in names)
+
+
 def test_a_view_is_written_as_its_own_tensor(tmp_path):
     whole = torch.randn(6, 4)
     write(tmp_path, {"a": whole.t(), "b": whole[2:4].clone()}, 10**6)

@@ -362,10 +362,10 @@ def test_mistakes_are_noticed(source, mistake):
     check = check_module
     config = BaichuanConfig.from_dict({**source.config.to_dict(), "norm_head": False})
 
-    def read(name):
+    def read(name, *rows):
         if mistake == "not_merged":
-            return source.read_base(name)
-        tensor = source.read(name)
+            return source.read_base(name, *rows)
+        tensor = source.read(name, *rows)
         if mistake != "not_normalized":
             tensor = tensors_module.normalized_head(source.config, name, tensor)
         if mistake == "swap_qk" and name.endswith("layers.3.self_attn.W_pack.weight"):
