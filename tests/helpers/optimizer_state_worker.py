@@ -25,6 +25,7 @@ from finetune.checkpoint.optimizer_state import (
 )
 from finetune.checkpoint.weights import WeightFile
 from finetune.process.interruption import leave
+from finetune.training.engine import initialize
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 4, 2, 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,8 +84,10 @@ def build_engine(task: dict, seed: int):
         ]
         if "second_betas" in case:
             groups[1]["betas"] = case["second_betas"]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config, dist_init_required=False)
-    return engine
+    if case.get("own") == "AdamWBF16":
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    config["optimizer"]["type"] = case.get("own", config["optimizer"]["type"])
+    return initialize(model, groups, config)
 
 
 def train(engine, begin: int, end: int, precision: str) -> list[float]:
