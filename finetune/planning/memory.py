@@ -217,8 +217,8 @@ def plan_memory(
         bucket = min(setup.bucket_elements, model.num_trained) * size  # 没有写到的页不占内存
     gradients = states.pop("梯度")
     at_start = gradients if accumulates else 0
-    # 梯度加进一个缓冲时，比通信桶大的（词嵌入与词表投影）自己的梯度留到反向之末
-    is_summed = setup.stage == 2 and (setup.grad_bytes > size or setup.optimizer != "adamw")
+    # DeepSpeed 把梯度加进 fp32 的缓冲时，比通信桶大的（词嵌入与词表投影）自己的梯度留到反向之末
+    is_summed = setup.stage == 2 and setup.grad_bytes > size and setup.optimizer == "adamw"
     large = vocabulary_elements(model) * (model.embedding_is_trained + model.head_is_trained)
     lingering = size * large if is_summed and vocabulary_elements(model) > setup.bucket_elements else 0
     # 四个时刻：算损失；反向之初，激活都在，多出一层的临时量；反向之末，梯度齐了；更新，激活已释放

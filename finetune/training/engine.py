@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import deepspeed
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 from torch.optim import Optimizer
@@ -101,7 +102,7 @@ def save_memory(zero) -> None:
     """让 ZeRO 不存多余的东西；依据 DeepSpeed 0.19.8 的内部结构。
 
     与工作权重同样精度的主权重总是与它相同：共用一块内存。ZeRO-2 把各 micro batch 的梯度加进同一个缓冲，它对 fp32 的累加
-    本来就这样做；否则已加好的、新的、更新时拼接的各有一份。
+    本来就这样做；否则已加好的、新的、更新时拼接的各有一份。加进去的就放掉：比通信桶大的（词嵌入）原来留到反向之末。
     """
     if isinstance(zero, DeepSpeedZeroOptimizer):
         working = [parts[dist.get_rank()] for parts in zero.parallel_partitioned_bit16_groups]
@@ -113,4 +114,11 @@ def save_memory(zero) -> None:
             master.data = weight.data
     zero._link_all_hp_params()  # ZeRO-1/2 另有一套指向主权重的视图
     if isinstance(zero, DeepSpeedZeroOptimizer) and zero.partition_gradients:
+
+        def release(parameter: nn.Parameter, group: int | None = None):
+            if zero.overlap_comm and not get_accelerator().resolves_data_dependency():
+                parameter.grad.record_stream(zero.reduction_stream)
+            parameter.grad = None
+
         zero._use_compact_grad_partition_buffer = lambda group: True
+        zero.copy_grads_in_partition = release
