@@ -1,6 +1,6 @@
 """--optimizer 的几种与 fp32 的 AdamW 比：同样的数据与次序，微型基座全参数训练，几个种子的损失曲线；另数它们占的字节。
 
-    python benchmarks/optimizers/curves.py --base 微型检查点 --output benchmarks/optimizers/results    # 各 3 个种子，500 步
+    python benchmarks/optimizers/curves.py --base 微型检查点 --output benchmarks/optimizers/results  # 约一小时
     python benchmarks/optimizers/curves.py --base 微型检查点 --output /tmp/curves --steps 20           # 小的形式
 
 都经 train.py 的 build_engine 与 train_step，ds_zero2_no_offload.json，一个进程。每有一个结果就写一次 curves.json 与
@@ -129,7 +129,8 @@ def report(result: dict) -> tuple[str, bool]:
     lines = [
         "# 优化器：损失曲线与字节",
         f"由 `python benchmarks/optimizers/curves.py` 写成；{result['steps']} 步，全参数，"
-        f"{result['parameters']:,} 个参数，每步 8 行，{result['machine']['cpu']}，{result['commit']}，torch {result['versions']['torch']}，"
+        f"{result['parameters']:,} 个参数，每步 8 行，{result['machine']['cpu']}，{result['commit']}，"
+        f"torch {result['versions']['torch']}，"
         f"deepspeed {result['versions']['deepspeed']}，bitsandbytes {result['versions']['bitsandbytes']}。",
         markdown_table(header, rows),
         "「许」是 fp32 AdamW 的三个种子的最大与最小之差；种子定数据的次序。",
