@@ -36,7 +36,9 @@ from finetune.data.samples import row_options
 from finetune.data.step_loader import StepBatch, StepLoader, batch_to_device
 from finetune.methods.frozen_cache import open_frozen_cache
 from finetune.methods.registry import TRAIN_METHODS
+from finetune.planning.activations import plan_model
 from finetune.planning.dry_run import dry_run
+from finetune.planning.memory import choose_grad_accum_dtype
 from finetune.process.accelerator import has_accelerator, return_free_memory
 from finetune.process.arithmetic import settle_arithmetic, settle_threads
 from finetune.process.errors import explain
@@ -293,6 +295,9 @@ def train_step(
 
 def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, precision: str, num_steps: int):
     """读基座、套上方法、交给 DeepSpeed → (引擎, 填好的配置)。集合操作。"""
+    grad_accum_dtype, reason = choose_grad_accum_dtype(args, ds_config, plan_model(args, config), precision)
+    if precision == "bf16":
+        log_rank_0(f"梯度按 {grad_accum_dtype} 相加（{reason}）")
     ds_config = resolve_ds_config(
         ds_config,
         precision,
@@ -303,6 +308,8 @@ def build_engine(args: TrainOptions, config: BaichuanConfig, ds_config: dict, pr
         weight_decay=args.weight_decay,
         num_steps=num_steps,
         warmup_ratio=args.warmup_ratio,
+        optimizer=args.optimizer,
+        grad_accum_dtype=None if grad_accum_dtype == precision else grad_accum_dtype,
     )
     seed_everything(args.seed)  # 各进程相同：新参数的初值要一致
     model = build_model(args, config, precision, ds_config)

@@ -2,13 +2,16 @@
 
 from baichuan import BaichuanConfig
 from finetune.cli.train_flags import TrainOptions, parse_args
-from finetune.planning.activations import MicroBatch, plan_model
-from finetune.planning.memory import GIB, Plan, Setup, plan_memory
+from finetune.planning.activations import MicroBatch, PlannedModel, plan_model
+from finetune.planning.memory import GIB, Plan, Setup, choose_grad_accum_dtype, plan_memory
 from finetune.terminal import markdown_table
 
 # (隐藏宽度, 前馈宽度, 层数, 头数, 位置)
 SIZES = {"7B": (4096, 11008, 32, 32, "rope"), "13B": (5120, 13696, 40, 40, "alibi")}
 METHODS = ("freeze", "lora", "ptuning", "full")
+# 总表里另加的几行，ZeRO-2
+OTHER_ROWS = [("lora", "--load_in_8bit"), ("lora", "--load_in_4bit")]
+OTHER_ROWS += [("full", "--optimizer adamw_8bit"), ("full", "--optimizer adamw_bf16")]
 CARDS = (1, 2, 4, 8)
 # 总表的 micro batch：四条 1024 token 的样本并排，五分之一是目标
 BATCH = MicroBatch([1024] * 4, 820)
@@ -46,25 +49,34 @@ def method_args(method: str, layers: int, *flags: str) -> TrainOptions:
     )
 
 
-def setup_named(name: str, cards: int, precision: str = "bf16") -> Setup:
-    """总表里的一种切分。"""
-    return Setup(precision=precision, cards=cards, cards_per_node=cards, live_elements=LIVE, **SETUPS[name])
+def planned(args: TrainOptions, model: PlannedModel, name: str, cards: int, checkpointing: str) -> Plan:
+    """总表里的一种切分，bf16；梯度按什么相加同训练。"""
+    offload = {"device": "cpu" if SETUPS[name]["offload_param"] else "none"}
+    zero = {"stage": SETUPS[name]["stage"], "offload_optimizer": offload, "offload_param": offload}
+    grad_accum_dtype, _ = choose_grad_accum_dtype(args, {"zero_optimization": zero}, model, "bf16")
+    setup = Setup(
+        precision="bf16", cards=cards, cards_per_node=cards, live_elements=LIVE, optimizer=args.optimizer,
+        grad_accum_dtype=grad_accum_dtype, **SETUPS[name],
+    )  # fmt: skip
+    return plan_memory(model, BATCH, setup, checkpointing)
 
 
 def main_table() -> str:
     """7B、13B × 方法 × 切分 × 卡数：每张卡的峰值，卸载时再加每台主机的。"""
     rows = []
     for size, (_, _, layers, _, _) in SIZES.items():
+        config = config_of(size, 125696)
         for method in METHODS:
-            model = plan_model(method_args(method, layers), config_of(size, 125696))
+            args = method_args(method, layers)
+            model = plan_model(args, config)
             for name in SETUPS:
-                plans = [plan_memory(model, BATCH, setup_named(name, cards), "all") for cards in CARDS]
+                plans = [planned(args, model, name, cards, "all") for cards in CARDS]
                 cells = [cell(plan, with_host="卸载" in name) for plan in plans]
                 rows.append([size, method, name, *cells])
-        for flag in ("--load_in_8bit", "--load_in_4bit"):
-            model = plan_model(method_args("lora", layers, flag), config_of(size, 125696))
-            plans = [plan_memory(model, BATCH, setup_named("ZeRO-2", cards), "all") for cards in CARDS]
-            rows.append([size, f"lora `{flag}`", "ZeRO-2", *map(cell, plans)])
+        for method, flag in OTHER_ROWS:
+            args = method_args(method, layers, *flag.split())
+            plans = [planned(args, plan_model(args, config), "ZeRO-2", cards, "all") for cards in CARDS]
+            rows.append([size, f"{method} `{flag}`", "ZeRO-2", *map(cell, plans)])
     return markdown_table(["模型", "方法", "切分", *(f"{cards} 张卡" for cards in CARDS)], rows)
 
 
@@ -80,9 +92,10 @@ def parts_table() -> str:
     rows = []
     for size, (_, _, layers, _, _) in SIZES.items():
         for method in METHODS:
-            model = plan_model(method_args(method, layers), config_of(size, 125696))
+            args = method_args(method, layers)
+            model = plan_model(args, config_of(size, 125696))
             for checkpointing in ("none", "attention", "2", "all"):
-                plan = plan_memory(model, BATCH, setup_named("ZeRO-2", 1), checkpointing)
+                plan = planned(args, model, "ZeRO-2", 1, checkpointing)
                 cells = [f"{plan.device.get(name, 0) / GIB:.2f}" for name in names]
                 rows.append([size, method, checkpointing, *cells, cell(plan)])
     return markdown_table(["模型", "方法", "重算", *names, "合计"], rows)

@@ -232,7 +232,7 @@ class RealSize:
         """真的分词器；没有 ../shared 时现做一个小的，词表的其余行空着。"""
         if TOKENIZER.is_file():
             return TOKENIZER
-        from scripts.tiny_model_tokenizer import build_tokenizer
+        from scripts.build_tiny_model import build_tokenizer
 
         path = self.work / "tokenizer.model"
         path.write_bytes(build_tokenizer(2, None, None, None)[0])

@@ -1,9 +1,11 @@
 """DeepSpeed 引擎的完整优化器状态：按参数名读成与进程数无关的张量，再逐片写回新引擎，全程不用 pickle。
 
-每个可训练参数有三个与它同形的张量：`{name}.master`（主权重，通常 fp32）、`{name}.exp_avg`、`{name}.exp_avg_sq`；
+每个可训练参数有几个与它同形的张量：`{name}.master`（主权重，通常 fp32）与优化器的状态（STATE_KEYS）；
 其余（步数、学习率、调度器、loss scale、引擎计数）都是能写进 JSON 的标量。读写必须在累积边界上进行：此时没有挂着的梯度。
 
-支持 ZeRO-1/2/3、CPU offload、fp32/bf16/fp16 与 Adam 一族，别的由 check_resumable 在建引擎之后拒绝。
+支持 ZeRO-1/2/3、CPU offload、fp32/bf16/fp16 与 STATE_KEYS 里的优化器，别的由 check_resumable 在建引擎之后拒绝。
+AdamW8bit 的状态每 256 个元素一块、各有一个系数，块不按参数分：系数另按进程存（`blocks.{n}.absmax1`），所以只能用同样的
+进程数续训。
 依据 DeepSpeed 0.19.8 的内部结构写成，换版本须重跑测试；它公开的 safe_get_full_optimizer_state 在 ZeRO-1/2 有多个参数
 分组时只认第一组。
 """
@@ -17,9 +19,15 @@ import torch.distributed as dist
 
 from utils import raise_together
 
-STATE_KEYS = ("master", "exp_avg", "exp_avg_sq")
+_ADAM = ("exp_avg", "exp_avg_sq")
+# 优化器 → 它的状态里与参数同形的张量
+STATE_KEYS = {
+    **dict.fromkeys(("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"), _ADAM),
+    "AdamWBF16": (*_ADAM, "compensation"),
+    "AdamW8bit": ("state1", "state2"),
+}
+_BLOCK_KEYS = ("absmax1", "absmax2")  # AdamW8bit 的每块一个的系数
 _WRAPPERS = ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3")
-_ADAM_CLASSES = ("Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam")
 _SCALER_KEYS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 _SEND_CHUNK = 1 << 24  # 一次传送的元素数：fp32 下 64 MB，限住传送用的显存
@@ -52,7 +60,7 @@ def check_resumable(engine) -> None:
     nvme = getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False)
     checks = (
         (wrapper not in _WRAPPERS, f"{wrapper}（只支持 ZeRO-1、2、3，不带 ZenFlow、SuperOffload）"),
-        (kind not in _ADAM_CLASSES, f"优化器 {kind}（只支持 Adam 与 AdamW）"),
+        (kind not in STATE_KEYS, f"优化器 {kind}（只支持 Adam、AdamW 与 --optimizer 的几种）"),
         (nvme, "卸载到 NVMe（请把 offload_optimizer、offload_param 的 device 写成 cpu）"),
         (hasattr(optimizer, "backup_optimizer"), "只卸载一部分（请把 offload_optimizer 的 ratio 写成 1.0）"),
     )
@@ -69,14 +77,19 @@ def iter_optimizer_state(engine) -> Iterator[tuple[str, torch.Tensor | None]]:
     这是集合操作：所有进程必须以同样的次数走完整个迭代，0 号进程写盘失败也要把余下的取完，否则其余进程会一直等。
     尚未更新过的参数，动量按零给出。内存至多为调用方手里的一个加上正在收集的一个。
     """
-    slots = _find_slots(engine)
+    slots, base = _find_slots(engine), engine.optimizer.optimizer
+    _start_states(base, slots)
     spans = _exchange_spans(slots)
     for index, slot in enumerate(slots):
-        state = engine.optimizer.optimizer.state.get(slot.owner, {})
-        for key in STATE_KEYS:
+        state = base.state.get(slot.owner, {})
+        for key in ("master", *STATE_KEYS[type(base).__name__]):
             flat = slot.owner if key == "master" else state.get(key)
             piece = torch.zeros(slot.length) if flat is None else slot.view(flat)
             yield f"{slot.name}.{key}", _gather_on_rank_0(piece, slot, spans[:, index])
+    blocks = _block_slots(base, slots)
+    spans = _exchange_spans(blocks) if blocks else None
+    for index, slot in enumerate(blocks):
+        yield slot.name, _gather_on_rank_0(slot.view(slot.owner), slot, spans[:, index])
 
 
 def optimizer_scalars(engine) -> dict:
@@ -97,6 +110,9 @@ def optimizer_scalars(engine) -> dict:
         "engine": {key: int(getattr(engine, key)) for key in _COUNTERS},
         "gradient_accumulation_steps": int(engine.gradient_accumulation_steps()),
     }
+    _start_states(base, slots)
+    if blocks := _block_slots(base, slots):
+        scalars["blocks"] = {slot.name: list(slot.shape) for slot in blocks}
     return json.loads(json.dumps(scalars))
 
 
@@ -114,7 +130,9 @@ def load_optimizer_state(
     assert engine.global_steps == engine.micro_steps == 0, "只能恢复到新建的引擎"
     optimizer, slots = engine.optimizer, _find_slots(engine)
     base = optimizer.optimizer
-    problem = _mismatch(base, slots, scalars)
+    _start_states(base, slots)
+    blocks = _block_slots(base, slots)
+    problem = _mismatch(base, slots, blocks, scalars)
     raise_together(ValueError(problem) if problem else None)
 
     is_stage3 = engine.zero_optimization_stage() == 3
@@ -123,6 +141,8 @@ def load_optimizer_state(
     failure = None
     try:
         _read_tensors(base, slots, read_slice, scalars)
+        for slot in blocks:
+            slot.view(slot.owner).copy_(read_slice(slot.name, slot.start, slot.start + slot.length))
     except Exception as error:  # 无论哪种失败，都先让其余进程知道，再原样抛出
         failure = error
     raise_together(failure)
@@ -197,6 +217,28 @@ def _places_in_stage3(optimizer) -> dict:
     return places
 
 
+def _start_states(base, slots: list[_Slot]) -> None:
+    """--optimizer 的几种：还没有更新过的也建好状态，与第一次更新时所建的相同；Adam 一族由它们自己建。"""
+    for slot in slots if hasattr(base, "init_state") else ():
+        if not base.state[slot.owner]:
+            group = {**base.param_groups[slot.group], "params": [slot.owner]}
+            groups, base.param_groups = base.param_groups, [group]  # bitsandbytes 由下标找参数
+            base.init_state(group, slot.owner, 0, 0)
+            base.param_groups = groups
+
+
+def _block_slots(base, slots: list[_Slot]) -> list[_Slot]:
+    """AdamW8bit 的系数：每个 owner 的各进程的首尾相接；别的优化器没有。"""
+    found = []
+    for index, owner in enumerate(dict.fromkeys(slot.owner for slot in slots)):
+        for key in (key for key in _BLOCK_KEYS if key in base.state.get(owner, {})):
+            absmax = base.state[owner][key]
+            shape, start = (dist.get_world_size(), absmax.numel()), dist.get_rank() * absmax.numel()
+            name = f"blocks.{index}.{key}"
+            found.append(_Slot(name, torch.Size(shape), -1, absmax, start, 0, absmax.numel()))
+    return found
+
+
 def _comm_device() -> torch.device:
     if dist.get_backend() == "gloo":
         return torch.device("cpu")
@@ -219,19 +261,19 @@ def _gather_on_rank_0(piece: torch.Tensor, slot: _Slot, spans: torch.Tensor) -> 
     assert sum(length for _, length in pairs) == slot.shape.numel(), f"{slot.name} 的各段拼不成整个参数：{pairs}"
     if dist.get_rank() != 0:
         for chunk in piece.split(_SEND_CHUNK) if slot.length else ():
-            dist.send(chunk.to(device).contiguous(), dst=0)
+            dist.send(chunk.to(device).contiguous().view(torch.uint8), dst=0)  # NCCL 与 gloo 都不传 int16
         return None
     full = torch.empty(slot.shape.numel(), dtype=piece.dtype)
     full[slot.start : slot.start + slot.length] = piece.cpu()
     for source, (start, length) in enumerate(pairs[1:], start=1):
         for low in range(start, start + length, _SEND_CHUNK):
             chunk = torch.empty(min(_SEND_CHUNK, start + length - low), dtype=piece.dtype, device=device)
-            dist.recv(chunk, src=source)
+            dist.recv(chunk.view(torch.uint8), src=source)
             full[low : low + chunk.numel()] = chunk.cpu()
     return full.view(slot.shape)
 
 
-def _mismatch(base, slots: list[_Slot], scalars: dict) -> str | None:
+def _mismatch(base, slots: list[_Slot], blocks: list[_Slot], scalars: dict) -> str | None:
     """检查点与新引擎的参数分组对不上时说明哪里不同，对得上则返回 None。"""
     if len(base.param_groups) != len(scalars["groups"]):
         count = len(scalars["groups"])
@@ -244,11 +286,14 @@ def _mismatch(base, slots: list[_Slot], scalars: dict) -> str | None:
                 f"第 {index} 组的可训练参数与检查点不同（多出、缺少或形状不同）：{'、'.join(wrong[:5])}"
                 f" 共 {len(wrong)} 个；请用保存时的训练方式与参数"
             )
+    if scalars.get("blocks", {}) != {slot.name: list(slot.shape) for slot in blocks}:
+        world = dist.get_world_size()
+        return f"8 位的优化器状态按进程分块，{world} 个进程的分块与检查点的不同；请用保存时的进程数续训"
     return None
 
 
 def _read_tensors(base, slots: list[_Slot], read_slice, scalars: dict) -> None:
-    """建立各 owner 的 Adam 状态并填入本进程的各段；填充处的动量为零，与新引擎相同。"""
+    """建立各 owner 的状态并填入本进程的各段；填充处的动量为零，与新引擎相同。"""
     for slot in slots:
         state, group = base.state[slot.owner], base.param_groups[slot.group]
         state["step"] = scalars["groups"][slot.group]["step"]
@@ -256,10 +301,11 @@ def _read_tensors(base, slots: list[_Slot], read_slice, scalars: dict) -> None:
             device = slot.owner.device if group.get("capturable") or group.get("fused") else "cpu"
             state["step"] = torch.tensor(float(state["step"]), device=device, dtype=torch.float32)
         dtype = torch.float32 if getattr(base, "fp32_optimizer_states", False) else slot.owner.dtype
-        for key in STATE_KEYS[1:]:
+        keys = STATE_KEYS[type(base).__name__]
+        for key in keys:
             if key not in state:
                 state[key] = torch.zeros_like(slot.owner.detach(), dtype=dtype)
-        for key in STATE_KEYS if slot.length else ():
+        for key in ("master", *keys) if slot.length else ():
             piece = read_slice(f"{slot.name}.{key}", slot.start, slot.start + slot.length)
             if piece.numel() != slot.length:
                 raise ValueError(f"{slot.name}.{key} 应读到 {slot.length} 个元素，实得 {piece.numel()} 个")

@@ -80,19 +80,25 @@ def quantization_of(args) -> str | None:
     return "4bit" if args.load_in_4bit else "8bit" if args.load_in_8bit else None
 
 
+def has_8bit_optimizer(args) -> bool:
+    """--optimizer adamw_8bit；predict.py 没有这个参数。"""
+    return getattr(args, "optimizer", None) == "adamw_8bit"
+
+
 def quantization_problems(args, ds_config: dict[str, Any] | None = None) -> list[str]:
-    """量化用不了的全部原因；没有要求量化时为空。ds_config 是训练时的 DeepSpeed 配置。"""
+    """量化（基座的、优化器的）用不了的全部原因；没有要求量化时为空。ds_config 是训练时的 DeepSpeed 配置。"""
     quantization = quantization_of(args)
-    if quantization is None:
-        return []
+    wanted = [f"--load_in_{quantization}"] if quantization is not None else []
+    wanted += ["--optimizer adamw_8bit"] if has_8bit_optimizer(args) else []
     problems = []
+    if wanted and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            f"{'、'.join(wanted)} 需要 bitsandbytes，请先 pip install bitsandbytes=={TESTED_BITSANDBYTES}，或去掉它"
+        )
+    if quantization is None:
+        return problems
     if args.load_in_4bit and args.load_in_8bit:
         problems.append("--load_in_4bit 与 --load_in_8bit 只能给一个")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(
-            f"--load_in_{quantization} 需要 bitsandbytes，请先 pip install bitsandbytes=={TESTED_BITSANDBYTES}，"
-            "或去掉它"
-        )
     if ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
         problems.append(
             f"--load_in_{quantization} 不能与 ZeRO-3 同用（量化的权重不能切分），请改用 ds_zero2_no_offload.json"
@@ -105,5 +111,5 @@ def skip_bitsandbytes(args) -> None:
 
     peft 一导入就载入它，连带 torch 的编译器，要三秒。
     """
-    if quantization_of(args) is None:
+    if quantization_of(args) is None and not has_8bit_optimizer(args):
         sys.modules["bitsandbytes"] = None

@@ -82,7 +82,7 @@ TRAIN_NAMES = {
     "warmup_steps": "--warmup_ratio（占总步数的比例）",
     "lr_scheduler_type": _IN_DS_FILE.format("scheduler.type"),
     "max_grad_norm": _IN_DS_FILE.format("gradient_clipping"),
-    "optim": _IN_DS_FILE.format("optimizer.type"),
+    "optim": "--optimizer",
     "adam_beta1": _IN_DS_FILE.format("optimizer.params.betas"),
     "adam_beta2": _IN_DS_FILE.format("optimizer.params.betas"),
     "adam_epsilon": _IN_DS_FILE.format("optimizer.params.eps"),

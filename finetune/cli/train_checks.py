@@ -88,7 +88,7 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
     """
     from finetune.checkpoint.base_model import load_config
     from finetune.process.accelerator import has_accelerator
-    from finetune.training.ds_config import read_ds_config
+    from finetune.training.ds_config import optimizer_flag_problems, read_ds_config
 
     problems = []
 
@@ -100,7 +100,7 @@ def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
 
     ds_config = read(read_ds_config, args.ds_file)
     if ds_config is not None:
-        problems += settle_fixed_numbers(args, ds_config)
+        problems += [*settle_fixed_numbers(args, ds_config), *optimizer_flag_problems(ds_config, args)]
     problems += [*early_problems(args), *quantization_problems(args, ds_config)]
     if args.use_dora and ((ds_config or {}).get("zero_optimization") or {}).get("stage") == 3:
         problems.append("--use_dora 要读基座的权重，不能与 ZeRO-3 同用，请改用 ds_zero2_no_offload.json")
@@ -127,6 +127,7 @@ def early_problems(args: TrainOptions) -> list[str]:
         *task_problems(args),
         *file_problems(args),
         *evaluation_problems(args),
+        *precision_problems(args),
     ]
     if args.max_src_len >= args.max_len:
         problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
@@ -193,6 +194,15 @@ def task_problems(args: TrainOptions) -> list[str]:
         problems.append(f"{'、'.join(useless)} 对 --task {task.name} 不起作用（它只比较最后一个回答），请去掉")
     if task.is_preference and args.replay_path is not None:
         problems.append(f"--replay_path 不能用于 --task {task.name}：它学的是偏好，请去掉")
+    return problems
+
+
+def precision_problems(args: TrainOptions) -> list[str]:
+    """与 --precision 不合的参数。"""
+    problems = []
+    for name, value in (("optimizer", "adamw_bf16"), ("grad_accum_dtype", "bf16")):
+        if getattr(args, name) == value and args.precision in ("fp16", "fp32"):
+            problems.append(f"--{name} {value} 要 --precision bf16，得到 {args.precision}，请改一个")
     return problems
 
 

@@ -105,6 +105,8 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     if options.replay_path is not None and "replay_by" not in options.given:
         recorded = recorded_run(options).get("args")
         options.replay_by = "tokens" if recorded is None else recorded.get("replay_by", "rows")
+    if options.optimizer == "adamw_bf16" and "precision" not in options.given:
+        options.precision = "bf16"
     if options.train_type == "ptuning" and options.ptuning_version == 1 and "packing" not in options.given:
         options.packing = False
     return options

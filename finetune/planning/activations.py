@@ -286,6 +286,6 @@ def head_bytes(model: PlannedModel, batch: MicroBatch, element_bytes: int) -> tu
     working = chunk * shape.vocab * 8  # fp32 的 logits 与 logsumexp 的临时量
     if model.head_is_trained:
         kept += shape.vocab * shape.hidden * element_bytes
-        if model.norm_head:  # 把梯度投影回未归一化的权重：三个 fp32 的临时量
-            working = max(working, shape.vocab * shape.hidden * 12)
+        if model.norm_head:  # 把梯度投影回未归一化的权重：一块的三个 fp32 的临时量
+            working = max(working, min(shape.vocab * shape.hidden, MAX_LOGITS_ELEMENTS) * 12)
     return kept + working, kept

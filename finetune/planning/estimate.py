@@ -18,7 +18,7 @@ from finetune.data.samples import row_options
 from finetune.planning.activations import MicroBatch, PlannedModel, checkpointed_layers
 from finetune.planning.flops import forward_flops, recompute_flops, step_flops
 from finetune.planning.machine import Machine
-from finetune.planning.memory import GIB, Plan, Setup, plan_memory, setup_of
+from finetune.planning.memory import GIB, Plan, Setup, choose_grad_accum_dtype, plan_memory, setup_of
 from finetune.process.precision import choose_precision
 from finetune.tasks.registry import TASKS
 from finetune.training.options import total_steps
@@ -151,7 +151,8 @@ def evaluate(
     """推算一组参数；dealt 是 largest_micro_batch 的结果，缺省现算。"""
     cards_per_node = min(cards, int(os.environ.get("LOCAL_WORLD_SIZE") or 8))
     precision, _ = choose_precision(args.precision)
-    setup = setup_of(ds_config, precision, cards, cards_per_node, machine.device)
+    grad_accum_dtype, _ = choose_grad_accum_dtype(args, ds_config, model, precision)
+    setup = setup_of(ds_config, precision, cards, cards_per_node, machine.device, args.optimizer, grad_accum_dtype)
     batch, accumulates = dealt or largest_micro_batch(args, sample, cards)
     num_tokens = int(sum(sample.lengths) * sample.scale)
     plan = plan_memory(model, batch, setup, args.gradient_checkpointing, num_tokens, accumulates)

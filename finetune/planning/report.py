@@ -22,7 +22,7 @@ def describe(
     num_tokens, num_targets = sum(sample.lengths) * sample.scale, sum(sample.num_targets) * sample.scale
     where = "每张卡" if machine.device == "cuda" else "每个进程（没有 GPU，都在主机内存里）"
     offload = "，卸载到主机" if setup.offload_optimizer or setup.offload_param else ""
-    size = checkpoint_bytes(model, setup.element_bytes, args.save_trainer_state)
+    size = checkpoint_bytes(model, setup.element_bytes, args.save_trainer_state, args.optimizer)
     lines = [
         "推算（--dry_run）：没有读权重，也不训练",
         f"数据：{data_name(args.train_path)} {sample.num_rows} 行（{read}），约 {num_tokens:,.0f} token，目标占 "
@@ -31,6 +31,7 @@ def describe(
         f"步数：每轮 {outcome.steps_per_epoch}，共 {outcome.num_steps}；最大的 micro batch {sum(batch.lengths)} token"
         f"（上限 {args.per_device_train_batch_size * sample.max_len}），其中目标 {batch.num_targets}",
         f"模型：{model.num_total:,} 个参数，可训练 {model.num_trained:,}；{args.train_type}，{setup.precision}，"
+        f"{args.optimizer}，梯度按 {setup.grad_accum_dtype} 相加，"
         f"ZeRO-{setup.stage}{offload}，{setup.cards} 个进程，--gradient_checkpointing {args.gradient_checkpointing}",
         f"{where}的峰值：{gib(plan.device_bytes)}",
         *(f"    {name} {gib(number)}" for name, number in plan.device.items()),

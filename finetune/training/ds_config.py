@@ -15,6 +15,10 @@ OPTIMIZER = {
     "type": "AdamW",
     "params": {"lr": "auto", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": "auto"},
 }
+MAX_BETA = 0.99  # adamw_bf16：1 − beta 小于约 2⁻⁷ 时，乘 beta 会舍入回原来的 bf16
+# --optimizer → 换上的 optimizer.type；不在其中的由 DeepSpeed 按配置建
+OWN_OPTIMIZERS = {"adamw_8bit": "AdamW8bit", "adamw_bf16": "AdamWBF16"}
+GROUP_ELEMENTS = 1 << 28  # 它们的一组至多这么多元素：更新时的临时量只有一组的，bitsandbytes 的下标是 32 位的
 SCHEDULER = {
     "type": "WarmupCosineLR",
     "params": {
@@ -46,6 +50,46 @@ def read_ds_config(path: str | Path) -> dict:
     if config.get("gradient_clipping", "auto") == "auto":
         log_rank_0(f"注意：{path} 没有写 gradient_clipping，梯度的范数裁剪到 {GRADIENT_CLIPPING}；写 0 则不裁剪")
     return config | {"zero_optimization": _without_auto(config["zero_optimization"])}
+
+
+def optimizer_flag_problems(config: dict, args) -> list[str]:
+    """--optimizer、--grad_accum_dtype（StepOptions）与配置说的不同、用不了的地方。"""
+    section, zero, name = config["optimizer"], config["zero_optimization"], args.optimizer
+    problems = []
+    if "optimizer" in args.given and section["type"] != "AdamW":
+        problems.append(
+            f"--optimizer {name} 与 {args.ds_file} 的 optimizer.type（{section['type']}）不同；"
+            '请去掉前者，或把配置里的改成 "AdamW"'
+        )
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype", args.grad_accum_dtype)
+    if args.grad_accum_dtype not in ("auto", accumulation):
+        problems.append(
+            f"--grad_accum_dtype {args.grad_accum_dtype} 与 {args.ds_file} 的 data_types.grad_accum_dtype"
+            f"（{accumulation}）不同；请去掉一个"
+        )
+    if name not in OWN_OPTIMIZERS:
+        return problems
+    useless = sorted(section.get("params", {}).keys() - OPTIMIZER["params"].keys())
+    if useless:
+        problems.append(f"--optimizer {name} 没有 optimizer.params 的 {'、'.join(useless)}，请从 {args.ds_file} 里删去")
+    if zero["stage"] == 1 or is_offloaded(zero, "optimizer") or is_offloaded(zero, "param"):
+        problems.append(f"--optimizer {name} 只用于不卸载的 ZeRO-2、ZeRO-3，请改用 ds_zero2_no_offload.json")
+    if config.get("bf16", {}).get("bf16_master_weights_and_grads") is True:
+        problems.append(
+            f"--optimizer {name} 自己定主权重的精度，请从 {args.ds_file} 里删去 bf16.bf16_master_weights_and_grads"
+        )
+    betas = section.get("params", {}).get("betas", "auto")
+    if name == "adamw_bf16" and betas != "auto" and max(betas) > MAX_BETA:
+        problems.append(
+            f"--optimizer adamw_bf16 的动量是 bf16，optimizer.params.betas 至多 {MAX_BETA}（再大，衰减会被舍掉），"
+            f"{args.ds_file} 里是 {betas}；请改成 {OPTIMIZER['params']['betas']}"
+        )
+    return problems
+
+
+def is_offloaded(zero: dict[str, Any], what: str) -> bool:
+    """zero_optimization 一节里 optimizer 或 param 是否卸载。"""
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") not in ("none", None)
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +128,8 @@ def resolve_ds_config(
     weight_decay: float,
     num_steps: int,
     warmup_ratio: float,
+    optimizer: str = "adamw",
+    grad_accum_dtype: str | None = None,
 ) -> dict:
     """填好配置里的 "auto"，返回新的字典；原来写了具体值的地方不动。
 
@@ -94,6 +140,7 @@ def resolve_ds_config(
         config: read_ds_config 的结果。
         batch_size、accumulation_steps、num_ranks: 一个优化器步有三者之积个样本。
         num_steps: 优化器步的总数；warmup_ratio: 预热步数占它的比例。
+        optimizer: --optimizer；grad_accum_dtype: 梯度按什么相加，None 是权重的精度。
     """
     warmup_steps = round(num_steps * warmup_ratio)
     warmup_start = 1.0 / (max(2, warmup_steps) + 1) if warmup_steps else 1.0
@@ -141,6 +188,13 @@ def resolve_ds_config(
     resolved.setdefault("gradient_accumulation_steps", accumulation_steps)
     resolved["bf16"] = {"enabled": precision == "bf16", **_without_enabled(config.get("bf16", {}))}
     resolved["fp16"] = {"enabled": precision == "fp16", **_without_enabled(config.get("fp16", {}))}
+    if optimizer in OWN_OPTIMIZERS:
+        resolved["optimizer"] = {**resolved["optimizer"], "type": OWN_OPTIMIZERS[optimizer]}
+        resolved["zero_allow_untested_optimizer"] = True
+    if optimizer == "adamw_bf16":
+        resolved["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    if grad_accum_dtype is not None:
+        resolved["data_types"] = {**resolved.get("data_types", {}), "grad_accum_dtype": grad_accum_dtype}
     if resolved.get("optimizer", {}).get("type") in ("Adam", "AdamW") and not has_cpp_compiler():
         log_rank_0("没有找到 C++ 编译器，DeepSpeed 自带的 Adam 编译不了：改用 torch 的 AdamW（同样的更新，稍慢）")
         resolved["optimizer"]["params"]["torch_adam"] = True

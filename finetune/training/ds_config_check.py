@@ -55,6 +55,7 @@ ONLY = {
     "prescale_gradients": ((False,), "ZeRO 不支持，请删去"),
     "managed_gradient_accumulation": ((True,), "累积的边界由训练循环与 DeepSpeed 一起管，请删去"),
     "communication_data_type": (("fp16", "bf16", "fp32"), "DeepSpeed 只认得这三个"),
+    "data_types.grad_accum_dtype": (("bf16", "fp16", "fp32"), "梯度按什么相加，DeepSpeed 认得的是这三个"),
     "scheduler.params.warmup_type": (
         ("linear", "log"),
         "DeepSpeed 不认得别的值；想要余弦衰减，请把 scheduler.type 写成 WarmupCosineLR",

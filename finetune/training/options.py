@@ -18,6 +18,7 @@ def checkpointing_choice(value: str) -> str:
     return value
 
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16")
 REPORTS = ("tensorboard", "swanlab")
 
 
@@ -52,6 +53,17 @@ class StepOptions:
     learning_rate: float = flag(None, "峰值学习率（缺省随方法，见 docs/methods.md）", kind=float, check=above_zero)
     weight_decay: float = flag(0.1, "权重衰减，只作用于矩阵，不作用于 RMSNorm", check=at_least(0))
     warmup_ratio: float = flag(0.1, "预热占总步数的比例，[0, 1)", check=share)
+    optimizer: str = flag(
+        "adamw",
+        "优化器：adamw；adamw_8bit 的动量存成 8 位（要 bitsandbytes）；adamw_bf16 的权重、梯度与动量都是 bf16，"
+        "权重舍掉的位另存，小的更新不丢（全参数的 7B 放得进一张 80 GB 的卡）",
+        choices=OPTIMIZERS,
+    )
+    grad_accum_dtype: str = flag(
+        "auto",
+        "--precision bf16 时几个 micro batch 的梯度按什么相加；auto：fp32 多占的不到推算内存的 5% 就用 fp32",
+        choices=("auto", "fp32", "bf16"),
+    )
     seed: int = flag(1234, "随机种子", check=lambda value: None if 0 <= value < 2**63 else "必须在 [0, 2^63) 内")
     precision: str = flag(
         "auto",

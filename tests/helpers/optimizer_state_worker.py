@@ -25,6 +25,7 @@ from finetune.checkpoint.optimizer_state import (
 )
 from finetune.checkpoint.weights import WeightFile
 from finetune.process.interruption import leave
+from finetune.training.engine import initialize
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 4, 2, 7
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,13 +34,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class TinyModel(torch.nn.Module):
     """形状都不能被 2、4 整除；frozen 不训练。（零维参数 DeepSpeed 自己就不支持。）"""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, width: int = 7):
         super().__init__()
         torch.manual_seed(0)
         self.frozen = torch.nn.Linear(5, 5, bias=False).requires_grad_(False)
         torch.manual_seed(seed)
-        self.up = torch.nn.Linear(5, 7)
-        self.down = torch.nn.Linear(7, 3)
+        self.up = torch.nn.Linear(5, width)
+        self.down = torch.nn.Linear(width, 3)
 
     def forward(self, inputs, targets):
         outputs = self.down(torch.tanh(self.up(self.frozen(inputs))))
@@ -73,7 +74,7 @@ def build_engine(task: dict, seed: int):
         # CPU 上 torch 能算 fp16，只是 DeepSpeed 按硬件指令判定不支持；2^30 的起始 loss scale 使前几步溢出
         get_accelerator().is_fp16_supported = lambda: True
         config["fp16"] = {"enabled": True, "initial_scale_power": 30, "loss_scale_window": 2, "hysteresis": 2}
-    model = TinyModel(seed).to(DTYPES[precision])
+    model = TinyModel(seed, case.get("width", 7)).to(DTYPES[precision])
     named = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     groups = [{"params": [param for _, param in named], "weight_decay": 0.1}]
     if case.get("groups", 2) == 2:
@@ -83,8 +84,10 @@ def build_engine(task: dict, seed: int):
         ]
         if "second_betas" in case:
             groups[1]["betas"] = case["second_betas"]
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config, dist_init_required=False)
-    return engine
+    if case.get("own") == "AdamWBF16":
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    config["optimizer"]["type"] = case.get("own", config["optimizer"]["type"])
+    return initialize(model, groups, config)
 
 
 def train(engine, begin: int, end: int, precision: str) -> list[float]:
@@ -175,6 +178,8 @@ def collect_errors(engine, task: dict, folder: Path) -> dict:
 
     if task["action"] == "unsupported":
         return {"unsupported": message(check_resumable, engine)}
+    if task["action"] == "refused":
+        return {"refused": message(restore, engine, folder)}
 
     def reshape(scalars):
         scalars["groups"][0]["params"]["up.weight"] = [7, 6]

@@ -142,13 +142,14 @@ def test_states_are_those_of_deepspeed(cards):
     assert model.num_total == model.num_trained == 7_000_559_616
     states, host, update = model_states(model, setup(2, cards))
     _, expected = estimate_zero2_model_states_mem_needs(model.num_total, cards, 1, cpu_offload=False)
-    assert sum(states.values()) + update == pytest.approx(expected, abs=16)
+    flat_copy = 2 * model.num_total // cards  # 估算没有算：换成 fp32 之前拼成一整段的 bf16 梯度
+    assert sum(states.values()) + update - flat_copy == pytest.approx(expected, abs=16)
     assert sum(host.values()) == 0
 
     model = seven_b("lora")
     states, _, update = model_states(model, setup(2, cards))
     assert states["权重"] == 2 * model.num_total and model.num_trained == 4_194_304
-    assert states["优化器"] == 12 * model.num_trained // cards and update == 4 * model.num_trained // cards
+    assert states["优化器"] == 12 * model.num_trained // cards and update == 6 * model.num_trained // cards
 
 
 def test_offloaded_states_are_on_the_host():
@@ -159,13 +160,14 @@ def test_offloaded_states_are_on_the_host():
 
 
 def test_peak_moments_and_head():
-    """全参数的峰值在更新；lora 在反向；可训练的 NormHead 在算损失时多出三个 fp32 的临时量。"""
+    """全参数的峰值在更新；lora 在反向；可训练的 NormHead 在算损失时多出一块的三个 fp32 的临时量。"""
     batch = MicroBatch([1024] * 4, 800)
     assert "更新时的 fp32 梯度" in plan_memory(seven_b("full"), batch, setup(2, 1), "all").device
     lora = plan_memory(seven_b("lora"), batch, setup(2, 1), "all")
     assert lora.device["权重"] == pytest.approx(13.05 * GIB, rel=0.01) and lora.device_bytes < 17.5 * GIB
     head = 125696 * 4096
-    assert head_bytes(seven_b("full", 125696), batch, 2) == (800 * 8192 + 14 * head, 800 * 8192 + 2 * head)
+    kept = 800 * 8192 + 2 * head
+    assert head_bytes(seven_b("full", 125696), batch, 2) == (kept + 12 * 2**27, kept)
 
 
 def test_checkpoint_sizes():
@@ -276,7 +278,7 @@ def cpu_machine(host_gib: float) -> Machine:
     return Machine("cpu", "CPU", None, int(host_gib * GIB), 1e12, "实测")
 
 
-@pytest.mark.parametrize(("cards", "gib_of_card"), [(1, "31.37 GiB"), (4, "31.70 GiB")])
+@pytest.mark.parametrize(("cards", "gib_of_card"), [(1, "31.38 GiB"), (4, "31.70 GiB")])
 def test_cards_are_planned_as_cards(cards, gib_of_card):
     """没有 GPU 的机器上推算卡：13B lora、重算、4,096 token 放得进 40 GB，与 README 的表相同。"""
     args = parse("lora", "--gradient_checkpointing")
