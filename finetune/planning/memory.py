@@ -20,7 +20,6 @@ ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # --optimizer 的动量等，每个可训练的参数的字节数，主权重在外；8 位的每 256 个一块，一块有两个 fp32 的系数
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2 + 2 * 4 / 256, "adamw_bf16": 6}
 SMALL_SHARE = 0.05  # 按 fp32 相加的梯度多占的不到模型状态的这个份额时，就按 fp32
-SAVE_SHARD_BYTES = 5 * 10**9  # 保存时一片的大小（weights.ShardedWriter）
 # 分配器留着的碎片，占权重之外各项（CUDA 上是全部各项，假定）之和：CPU 由 benchmarks/memory/plan_memory.py 量得
 # （glibc 缺省）；权重读进来之后一直在，不产生碎片，7B 上量过
 FRAGMENTATION = {"cuda": 0.05, "cpu": 0.45}
