@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from finetune.process.training_process import TrainingProcess, cpu_environment
+import predict
+from finetune.process.training_process import TrainingProcess
 from finetune.terminal import markdown_table
 from utils import write_json
 
@@ -61,25 +62,25 @@ def train(name: str, output: Path, commands: dict[str, str], **options) -> Path:
     flags = [str(word) for key, value in {**options, **COMMON}.items() for word in (f"--{key}", value)]
     flags += ["--output_dir", str(output), "--no-save_trainer_state"]
     commands[name] = "deepspeed train.py " + shlex.join(flags)
-    with TrainingProcess(flags, 1, output.parent / f"{name}.log") as run:
-        ended = run.wait(7200)
-    assert ended.returncode == 0, ended.output[-3000:]
+    if not (output / "summary.json").exists():  # 上一次走完了的不再走
+        with TrainingProcess(flags, 1, output.parent / f"{name}.log") as run:
+            ended = run.wait(7200)
+        assert ended.returncode == 0, ended.output[-3000:]
     return max(output.glob("epoch-*-step-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def predict(checkpoint: Path, rows: Path, output: Path, *more: str) -> list[dict]:
-    command = [sys.executable, ROOT / "predict.py", "--model_path", checkpoint, "--test_path", rows]
-    command += ["--output_path", output, "--precision", "fp32", *more]
-    run = subprocess.run(list(map(str, command)), env=cpu_environment(1), cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+def run_predict(checkpoint: Path, rows: Path, output: Path, *more: str) -> list[dict]:
+    """`python predict.py …` 的 main，不必每次另载入 torch → 写出的各行。"""
+    flags = ["--model_path", checkpoint, "--test_path", rows, "--output_path", output, "--precision", "fp32", *more]
+    assert predict.main(list(map(str, flags))) == 0
     return [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
 
 
 def measure(checkpoint: Path, rows: Path, stem: Path) -> dict:
     """→ 各对的对数概率之差、生成的文字、label_f1 与它的区间。"""
-    scored = predict(checkpoint, rows, stem.with_suffix(".scores.jsonl"), "--label_scores", ",".join(LABELS))
+    scored = run_predict(checkpoint, rows, stem.with_suffix(".scores.jsonl"), "--label_scores", ",".join(LABELS))
     generated = stem.with_suffix(".jsonl")
-    texts = predict(checkpoint, rows, generated, "--metric", "label_f1", "--max_new_tokens", "8")
+    texts = run_predict(checkpoint, rows, generated, "--metric", "label_f1", "--max_new_tokens", "8")
     metrics = json.loads(generated.with_suffix(".metrics.json").read_text(encoding="utf-8"))
     differences = []
     for row in scored:
@@ -136,16 +137,19 @@ def main():
     parser.add_argument("--train_path", type=Path, default=ROOT / "data" / "cls_0.json", help="情感分类的训练行")
     parser.add_argument("--test_path", type=Path, default=ROOT / "data" / "cls_1.json", help="留出的行")
     parser.add_argument("--output", type=Path, required=True, help="结果写在这个目录")
+    parser.add_argument("--work", type=Path, help="训练用的目录，做到一半可以接着做（缺省在临时目录里，做完后删去）")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.test_path.read_text(encoding="utf-8").splitlines()]
     commands: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
+        work = args.work or Path(name)
+        work.mkdir(exist_ok=True)
         flags = [str(word) for key, value in SIZES.items() for word in (f"--{key}", value)]
         build = ["scripts/build_tiny_model.py", "--arch", "baichuan2-7b", "--output_dir", str(work / "base"), *flags]
         commands["base"] = "python " + shlex.join(build)
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, *build], cwd=ROOT, env=env, check=True, capture_output=True)
+        if not (work / "base").exists():
+            subprocess.run([sys.executable, *build], cwd=ROOT, env=env, check=True, capture_output=True)
         pairs, held = work / "pairs.json", work / "held.json"
         write_pairs(args.train_path, pairs)
         write_pairs(args.test_path, held)

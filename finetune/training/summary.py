@@ -42,7 +42,7 @@ def write_summary(
     """写 summary.json，返回打印的几行；只在 0 号进程调用。"""
     found = summarize(output_dir, best, eval_seconds)
     command = ["python", "predict.py", "--model_path", str(output_dir)]
-    if eval_path is not None:
+    if eval_path is not None and options.eval_metric != "loss":  # 偏好的损失不是预测的指标
         command += ["--test_path", eval_path, "--metric", options.eval_metric]
     found["next"] = shlex.join(command)
     write_json(output_dir / SUMMARY_FILE, found)

@@ -269,6 +269,8 @@ def test_the_first_loss_is_ln_2_for_every_method(tiny_checkpoint, tmp_path):
             assert held["eval/loss"] < math.log(2)
             best = json.loads((tmp_path / name / "best.json").read_text(encoding="utf-8"))
             assert (best["metric"], best["score"]) == ("loss", held["eval/loss"])
+            summary = json.loads((tmp_path / name / "summary.json").read_text(encoding="utf-8"))
+            assert "--metric" not in summary["next"]
 
 
 def check_resuming(tiny_checkpoint, directory: Path, cases: list[tuple[str, str]]):
