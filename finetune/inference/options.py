@@ -38,7 +38,11 @@ class GenerationOptions:
     """怎样生成，怎样评分。"""
 
     precision: str = flag("auto", "计算精度，auto 按设备决定", choices=PRECISIONS)
-    batch_size: int | None = flag(None, "文件预测每批的行数，服务同时生成的请求数（缺省 8）", kind=int)
+    batch_size: int | None = flag(
+        None,
+        "文件预测同时做的行数，服务同时生成的请求数（缺省 8；贪心的文件预测由模型大小定，8 到 64）",
+        kind=int,
+    )
     max_new_tokens: int | None = flag(
         None, "最多生成的 token 数（缺省 512，上下文不足 1024 的模型取上下文的一半）", kind=int
     )

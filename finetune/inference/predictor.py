@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from baichuan import BaichuanConfig
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
 from finetune.checkpoint.options import quantization_of
 from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens, prompting_reason
@@ -66,6 +67,15 @@ def batches_left(batches: list[list[int]], done: Container[int], whole: bool) ->
     """还没有做完的批；whole 时做了一部分的批整批重做，否则只留没有做的行。"""
     left = [(batch, [index for index in batch if index not in done]) for batch in batches]
     return [batch if whole else missing for batch, missing in left if missing]
+
+
+def rows_at_once(config: BaichuanConfig, num_tokens: int) -> int:
+    """没有写明 --batch_size 时贪心同时做几行，8 到 64：每行 num_tokens 个 token 的键值（按 4 字节计）合起来至多 2 GiB。
+
+    行越多，每步读一遍的权重与固定的开销分给越多的行；每行的结果与同时做几行无关。
+    """
+    num_bytes = 8 * config.num_hidden_layers * config.hidden_size * num_tokens
+    return max(8, min(64, 2**31 // num_bytes))
 
 
 class Predictor:
@@ -178,6 +188,8 @@ class Predictor:
         采样时做了一部分的批整批重做（采样的结果取决于整批），否则只留没有做的行。
         """
         if self.is_continuous:
+            if "batch_size" not in self.args.given:
+                self.args.batch_size = rows_at_once(self.base.config, max(map(len, prompts)) + self.args.max_new_tokens)
             return [[prompt] for prompt in plan_prompts(prompts, [i for i in range(len(prompts)) if i not in done])]
         batches = batches_left(plan_batches(prompts, self.args.batch_size), done, whole=self.args.do_sample)
         return [[Prompt(index, prompts[index]) for index in batch] for batch in batches]

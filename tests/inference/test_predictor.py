@@ -9,7 +9,8 @@ from peft import PeftModel
 
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
-from finetune.inference.predictor import short_names
+from finetune.checkpoint.base_model import load_config
+from finetune.inference.predictor import rows_at_once, short_names
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
@@ -120,3 +121,13 @@ def test_label_scores_of_one_sample(tiny_checkpoint, capsys):
     for row, (_, log_prob, share) in zip(table, ranked, strict=True):
         assert float(row[1]) == pytest.approx(log_prob, abs=2e-4)
         assert float(row[2]) == pytest.approx(share, abs=2e-4)
+
+
+def test_how_many_rows_at_once(tiny_checkpoint):
+    """2 GiB 的键值：7B 的一行 1024 token 是 1 GiB，仍做 8 行；小的模型至多 64 行。"""
+    config = load_config(tiny_checkpoint("baichuan2-7b"))
+    assert rows_at_once(config, 1024) == 64
+    config.num_hidden_layers, config.hidden_size = 12, 768
+    assert rows_at_once(config, 1024) == 28
+    config.num_hidden_layers, config.hidden_size = 32, 4096
+    assert rows_at_once(config, 1024) == 8
