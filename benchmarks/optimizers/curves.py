@@ -74,29 +74,30 @@ def run(kind: str, seed: int, base: Path, steps: int) -> dict:
         flags = ["--train_path", ROOT / "data" / "spo_0.json", "--eval_path", ROOT / "data" / "spo_1.json"]
         flags += ["--model_name_or_path", base, "--output_dir", directory, "--train_type", "full", "--seed", seed]
         flags += ["--ds_file", ROOT / "ds_zero2_no_offload.json", "--optimizer", optimizer, "--precision", precision]
-        flags += ["--max_len", 96, "--max_src_len", 64, "--learning_rate", 2e-3, "--gradient_accumulation_steps", 2]
+        flags += ["--max_len", 96, "--max_src_len", 64, "--learning_rate", 2e-3]
         args = parse_args([str(flag) for flag in flags])
         ds_config, config = validate_args(args)
         tokenizer = train.load_tokenizer(args.model_name_or_path, config.vocab_size)
         prompting = resolve_prompt_format(args.prompt_format, args.model_name_or_path, config)
         train_set, eval_set = train.load_data(args, tokenizer, prompting)
     engine, _ = train.build_engine(args, config, ds_config, precision, steps)
-    shared = {"max_len": train_set.max_len, "pad_token_id": tokenizer.pad_token_id, "batch_size": 4}
-    loader = StepLoader(train_set, seed=seed, gradient_accumulation_steps=2, **shared)
+    shared = {"max_len": train_set.max_len, "pad_token_id": tokenizer.pad_token_id, "batch_size": 8}
+    loader = StepLoader(train_set, seed=seed, **shared)
     losses = []
     while len(losses) < steps:
         for step in loader.epoch(len(losses) // loader.steps_per_epoch):
             losses.append(train.train_step(engine, step)[0])
             if len(losses) == steps:
                 break
-    held_out = StepLoader(eval_set, seed=None, gradient_accumulation_steps=len(eval_set) // 4, **shared)
+    held_out = StepLoader(eval_set, seed=None, gradient_accumulation_steps=-(-len(eval_set) // 8), **shared)
     [step] = held_out.epoch(0)
     engine.eval()
     with torch.no_grad():
         batches = [batch_to_device(batch, engine.device) for batch in step.micro_batches]
         found = sum(TokenLoss().loss(engine, batch, step).item() for batch in batches)
     engine.train()
-    counted = count_after_backward(engine, loader.prepare(range(8)))
+    two = StepLoader(train_set, seed=seed, gradient_accumulation_steps=2, **shared)
+    counted = count_after_backward(engine, two.prepare(range(16)))
     return {"losses": losses, "last": mean(losses[-LAST:]), "held_out": found, "bytes": counted}
 
 

@@ -33,7 +33,6 @@ SPO_LENGTHS += [647, 840]
 SPO_TARGET_SHARE = 0.19
 CASE_SECONDS = 240
 STEPS, WARMUP_STEPS = 5, 2
-BF16_STATES = {"bf16": {"enabled": "auto", "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}}
 CHECKPOINT = ["--gradient_checkpointing", "all"]
 
@@ -42,7 +41,8 @@ SPEED = {
     "lora": {"method": "lora"},
     "lora_levers_off": {"method": "lora", "levers_off": True},  # 逐段的注意力，逐句的逐元素运算
     "lora_checkpoint_4096": {"method": "lora", "rows": 4096, "batch": 1, "argv": CHECKPOINT},
-    "full_bf16_states": {"method": "full", "argv": CHECKPOINT, "ds_changes": BF16_STATES},
+    "full_adamw_bf16": {"method": "full", "argv": [*CHECKPOINT, "--optimizer", "adamw_bf16"]},
+    "full_adamw_8bit": {"method": "full", "argv": [*CHECKPOINT, "--optimizer", "adamw_8bit"]},
     "freeze4": {"method": "freeze", "trained_layers": 4},
     "lora_4096": {"method": "lora", "rows": 4096},
     "lora_checkpoint": {"method": "lora", "argv": CHECKPOINT},
@@ -110,7 +110,8 @@ def planned_peak(args, config, ds_config: dict, loader, index: int) -> dict[str,
     dealt = deal_step(data.lengths, step_samples(loader, index), 1, loader.batch_size, max_tokens, loader.packing)[0]
     micro = max(dealt, key=lambda micro: sum(data.lengths[i] for i in micro))
     batch = MicroBatch([data.lengths[i] for i in micro], sum(data.num_targets[i] for i in micro), loader.packing)
-    setup = setup_of(ds_config, args.precision, 1, 1, "cuda")
+    grad_accum_dtype = ds_config.get("data_types", {}).get("grad_accum_dtype")
+    setup = setup_of(ds_config, args.precision, 1, 1, "cuda", args.optimizer, grad_accum_dtype)
     parts = plan_memory(plan_model(args, config), batch, setup, args.gradient_checkpointing, accumulates=len(dealt) > 1)
     outside = sum(parts.device.get(name, 0) for name in ("碎片", "CUDA 与通信"))
     return {
@@ -200,8 +201,7 @@ def measure_training(spec: dict[str, Any]) -> dict[str, Any]:
         "build_seconds": built,
         "peak_mb": max(step.get("peak_cuda_mb", step["peak_rss_mb"]) for step in steps),
         "peak_reserved_mb": max(step.get("peak_reserved_mb", 0.0) for step in steps),
-        # 状态的类型改过的（bf16 的主权重与动量）推算不认得
-        **({} if "bf16" in case.get("ds_changes", {}) else planned_peak(args, config, ds_config, loader, 0)),
+        **planned_peak(args, config, ds_config, loader, 0),
         "steps": steps,
         "versions": installed_versions("torch", "transformers", "peft", "deepspeed", "triton"),
     }

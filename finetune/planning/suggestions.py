@@ -10,8 +10,9 @@ from finetune.methods.registry import TRAIN_METHODS
 from finetune.planning.activations import QUANTIZED_BYTES, PlannedModel
 from finetune.planning.estimate import DataSample, Outcome, evaluate, fits, largest_micro_batch
 from finetune.planning.machine import Machine
-from finetune.planning.memory import setup_of
-from finetune.training.ds_config import read_ds_config
+from finetune.planning.memory import SMALL_SHARE, setup_of
+from finetune.process.precision import choose_precision
+from finetune.training.ds_config import optimizer_flag_problems, read_ds_config
 
 OFFLOAD_FILE, NO_OFFLOAD_FILE = "ds_zero3_offload.json", "ds_zero2_no_offload.json"
 
@@ -19,7 +20,7 @@ OFFLOAD_FILE, NO_OFFLOAD_FILE = "ds_zero3_offload.json", "ds_zero2_no_offload.js
 def suggestions(
     args: TrainOptions, ds_config: dict, model: PlannedModel, sample: DataSample, machine: Machine, cards: int
 ) -> list[tuple[str, Outcome]]:
-    """放得下的改法：重算、micro batch、卸载、量化、加卡（没有 GPU 时减少进程）的各种组合。
+    """放得下的改法：重算、micro batch、卸载、量化、优化器、加卡（没有 GPU 时减少进程）的各种组合。
 
     卡数少的、改得少的、快的在前；没有 GPU 时进程数不算代价。减少进程时由累积保持一步的样本数。
     """
@@ -36,18 +37,25 @@ def suggestions(
     dealt = {}  # 装箱只随卡数与 micro batch 变
     checkpointings = dict.fromkeys([args.gradient_checkpointing, "none", "attention", "2", "all"])
     quantizations = ["", *QUANTIZED_BYTES] if can_quantize else [""]
+    has_many = 2 * model.num_trained > SMALL_SHARE * model.num_total and choose_precision(args.precision)[0] == "bf16"
+    optimizers = dict.fromkeys([args.optimizer, *(["adamw_bf16"] if has_many else [])])
     if on_cards:
         other_cards = [n for n in (2, 4, 8) if n > cards]
     else:
         one_host = cards <= int(os.environ.get("LOCAL_WORLD_SIZE") or 8)
         other_cards = [n for n in (1, 2, 4) if n < cards and cards % n == 0 and one_host]
-    choices = product([cards, *other_cards], ds_configs, checkpointings, dict.fromkeys([batch_size, 1]), quantizations)
-    for num_cards, ds_file, checkpointing, size, quantization in choices:
+    sizes = dict.fromkeys([batch_size, 1])
+    choices = product([cards, *other_cards], ds_configs, checkpointings, sizes, quantizations, optimizers)
+    for num_cards, ds_file, checkpointing, size, quantization, optimizer in choices:
         if quantization and stages[ds_file] == 3:
+            continue
+        given = args.given if optimizer == args.optimizer else (*args.given, "optimizer")
+        if optimizer_flag_problems(ds_configs[ds_file], replace(args, optimizer=optimizer, given=given)):
             continue
         variant = replace(
             args,
             gradient_checkpointing=checkpointing,
+            optimizer=optimizer,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation * (batch_size // size) * max(1, cards // num_cards),
         )
@@ -60,6 +68,7 @@ def suggestions(
             f"--ds_file {ds_file}" if ds_file else "",
             f"--gradient_checkpointing {checkpointing}" if checkpointing != args.gradient_checkpointing else "",
             f"--load_in_{quantization}" if quantization else "",
+            f"--optimizer {optimizer}" if optimizer != args.optimizer else "",
             f"--per_device_train_batch_size {size}{more_accumulation}" if size != batch_size else "",
         ]
         changes = [change for change in changes if change]

@@ -294,6 +294,25 @@ def test_cards_are_planned_as_cards(cards, gib_of_card):
     assert lines[-1].endswith(f" {gib_of_card}，放得进 40 GB、48 GB、80 GB、141 GB")
 
 
+def test_full_7b_is_suggested_in_16_bits_on_one_card():
+    """一张 80 GB 的卡：Baichuan2-7B 全参数，不卸载的改法是 adamw_bf16；各种优化器的字节。"""
+    args, model = parse("full", "--precision", "bf16", "--gradient_checkpointing"), seven_b("full", 125696)
+    card = Machine("cuda", "NVIDIA H100", int(79.1 * GIB), 64 * GIB, 989e12, "标称")
+    found = dict(suggestions(args, ZERO2, model, SAMPLE, card, 1))
+    alone = found["--optimizer adamw_bf16"].plan
+    assert alone.device["优化器"] == 6 * model.num_trained and alone.device["权重"] == 2 * model.num_trained
+    assert alone.device["梯度"] == 2 * model.num_trained
+    assert not any("offload" in label for label in found)  # 主机内存放不下卸载的
+    states, _, update = model_states(model, setup(2, 1)._replace(optimizer="adamw_8bit"))
+    assert states["优化器"] == int((4 + 2 + 8 / 256) * model.num_trained)
+    assert (states["梯度"], update) == (2 * model.num_trained, 4 * 125696 * 4096)
+    with_sums = setup(2, 1)._replace(grad_accum_dtype="fp32")
+    states, _, update = model_states(model, with_sums)  # 加进 fp32 的缓冲，更新时不再要
+    assert (states["梯度"], update) == (4 * model.num_trained, 0)
+    _, host, _ = model_states(model, setup(3, 1, is_offloaded=True)._replace(grad_accum_dtype="fp32"))
+    assert host["梯度与优化器"] == 20 * model.num_trained
+
+
 def test_suggestions_on_a_cpu():
     """减少进程（累积补足）、量化都试；ZeRO-3 不量化，先换成 ZeRO-2；改得少的在前。"""
     args, model = parse("lora", "--precision", "bf16"), seven_b("lora", 125696)
