@@ -96,8 +96,8 @@ def answer_part(plan, summary) -> str:
         pair = next((p for p in summary["pairs"][name] if {p["first"], p["second"]} == {best, worst}), None)
         verdict = ""
         if pair is not None:
-            verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}"
-            verdict += "（显著）" if pair["p_holm"] < 0.05 else "（不显著）"
+            verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}，"
+            verdict += "显著" if pair["p_holm"] < 0.05 else "不显著"
         found.append(f"{TASK_NAMES[name]}是 **{best}**（{with_interval(top)}{verdict}）")
     level = {name: not_worse(summary, name) for name in tasks}
     general = [method for method in plan["methods"] if all(method in methods_of(plan, name) for name in tasks)]
