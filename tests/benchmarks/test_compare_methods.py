@@ -292,7 +292,7 @@ def result(cell, score=0.5, rate=None, nll_after=3.1):
         row["per_row"] = ["1011" if cell.method == "full" else "0010", "1111", "1111"]
     if cell.stage == "base":
         row |= {"score": None, "tokens": None}
-    return row | ({"check": cell.check} if cell.check else {})
+    return row | {name: getattr(cell, name) for name in ("check", "share") if getattr(cell, name)}
 
 
 def run_to_the_end(plan, results, score=lambda cell: 0.5, rise=None):
@@ -342,6 +342,31 @@ def test_the_range_grows_until_the_best_rate_lies_inside(plan):
     assert extended({**plan, "extensions": 0}, lambda rate: rate)[1] == 1e-3
     plan["methods"]["lora"]["learning_rates"] = [1e-3]
     assert extended(plan, lambda rate: rate) == ([1e-3], 1e-3)
+
+
+def test_the_curve_uses_the_chosen_rate_and_fewer_tokens(tmp_path):
+    curve = {"task": "extraction", "method": "full", "shares": [0.25, 0.5]}
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "curve": curve}))
+    cells = [cell for cell in compare_plan.list_cells(plan) if cell.stage == "curve"]
+    assert [(cell.name, cell.part) for cell in cells] == [
+        ("curve-extraction-full-1-0.25", "curve-0.25"),
+        ("curve-extraction-full-1-0.5", "curve-0.5"),
+    ]
+    results = []
+    order = run_to_the_end(plan, results, lambda cell: {1e-4: 1.6}.get(cell.learning_rate, 2.0))
+    assert [name for name in order if name.startswith("curve")] == [cell.name for cell in cells]
+    rows = [row_ for row_ in results if row_["stage"] == "curve"]
+    assert {row_["learning_rate"] for row_ in rows} == {1e-4}
+    assert [compare_plan.cell_of(row_) for row_ in rows] == cells
+    for number, row_ in enumerate(rows, start=1):
+        row_ |= {"tokens": number * 250, "score": number / 10, "ci_low": 0.0, "ci_high": 1.0}
+    text = "\n".join(compare_report.curve_part(plan, results))
+    assert (
+        "| 250 | 0.100 [0.000, 1.000] |\n| 500 | 0.200 [0.000, 1.000] |\n| 990 | 2.000 [" in text and "还在上升" in text
+    )
+    for wrong in ({**curve, "task": "typo"}, {**curve, "method": "typo"}, {**curve, "shares": [2]}):
+        with pytest.raises(ValueError, match=r"curve\("):
+            compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "curve": wrong}))
 
 
 def test_a_method_may_have_its_own_tasks_and_seeds(tmp_path):
