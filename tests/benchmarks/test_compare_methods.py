@@ -18,7 +18,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from paths import ROOT
 
-from benchmarks.comparison import drills
+from benchmarks.comparison import base, drills
 from finetune.comparison import data as compare_data
 from finetune.comparison import fonts
 from finetune.comparison import plan as compare_plan
@@ -133,6 +133,34 @@ def test_parts_of_a_task_are_written(tmp_path):
         2,
         3,
     ]
+
+
+def test_the_base_sees_inputs_of_the_training_part_only(tmp_path):
+    data = tmp_path / "data"
+    for part, text in (
+        ("test", "测试的文档"),
+        ("dev", "验证的文档"),
+        ("pretrain", "预训练的\n文档"),
+        ("train", "训练的文档"),
+    ):
+        compare_data.write_rows(data / "extraction" / f"{part}.json", [row(text, "答案"), row(text, "又一个")])
+    (data / "general_train.txt").write_text("通用的文字\n", encoding="utf-8")
+    plan = {"tasks": [{"name": "extraction"}]}
+    sources = base.text_sources(plan, data)
+    found = {name: path.read_text(encoding="utf-8") for name, path in sources.items()}
+    assert found == {"general": "通用的文字\n", "extraction": "训练的文档\n预训练的 文档\n"}
+    drilled = {"count": 7, "chars": [3, 9], "texts": ["extraction"], "forms": {"copy": 1}}
+    stage = {"name": "x", "texts": {"general": 0.5, "extraction": 3}, "drills": [drilled]}
+    files = base.stage_files(stage, sources, tmp_path / "stage", seed=1)
+    assert files == [
+        f"{sources['general']}*0.5",
+        f"{sources['extraction']}*3",
+        str(tmp_path / "stage" / "drills-0.json"),
+    ]
+    made = compare_data.read_rows(tmp_path / "stage" / "drills-0.json")
+    assert len(made) == 7 and {row_["output"] for row_ in made} <= {"训练的文档", "预训练的 文档"}
+    assert base.stage_files(stage, sources, tmp_path / "again", seed=1)[:2] == files[:2]
+    assert (tmp_path / "again" / "drills-0.json").read_bytes() == (tmp_path / "stage" / "drills-0.json").read_bytes()
 
 
 def drill_texts():
