@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.comparison.data import read_rows, shuffled_labels, take_tokens, write_rows
-from finetune.comparison.plan import Cell, task_of
+from finetune.comparison.plan import Cell, list_cells, task_of
 from finetune.comparison.statistics import COSTS, compact_counts
 from finetune.process.training_process import TrainingProcess
 from utils import read_json
@@ -77,8 +77,7 @@ def run_cell(
     }
     if cell.stage != "sweep" and cell.task:  # 报告由它们重写：配对自助法与损失曲线
         row |= {"losses": trained["losses"], "per_row": compact_counts(scored["per_row"], scored["metric"])}
-    if cell.check is not None:
-        row["check"] = cell.check
+    row |= {name: value for name in ("check", "share") if (value := getattr(cell, name)) is not None}
     shutil.rmtree(directory)
     return row
 
@@ -97,8 +96,7 @@ def train(
 ) -> tuple[Path, dict[str, Any]]:
     """训练一次 → (检查点目录, 各项数值)；中途失败抛 RuntimeError。"""
     data = output_dir / "data"
-    part = "sweep" if cell.stage == "sweep" else "final"
-    train_path = data / cell.task / f"{part}.json"
+    train_path = data / cell.task / f"{cell.part}.json"
     if cell.check == "shuffled":
         shuffled = directory / "shuffled.json"
         write_rows(shuffled, shuffled_labels(read_rows(train_path), plan["split_seed"]))
@@ -216,7 +214,11 @@ def choose_rows(plan: dict[str, Any], output_dir: Path) -> dict[str, dict[str, i
         test = read_rows_any(directory / "test.json")
         write_rows(directory / "other.json", test[: task["other"]])
         chosen[task["name"]] = {}
-        for part, share in (("final", 1.0), ("sweep", task["sweep_share"])):
+        shares = {"final": 1.0, "sweep": task["sweep_share"]}
+        shares |= {
+            cell.part: cell.share for cell in list_cells(plan) if (cell.stage, cell.task) == ("curve", task["name"])
+        }
+        for part, share in shares.items():
             count = take_tokens(lengths, int(task["train_tokens"] * share), task["epochs"])
             write_rows(directory / f"{part}.json", rows[:count])
             chosen[task["name"]] |= {part: sum(lengths[:count]) * task["epochs"], f"{part}_rows": count}

@@ -19,6 +19,7 @@ CHECKS = ("repeat", "shuffled", "untrained")
 REQUIRED = ("base", "tasks", "methods", "seeds", "train_tokens", "general_path", "held_out_chars")
 OPTIONAL = {"split_seed": 1, "sweep_share": 0.25, "epochs": 1, "train_flags": [], "checks": [], "replay": None}
 OPTIONAL |= {"extensions": 4}  # 最好的学习率在边上时，试跑的范围至多往外伸几次
+OPTIONAL |= {"curve": None}  # 一种方法在一个任务上，训练 token 少些时的分数：{"task", "method", "shares"}
 TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
 TASK_OPTIONAL = {"pretrain": 0, "other": 50, "max_input_chars": None, "max_output_chars": None}
 TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
@@ -29,12 +30,13 @@ Result = dict[str, Any]
 class Cell(NamedTuple):
     """一个格子：一次训练与评测，或只有评测（base、untrained）。"""
 
-    stage: str  # base | sweep | final | replay | check
+    stage: str  # base | sweep | final | curve | replay | check
     task: str
     method: str
     seed: int
     learning_rate: float | None = None  # None：用试跑选出的
     check: str | None = None
+    share: float | None = None  # curve：训练 token 是正式的几分之几
 
     @property
     def name(self) -> str:
@@ -42,11 +44,17 @@ class Cell(NamedTuple):
         if self.stage == "base" or self.check == "untrained":
             return self.check or "base"
         parts = [self.check or self.stage, self.task, self.method, str(self.seed)]
-        return "-".join(parts + ([f"{self.learning_rate:g}"] if self.stage == "sweep" else []))
+        own = {"sweep": self.learning_rate, "curve": self.share}.get(self.stage)
+        return "-".join(parts if own is None else [*parts, f"{own:g}"])
+
+    @property
+    def part(self) -> str:
+        """它的训练文件（data/任务/ 里）的名字。"""
+        return {"sweep": "sweep", "curve": f"curve-{self.share:g}" if self.share else ""}.get(self.stage, "final")
 
     @property
     def needs_sweep(self) -> bool:
-        return self.stage in ("final", "replay") or self.check in ("repeat", "shuffled")
+        return self.stage in ("final", "curve", "replay") or self.check in ("repeat", "shuffled")
 
 
 def read_plan(path: str | Path) -> dict[str, Any]:
@@ -88,6 +96,15 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     if not seeds or len(set(seeds)) < len(seeds):
         problems.append(f"seeds({seeds}) 应是一个或几个不同的整数")
     problems += [f"checks 里的 {name} 应为 {'、'.join(CHECKS)} 之一" for name in plan["checks"] if name not in CHECKS]
+    if curve := plan["curve"]:
+        shares = curve.get("shares") or []
+        is_known = (
+            curve.get("task") in names
+            and plan.get("methods")
+            and curve.get("method") in methods_of(plan, curve["task"])
+        )
+        if not is_known or not shares or not all(0 < share < 1 for share in shares):
+            problems.append(f"curve({curve}) 应写明计划里的 task 与 method，和 (0, 1) 内的 shares")
     if "untrained" in plan["checks"] and isinstance(plan.get("base"), str):
         problems.append("checks 的 untrained 要求 base 由本工具预训练（一个对象，而不是目录），请去掉它")
     for share in dict.fromkeys(task["sweep_share"] for task in plan["tasks"]):
@@ -124,6 +141,9 @@ def list_cells(plan: dict[str, Any], results: Iterable[Result] = ()) -> list[Cel
             rates = sweep_rates(plan, results, task, method)
             cells += [Cell("sweep", task, method, seeds_of(plan, method)[0], rate) for rate in rates]
         cells += [Cell("final", task, method, seed) for method in methods for seed in seeds_of(plan, method)]
+    if curve := plan["curve"]:
+        first = seeds_of(plan, curve["method"])[0]
+        cells += [Cell("curve", curve["task"], curve["method"], first, share=share) for share in curve["shares"]]
     if "repeat" in plan["checks"]:
         method = methods_of(plan, tasks[-1])[-1]
         cells.append(Cell("check", tasks[-1], method, seeds_of(plan, method)[0], check="repeat"))
@@ -153,7 +173,7 @@ def replay_cell(plan: dict[str, Any], results: Iterable[Result]) -> Cell | None:
 def cell_of(row: Result) -> Cell:
     """results.jsonl 或 extras.jsonl 的一行 → 它的格子。"""
     rate = row["learning_rate"] if row["stage"] == "sweep" else None
-    return Cell(row["stage"], row["task"], row["method"], row["seed"], rate, row.get("check"))
+    return Cell(row["stage"], row["task"], row["method"], row["seed"], rate, row.get("check"), row.get("share"))
 
 
 def sweep_scores(results: Iterable[Result], task: str, method: str) -> dict[float, float]:

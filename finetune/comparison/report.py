@@ -67,7 +67,13 @@ def lay_out(plan, facts, results, summary, base) -> list[str]:
         *(*parts, answer_part(plan, summary), *scores_part(plan, summary, base), score),
         *(*costs_part(summary), memory, time, rise, losses),
         *(*forgetting_part(plan, summary, base), forgetting, *replay_part(plan, results)),
-        *(*significance_part(plan, summary), *sweep_part(plan, results), *checks_part(plan, results, base), *how),
+        *(
+            *significance_part(plan, summary),
+            *curve_part(plan, results),
+            *sweep_part(plan, results),
+            *checks_part(plan, results, base),
+            *how,
+        ),
     ]
 
 
@@ -96,8 +102,8 @@ def answer_part(plan, summary) -> str:
         pair = next((p for p in summary["pairs"][name] if {p["first"], p["second"]} == {best, worst}), None)
         verdict = ""
         if pair is not None:
-            verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}"
-            verdict += "（显著）" if pair["p_holm"] < 0.05 else "（不显著）"
+            verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}，"
+            verdict += "显著" if pair["p_holm"] < 0.05 else "不显著"
         found.append(f"{TASK_NAMES[name]}是 **{best}**（{with_interval(top)}{verdict}）")
     level = {name: not_worse(summary, name) for name in tasks}
     general = [method for method in plan["methods"] if all(method in methods_of(plan, name) for name in tasks)]
@@ -325,6 +331,23 @@ def replay_part(plan, results) -> list[str]:
         f"训练里混进通用文字（--replay_ratio {plan['replay']['ratio']:g} "
         f"--replay_by {plan['replay'].get('by', 'rows')}；训练的 token 因此更多）：",
         markdown_table(["", "分数", "通用 NLL 上升", "KL", *others, "训练 token", "时间 秒"], table),
+    ]
+
+
+def curve_part(plan, results) -> list[str]:
+    """一种方法的分数随训练的 token 怎样变，最后一行是正式的（同一个种子）。"""
+    rows = [row for row in results if row["stage"] == "curve"]
+    if not rows:
+        return []
+    final = same_final(rows[0], results)
+    rows = sorted([*rows, *([final] if final else [])], key=lambda row: row["tokens"])
+    last, before = rows[-1]["score"], rows[-2]["score"] if len(rows) > 1 else 0.0
+    verdict = "末了一段还在上升：分数受训练的 token 限制。" if last > before else "末了一段不再上升。"
+    return [
+        "## 分数与训练的 token",
+        f"{TASK_NAMES[rows[0]['task']]}、{rows[0]['method']}、种子 {rows[0]['seed']}，"
+        f"同样的学习率，同样的行的前一部分；{verdict}",
+        markdown_table(["训练 token", "分数"], [[f"{row['tokens']:,}", with_interval(row)] for row in rows]),
     ]
 
 

@@ -18,7 +18,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from paths import ROOT
 
-from benchmarks.comparison import drills
+from benchmarks.comparison import base, drills
 from finetune.comparison import data as compare_data
 from finetune.comparison import fonts
 from finetune.comparison import plan as compare_plan
@@ -133,6 +133,34 @@ def test_parts_of_a_task_are_written(tmp_path):
         2,
         3,
     ]
+
+
+def test_the_base_sees_inputs_of_the_training_part_only(tmp_path):
+    data = tmp_path / "data"
+    for part, text in (
+        ("test", "测试的文档"),
+        ("dev", "验证的文档"),
+        ("pretrain", "预训练的\n文档"),
+        ("train", "训练的文档"),
+    ):
+        compare_data.write_rows(data / "extraction" / f"{part}.json", [row(text, "答案"), row(text, "又一个")])
+    (data / "general_train.txt").write_text("通用的文字\n", encoding="utf-8")
+    plan = {"tasks": [{"name": "extraction"}]}
+    sources = base.text_sources(plan, data)
+    found = {name: path.read_text(encoding="utf-8") for name, path in sources.items()}
+    assert found == {"general": "通用的文字\n", "extraction": "训练的文档\n预训练的 文档\n"}
+    drilled = {"count": 7, "chars": [3, 9], "texts": ["extraction"], "forms": {"copy": 1}}
+    stage = {"name": "x", "texts": {"general": 0.5, "extraction": 3}, "drills": [drilled]}
+    files = base.stage_files(stage, sources, tmp_path / "stage", seed=1)
+    assert files == [
+        f"{sources['general']}*0.5",
+        f"{sources['extraction']}*3",
+        str(tmp_path / "stage" / "drills-0.json"),
+    ]
+    made = compare_data.read_rows(tmp_path / "stage" / "drills-0.json")
+    assert len(made) == 7 and {row_["output"] for row_ in made} <= {"训练的文档", "预训练的 文档"}
+    assert base.stage_files(stage, sources, tmp_path / "again", seed=1)[:2] == files[:2]
+    assert (tmp_path / "again" / "drills-0.json").read_bytes() == (tmp_path / "stage" / "drills-0.json").read_bytes()
 
 
 def drill_texts():
@@ -292,7 +320,7 @@ def result(cell, score=0.5, rate=None, nll_after=3.1):
         row["per_row"] = ["1011" if cell.method == "full" else "0010", "1111", "1111"]
     if cell.stage == "base":
         row |= {"score": None, "tokens": None}
-    return row | ({"check": cell.check} if cell.check else {})
+    return row | {name: getattr(cell, name) for name in ("check", "share") if getattr(cell, name)}
 
 
 def run_to_the_end(plan, results, score=lambda cell: 0.5, rise=None):
@@ -342,6 +370,31 @@ def test_the_range_grows_until_the_best_rate_lies_inside(plan):
     assert extended({**plan, "extensions": 0}, lambda rate: rate)[1] == 1e-3
     plan["methods"]["lora"]["learning_rates"] = [1e-3]
     assert extended(plan, lambda rate: rate) == ([1e-3], 1e-3)
+
+
+def test_the_curve_uses_the_chosen_rate_and_fewer_tokens(tmp_path):
+    curve = {"task": "extraction", "method": "full", "shares": [0.25, 0.5]}
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "curve": curve}))
+    cells = [cell for cell in compare_plan.list_cells(plan) if cell.stage == "curve"]
+    assert [(cell.name, cell.part) for cell in cells] == [
+        ("curve-extraction-full-1-0.25", "curve-0.25"),
+        ("curve-extraction-full-1-0.5", "curve-0.5"),
+    ]
+    results = []
+    order = run_to_the_end(plan, results, lambda cell: {1e-4: 1.6}.get(cell.learning_rate, 2.0))
+    assert [name for name in order if name.startswith("curve")] == [cell.name for cell in cells]
+    rows = [row_ for row_ in results if row_["stage"] == "curve"]
+    assert {row_["learning_rate"] for row_ in rows} == {1e-4}
+    assert [compare_plan.cell_of(row_) for row_ in rows] == cells
+    for number, row_ in enumerate(rows, start=1):
+        row_ |= {"tokens": number * 250, "score": number / 10, "ci_low": 0.0, "ci_high": 1.0}
+    text = "\n".join(compare_report.curve_part(plan, results))
+    assert (
+        "| 250 | 0.100 [0.000, 1.000] |\n| 500 | 0.200 [0.000, 1.000] |\n| 990 | 2.000 [" in text and "还在上升" in text
+    )
+    for wrong in ({**curve, "task": "typo"}, {**curve, "method": "typo"}, {**curve, "shares": [2]}):
+        with pytest.raises(ValueError, match=r"curve\("):
+            compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "curve": wrong}))
 
 
 def test_a_method_may_have_its_own_tasks_and_seeds(tmp_path):
