@@ -156,6 +156,9 @@ class RealSize:
         }
         if self.result_path.is_file() and (self.work / "started").is_file():
             self.result = read_json(self.result_path)
+        if not any(iter_checkpoints(self.output)):  # 打断在旧的已删、新的还没有存好的时候
+            again = ("load", "train", "save", "resume")
+            self.result["stages"] = [stage for stage in self.result["stages"] if stage["name"] not in again]
         (self.work / "started").touch()
 
     @property
@@ -308,11 +311,12 @@ class RealSize:
         )
 
     def resume(self):
-        """接着训练到底。续上之后旧的检查点就删去：完整模型的两份放不下。"""
+        """接着训练到底。freeze 存的是完整的模型，两份放不下：续上之后旧的就删去。"""
         first, directory = next(iter_checkpoints(self.output))[0], self.checkpoint
 
         def remove_old(run: TrainingProcess, step: int):
-            shutil.rmtree(directory, ignore_errors=True)
+            if self.args.method == "freeze":
+                shutil.rmtree(directory, ignore_errors=True)
 
         meter = self.training("resume", "--resume", "auto", on_step=remove_old)
         meter.moment("训练结束")
