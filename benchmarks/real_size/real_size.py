@@ -98,23 +98,27 @@ class Meter:
 
 
 def tree(pid: int) -> list[int]:
-    """pid 与它的全部后代。"""
+    """pid 与它的全部后代；命令行与父进程相同的（fork 之后还没有 exec）不数：它的页就是父进程的。"""
     found = [pid]
     for parent in found:
-        try:
-            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-        except OSError:
-            continue
+        threads = Path(f"/proc/{parent}/task").glob("*/children")
+        children = [int(child) for path in threads for child in read(path).split()]
+        found += [child for child in children if read(f"/proc/{child}/cmdline") != read(f"/proc/{parent}/cmdline")]
     return found
+
+
+def read(path: str | Path) -> str:
+    """/proc 里的一个文件；进程已结束时为空。"""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def cpu_seconds(pid: int) -> float:
     """一个进程用过的 CPU 秒；已结束时为 0。"""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def describe_machine() -> dict:
