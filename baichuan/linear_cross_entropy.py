@@ -8,6 +8,8 @@ from torch.autograd.function import once_differentiable
 
 # 一块 logits（fp32）的元素数上限：512 MiB。块太小时矩阵乘法吃不饱，由 benchmarks/speed/bench.py 量得
 MAX_LOGITS_ELEMENTS = 2**27
+# 一次求这么多个数的行范数：fp32 64 MiB
+NORM_ELEMENTS = 2**24
 
 
 class Projection(NamedTuple):
@@ -170,5 +172,10 @@ def remove_radial(weight_grad: Tensor, weight: Tensor, scale: Tensor):
 
 
 def inverse_row_norms(weight: Tensor) -> Tensor:
-    """各行 2-范数的倒数：weight [V, H] → [V] fp32；范数下限 1e-12，与 torch.nn.functional.normalize 相同。"""
-    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).clamp_min(1e-12).reciprocal()
+    """各行 2-范数的倒数：weight [V, H] → [V] fp32；范数下限 1e-12，与 torch.nn.functional.normalize 相同。
+
+    一次几行：CPU 上 vector_norm 先把它整个变成 fp32，7B 的词表投影就是 2 GB。
+    """
+    parts = weight.split(max(1, NORM_ELEMENTS // weight.shape[1]))
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float32) for part in parts]
+    return torch.cat(norms).clamp_min(1e-12).reciprocal()

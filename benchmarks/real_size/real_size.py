@@ -98,23 +98,27 @@ class Meter:
 
 
 def tree(pid: int) -> list[int]:
-    """pid 与它的全部后代。"""
+    """pid 与它的全部后代；命令行与父进程相同的（fork 之后还没有 exec）不数：它的页就是父进程的。"""
     found = [pid]
     for parent in found:
-        try:
-            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
-        except OSError:
-            continue
+        threads = Path(f"/proc/{parent}/task").glob("*/children")
+        children = [int(child) for path in threads for child in read(path).split()]
+        found += [child for child in children if read(f"/proc/{child}/cmdline") != read(f"/proc/{parent}/cmdline")]
     return found
+
+
+def read(path: str | Path) -> str:
+    """/proc 里的一个文件；进程已结束时为空。"""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def cpu_seconds(pid: int) -> float:
     """一个进程用过的 CPU 秒；已结束时为 0。"""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK") if fields else 0.0
 
 
 def describe_machine() -> dict:
@@ -156,6 +160,9 @@ class RealSize:
         }
         if self.result_path.is_file() and (self.work / "started").is_file():
             self.result = read_json(self.result_path)
+        if not any(iter_checkpoints(self.output)):  # 打断在旧的已删、新的还没有存好的时候
+            again = ("load", "train", "save", "resume")
+            self.result["stages"] = [stage for stage in self.result["stages"] if stage["name"] not in again]
         (self.work / "started").touch()
 
     @property
@@ -308,11 +315,12 @@ class RealSize:
         )
 
     def resume(self):
-        """接着训练到底。续上之后旧的检查点就删去：完整模型的两份放不下。"""
+        """接着训练到底。freeze 存的是完整的模型，两份放不下：续上之后旧的就删去。"""
         first, directory = next(iter_checkpoints(self.output))[0], self.checkpoint
 
         def remove_old(run: TrainingProcess, step: int):
-            shutil.rmtree(directory, ignore_errors=True)
+            if self.args.method == "freeze":
+                shutil.rmtree(directory, ignore_errors=True)
 
         meter = self.training("resume", "--resume", "auto", on_step=remove_old)
         meter.moment("训练结束")

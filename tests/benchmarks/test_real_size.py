@@ -68,6 +68,14 @@ def test_own_memory_is_that_of_the_whole_tree_without_mapped_files(tmp_path):
     assert meter.samples[-1][1] == 0
 
 
+def test_a_fork_that_shares_the_pages_is_not_counted_twice():
+    program = "import os; held = bytearray(80 * 2**20); os.fork() or input(); print('ready', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        assert tree(process.pid) == [process.pid]
+        process.stdin.write(b"\n\n")
+
+
 @pytest.mark.slow
 def test_every_stage(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks/real_size/real_size.py"), "--model", "toy", "--method", "qlora"]
