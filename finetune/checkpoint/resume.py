@@ -115,6 +115,10 @@ def check_same_run(directory: Path, args, run_config: dict):
     """
     saved = read_json(directory / RUN_CONFIG)
     old, new = saved["args"], run_config["args"]
+    if saved["precision"] == "bf16":
+        old = {"grad_accum_dtype": "bf16"} | old  # 没有记的，当时按 bf16 相加
+        if args.grad_accum_dtype == "auto":
+            args.grad_accum_dtype = new["grad_accum_dtype"] = old["grad_accum_dtype"]
     before = {field.name: old.get(field.name, field.default) for field in flags_of(type(args))}
     differences = [
         f"--{field.name}：检查点是 {before[field.name]!r}，现在是 {getattr(args, field.name)!r}"

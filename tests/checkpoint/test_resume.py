@@ -330,6 +330,23 @@ def test_a_flag_that_the_record_lacks_counts_as_its_default(tmp_path):
         check_same_run(directory, args_of(run_config), run_config)
 
 
+def test_a_bf16_run_that_does_not_record_how_gradients_add_goes_on_in_bf16(tmp_path):
+    directory, run_config = fake_checkpoint(tmp_path / "epoch-1-step-3")
+    for number, start in enumerate(("auto", "auto", "fp32")):  # 第二次接着的是第一次记下的
+        saved = json.loads((directory / "run_config.json").read_text(encoding="utf-8"))
+        write_json(directory / "run_config.json", saved | {"precision": "bf16"})
+        now = json.loads(json.dumps(run_config)) | {"precision": "bf16"}
+        args = args_of(now)
+        args.grad_accum_dtype = now["args"]["grad_accum_dtype"] = start
+        if number == 2:
+            with pytest.raises(ValueError, match="--grad_accum_dtype：检查点是 'bf16'，现在是 'fp32'"):
+                check_same_run(directory, args, now)
+            continue
+        check_same_run(directory, args, now)
+        assert args.grad_accum_dtype == now["args"]["grad_accum_dtype"] == "bf16"
+        write_json(directory / "run_config.json", now)
+
+
 def test_the_global_batch_survives_two_changes_of_ranks(tmp_path, capsys):
     """换进程数续训后存下的 run_config 仍是原来的全局 batch，再换回来时不会变成另一次训练。"""
     directory, run_config = fake_checkpoint(tmp_path / "epoch-1-step-3", global_batch_size=16)  # 两个进程时的样子
