@@ -17,10 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets.utils.logging import disable_progress_bar
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from finetune.checkpoint.inspection import inspect_checkpoint
@@ -60,8 +56,10 @@ def write_questions(directory: Path) -> list[str]:
     return names
 
 
-def harness_task(directory: Path, name: str) -> ConfigurableTask:
+def harness_task(directory: Path, name: str):
     """lm-evaluation-harness 的一科：自带的 C-Eval 任务的写法，答案之前没有空格（官方的写法）。"""
+    from lm_eval.api.task import ConfigurableTask
+
     files = {part: str(directory / part / f"{name}_{part}.csv") for part in ("dev", "val")}
     config = {
         **{"task": name, "dataset_path": "csv", "dataset_kwargs": {"data_files": files}},
@@ -78,6 +76,9 @@ def harness_task(directory: Path, name: str) -> ConfigurableTask:
 
 def harness_scores(path: Path, directory: Path, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """lm-evaluation-harness → (各科 [题, 4] 的对数概率, 各科的准确率)。"""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
     model, tokenizer = BaichuanForCausalLM.from_pretrained(path).eval(), BaichuanTokenizer.from_pretrained(path)
     harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=8)
     tasks = {name: harness_task(directory, name) for name in names}
@@ -89,12 +90,15 @@ def harness_scores(path: Path, directory: Path, names: list[str]) -> tuple[dict[
     return scores, {name: found["results"][name]["acc,none"] for name in names}
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="结果写在哪个目录")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
     torch.set_num_threads(1)
-    disable_progress_bar()
     rows, results = [], []
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
