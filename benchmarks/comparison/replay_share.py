@@ -28,6 +28,11 @@ CELLS = {
     **{f"{share}": ["--replay_ratio", share] for share in ("0.1", "0.3", "0.5", "0.8")},
 }
 MODEL = ["--layers", "4", "--hidden_size", "128", "--heads", "4", "--vocab_size", "4000"]
+PRETRAIN = [
+    "--task", "pretrain", "--train_type", "full", "--precision", "fp32", "--learning_rate", "2e-3", "--max_len", "256",
+    "--num_train_epochs", "1", "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1",
+    "--max_src_len", "128", "--no-save_trainer_state",
+]  # fmt: skip
 TRAIN_ROWS, TEST_ROWS = 1200, 400
 TRAIN = [
     "--train_type", "full", "--precision", "fp32", "--learning_rate", "1e-3", "--num_train_epochs", "1",
@@ -124,13 +129,19 @@ def main():
     args.work.mkdir(parents=True, exist_ok=True)
     if not (args.work / "base").exists():
         make_data(args.cls, args.general, args.work)
+        untrained = args.work / "untrained"
         command = [
             sys.executable, "scripts/build_tiny_model.py", "--arch", "baichuan2-7b", *MODEL, "--output_dir",
-            str(args.work / "base"), "--train_text", str(args.work / "pretrain.txt"), str(args.work / "train.json"),
-            "--pretrain", *[str(args.work / "pretrain.txt")] * 4, "--pretrain_tokens", str(args.pretrain_tokens),
-            "--pretrain_threads", "1",
+            str(untrained), "--train_text", str(args.work / "pretrain.txt"), str(args.work / "train.json"),
         ]  # fmt: skip
         run(command, args.work / "base.log", environment)
+        command = [
+            sys.executable, "train.py", "--model_name_or_path", str(untrained), *PRETRAIN, "--output_dir",
+            str(args.work / "pretraining"), "--train_path", str(args.work / "pretrain.txt"),
+        ]  # fmt: skip
+        run(command, args.work / "base.log", environment)
+        (newest,) = (args.work / "pretraining").glob("epoch-*")
+        newest.rename(args.work / "base")
     out = args.out.with_suffix(".json")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     results = {"machine": platform.processor() or platform.machine(), "commit": commit.strip(), "cells": []}
