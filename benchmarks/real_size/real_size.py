@@ -172,6 +172,8 @@ class RealSize:
 
     def add(self, *stages: dict):
         """记下做完的阶段。"""
+        commit = git("rev-parse", "--short", "HEAD")  # 接着做的时候代码可能已经改过
+        stages = tuple({"commit": commit, **stage} for stage in stages)
         self.result["stages"] += stages
         self.result_path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.result_path, self.result)
