@@ -111,7 +111,7 @@ def load(tree: Path, directory: Path, quantization: str) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="另一份代码的目录（必填）")
     parser.add_argument("--work_dir", type=Path, required=True, help="检查点写在这里（必填）")
@@ -122,7 +122,11 @@ def main() -> int:
     )
     parser.add_argument("--repeats", type=int, default=3, help="交替几遍（缺省 %(default)s）")
     parser.add_argument("--name", default="loading", help="结果的名字（缺省 %(default)s）")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=args.old, capture_output=True, text=True)
     names = {commit.stdout.strip(): args.old.resolve(), "现在": ROOT}
     args.work_dir.mkdir(parents=True, exist_ok=True)

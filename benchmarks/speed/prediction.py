@@ -47,7 +47,7 @@ def predict(tree: Path, flags: list[str], num_threads: int, output: Path) -> dic
     return {"seconds": wall, "cpu_seconds": cpu}
 
 
-def main() -> int:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="另一份代码的目录（必填）")
     parser.add_argument("--model_path", type=Path, required=True, help="检查点（必填）")
@@ -57,7 +57,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="线程数（缺省 %(default)s）")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="（缺省 %(default)s）")
     parser.add_argument("--name", default="prediction", help="结果的名字（缺省 %(default)s）")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    args = parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=args.old, capture_output=True, text=True)
     names = {commit.stdout.strip(): args.old.resolve(), "现在": ROOT}
     runs: dict[str, list[dict]] = {name: [] for name in names}
