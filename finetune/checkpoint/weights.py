@@ -287,7 +287,7 @@ class ShardedWriter:
         self._stream.seek(HEADER_BYTES)
 
     def _write(self, part: Tensor):
-        self._stream.write(part.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        self._stream.write(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
     def _finish_shard(self):
         header = json.dumps(self._header).encode()
