@@ -45,7 +45,7 @@ def _replace(library: torch.library.Library, name: str, product):
 
     def kernel(keys, left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
         if left.dtype != torch.bfloat16:
-            return original.call_boxed(keys, left, right, *([] if out is None else [out]))
+            return original.call_boxed(keys, left, right, **({} if out is None else {"out": out}))
         if out is None:
             out = left.new_empty(*left.shape[:-1], right.shape[-1])
         return product(left, right, out)

@@ -38,6 +38,11 @@ for dtype in (torch.float32, torch.bfloat16):
     (output @ output.transpose(1, 2)).float().sum().backward()
     assert output.dtype == x.grad.dtype == w.grad.dtype == dtype
     grads[dtype] = x.grad, w.grad
+for dtype in (torch.float32, torch.bfloat16):
+    left, right = torch.randn(2, 3, 64).to(dtype), torch.randn(2, 64, 5).to(dtype)
+    for product, one, other in ((torch.mm, left[0], right[0]), (torch.bmm, left, right)):
+        out = torch.empty(*one.shape[:-1], 5, dtype=dtype)
+        assert product(one, other, out=out) is out and torch.equal(out, product(one, other))
 for exact, rounded in zip(*grads.values()):
     assert (exact - rounded).abs().max() < 0.02 * exact.abs().max()
 """
