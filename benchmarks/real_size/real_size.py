@@ -274,10 +274,9 @@ class RealSize:
             while run.process.poll() is None:
                 meter.look()
                 steps = [int(step) for step in re.findall(r"步 (\d+)/", run.text())]
-                if steps and steps[-1] > seen:
-                    seen = steps[-1]
-                    if on_step is not None:
-                        on_step(run, seen)
+                for step in steps[seen:] if on_step is not None else ():  # 看一次可能已过了几步
+                    on_step(run, step)
+                seen = len(steps)
                 time.sleep(SECONDS_BETWEEN)
         return meter
 
