@@ -61,7 +61,13 @@ def run(case: Case, tree: Path, base: Path, work: Path) -> dict:
         values = {"base": base, "rows": work / "rows.json", "out": out, "port": port}
         command = [sys.executable, *case.command.format(**values).split()]
         environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-        environment |= {"PYTHONPATH": str(tree), "LOCAL_SIZE": "1", "MASTER_PORT": str(port)}
+        environment |= {
+            "PYTHONPATH": str(tree),
+            "LOCAL_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # 不经启动器；启动器自己另写
         beside = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(case.neighbours)]
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         try:

@@ -56,7 +56,7 @@ class StepOptions:
     optimizer: str = flag(
         "adamw",
         "优化器：adamw；adamw_8bit 的动量存成 8 位（要 bitsandbytes）；adamw_bf16 的权重、梯度与动量都是 bf16，"
-        "权重舍掉的位另存，小的更新不丢（全参数的 7B 放得进一张 80 GB 的卡）",
+        "权重舍掉的位另存，小的更新不丢（全参数的 7B 推算 77.8 GiB）",
         choices=OPTIMIZERS,
     )
     grad_accum_dtype: str = flag(
