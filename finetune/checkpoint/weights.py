@@ -1,6 +1,7 @@
 """权重张量的读与写：逐个张量，不把整个模型再复制一份；ZeRO-3 下每个进程只读自己的那一段。"""
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -129,6 +130,13 @@ class WeightFile:
             return tuple(self._file.get_slice(name).get_shape())
         return tuple(self._file[name].shape)
 
+    def nbytes(self, name: str) -> int:
+        """张量的字节数，不读内容。"""
+        if self.path.suffix != ".safetensors":
+            return self._file[self.stored[name]].nbytes
+        bits = re.search(r"\d+", self._file.get_slice(self.stored[name]).get_dtype()) or ["8"]  # BOOL
+        return math.prod(self.shape(name)) * int(bits[0]) // 8
+
     def is_quantized(self, name: str) -> bool:
         """是量化的权重或它的状态，不读内容。"""
         name = self.stored[name]
@@ -210,7 +218,7 @@ def read_all(
             wanted = sorted(weight_file.names & set(names))
             for name, result in zip(wanted, pool.map(partial(work, weight_file), wanted), strict=True):
                 yield name, result
-                job.update(weight_file.read(name).nbytes)
+                job.update(weight_file.nbytes(name))
 
 
 def load_weights(model: nn.Module, directory: str | Path):

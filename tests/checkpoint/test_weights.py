@@ -68,6 +68,14 @@ def test_names_shapes_and_whole_tensors(weight_file):
         assert weight_file.read(str(shape)).shape == shape
 
 
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8, torch.bool])
+def test_bytes_of_a_tensor(tmp_path, suffix, dtype):
+    tensors, path = {"w": torch.zeros(3, 5).to(dtype)}, tmp_path / f"model.{suffix}"
+    save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+    assert WeightFile(path).nbytes("w") == tensors["w"].nbytes
+
+
 @settings(max_examples=200, deadline=None)
 @given(shape=st.sampled_from([shape for shape in SHAPES if shape and 0 not in shape]), data=st.data())
 def test_read_flat_is_a_slice(weight_file, shape, data):
