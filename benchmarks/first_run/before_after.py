@@ -27,7 +27,6 @@ TRAIN = (
     "--precision fp32 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --max_len 128 --max_src_len 112"
 )
 LAUNCHER = "-m deepspeed.launcher.runner --num_gpus 1 --master_port {port} "
-PRINT = "print.py"
 
 
 class Case(NamedTuple):
@@ -45,7 +44,7 @@ CASES = [
     Case("写错的参数", "train.py --train_path data/cls_1.json --lerning_rate 1", codes=(2,)),
     Case("`data_set.py check` 小文件", "data_set.py check data/cls_1.json", codes=(0, 1)),
     Case("启动器下写错的参数", LAUNCHER + "train.py --train_path data/cls_1.json --lerning_rate 1", codes=(1, 2)),
-    Case("启动器下只打印一行的脚本", LAUNCHER + PRINT),
+    Case("启动器下只打印一行的脚本", LAUNCHER + "{work}/print.py"),
     Case("训练一步", TRAIN + " --max_steps 1"),
     Case("预测 24 行", PREDICT),
     Case("预测 24 行，旁边两个占满核的程序", PREDICT, 2),
@@ -58,7 +57,7 @@ def run(case: Case, tree: Path, base: Path, work: Path) -> dict:
     """在 tree 里运行一次 → CPU 秒（连同子进程）与墙钟秒。"""
     port = 20000 + os.getpid() % 9000
     with tempfile.TemporaryDirectory(dir=work) as out:
-        values = {"base": base, "rows": work / "rows.json", "out": out, "port": port}
+        values = {"base": base, "rows": work / "rows.json", "out": out, "port": port, "work": work}
         command = [sys.executable, *case.command.format(**values).split()]
         environment = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "PYTHONPATH")}
         environment |= {
@@ -142,21 +141,16 @@ def main():
         subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
         rows = (ROOT / "data" / "d2q_1.json").read_text(encoding="utf-8").splitlines(keepends=True)[:24]
         (work / "rows.json").write_text("".join(rows), encoding="utf-8")
-        for tree in trees.values():
-            (tree / PRINT).write_text('print("第一行")\n', encoding="utf-8")
-        try:
-            for case in CASES:
-                runs = results["cases"][case.title] = {name: [] for name in trees}
-                for _ in range(args.repeats):
-                    for name, tree in trees.items():
-                        runs[name].append(run(case, tree, base, work))
-                write_report(results, args.out)
-                print(case.title, runs, flush=True)
-            results["processes"] = {name: count_processes(tree, base, work) for name, tree in trees.items()}
+        (work / "print.py").write_text('print("第一行")\n', encoding="utf-8")
+        for case in CASES:
+            runs = results["cases"][case.title] = {name: [] for name in trees}
+            for _ in range(args.repeats):
+                for name, tree in trees.items():
+                    runs[name].append(run(case, tree, base, work))
             write_report(results, args.out)
-        finally:
-            for tree in trees.values():
-                (tree / PRINT).unlink()
+            print(case.title, runs, flush=True)
+        results["processes"] = {name: count_processes(tree, base, work) for name, tree in trees.items()}
+        write_report(results, args.out)
 
 
 if __name__ == "__main__":
