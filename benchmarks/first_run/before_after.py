@@ -103,7 +103,8 @@ def write_report(results: dict, out: Path):
     out.with_suffix(".json").write_text(json.dumps(results, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     lines = [
         f"# 与 d90914c 并排\n\n{results['machine']}，{os.cpu_count()} 个核，提交 {results['commit']}，"
-        f"开始与结束时的负载 {results['load'][0]:.1f}、{os.getloadavg()[0]:.1f}；新旧轮流，中位数。\n",
+        f"开始与结束时的负载 {results['load'][0]:.1f}、{os.getloadavg()[0]:.1f}；新旧轮流，"
+        f"各 {results['repeats']} 次的中位数。\n",
         "| 命令 | CPU 秒，旧 | 新 | 新 ÷ 旧 | 墙钟，新 ÷ 旧 |",
         "|---|---|---|---|---|",
     ]
@@ -132,7 +133,13 @@ def main():
     args = parser.parse_args()
     trees = {"old": args.old.resolve(), "new": ROOT}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    results = {"machine": args.machine, "commit": commit.strip(), "load": os.getloadavg(), "cases": {}}
+    results = {
+        "machine": args.machine,
+        "commit": commit.strip(),
+        "load": os.getloadavg(),
+        "repeats": args.repeats,
+        "cases": {},
+    }
     with tempfile.TemporaryDirectory() as directory:
         work, base = Path(directory), Path(directory) / "base"
         command = [sys.executable, "scripts/build_tiny_model.py", "--arch", "baichuan2-7b", "--layers", "4"]
