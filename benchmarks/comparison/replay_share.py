@@ -120,7 +120,6 @@ def main():
     parser.add_argument("--cls", type=Path, required=True, help="分类任务的行")
     parser.add_argument("--general", type=Path, required=True, help="通用文字，一行一段")
     parser.add_argument("--seeds", type=int, default=3, help="各格的种子数")
-    parser.add_argument("--pretrain_tokens", type=int, default=250_000, help="基座预训练的 token 数")
     parser.add_argument("--work", type=Path, required=True, help="基座与数据放在这里，可再用")
     parser.add_argument("--out", type=Path, required=True, help="结果的路径，不带后缀")
     args = parser.parse_args()

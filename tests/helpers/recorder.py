@@ -47,6 +47,18 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def tensors_sha256(path: Path) -> str:
+    """safetensors 文件里各张量（按名字排：名字、类型、形状、各字节）的 SHA-256；与它们在文件里的次序、文件头的长短无关。"""
+    digest, content = hashlib.sha256(), path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    for name in sorted(header.keys() - {"__metadata__"}):
+        begin, end = header[name]["data_offsets"]
+        digest.update(json.dumps([name, header[name]["dtype"], header[name]["shape"]]).encode())
+        digest.update(content[start + begin : start + end])
+    return digest.hexdigest()
+
+
 def environment(root: Path, **more: str) -> dict[str, str]:
     """子进程的环境：模块取自 root，一个线程，不联网，没有 GPU。"""
     fixed = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -104,7 +116,7 @@ def build_base(root: Path, directory: Path, arch: str) -> Path:
 
 
 def record(root: Path, directory: Path, rows: Path, method: str, zero: str, num_ranks: int) -> dict:
-    """训练一个组合 → {"base": 权重, "losses": 每步的损失, "weights": 检查点的文件 → SHA-256}。"""
+    """训练一个组合 → {"base": 权重, "losses": 每步的损失, "weights": 检查点的文件 → 各张量的 SHA-256}。"""
     arch, method_flags = METHODS[method]
     base, output = build_base(root, directory, arch), directory / f"{method}-{zero}-{num_ranks}"
     command = [
@@ -121,7 +133,7 @@ def record(root: Path, directory: Path, rows: Path, method: str, zero: str, num_
     if len(losses) != STEPS:
         raise RuntimeError(f"{output.name} 走了 {len(losses)} 步，应为 {STEPS} 步")
     last = output / f"epoch-{EPOCHS}-step-{STEPS}"
-    weights = {path.name: sha256(path) for path in sorted(last.glob("*.safetensors"))}
+    weights = {path.name: tensors_sha256(path) for path in sorted(last.glob("*.safetensors"))}
     return {"base": sha256(base / "model.safetensors"), "losses": losses, "weights": weights}
 
 
