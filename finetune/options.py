@@ -2,15 +2,21 @@
 
 缺省、说明、取值的检查、「换了是不是另一次训练」都写在字段上；解析器、检查、续训与 docs/flags.md 读的是同一张表。
 各组写在用它的那间屋子里；屋子里的函数只要自己的一组，train.py 的全部参数是各组的合成（cli/train_flags.py）。
+
+小的命令（data_set.py、scripts/、finetune.checkpoint）直接写 argparse 的参数，用这里的 ScriptParser。
 """
 
+import argparse
 import dataclasses
+import difflib
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")  # --precision 的取值
+ALIKE = 0.6  # 比这更不像的名字不猜
 Check = Callable[[Any], str | None]  # 值 → 要求（如「必须至少为 1」），合要求时为 None
 
 
@@ -67,6 +73,11 @@ def above_zero(value: float) -> str | None:
     return None if 0 < value < math.inf else "必须是大于 0 的有限数"
 
 
+def plausible_rate(value: float) -> str | None:
+    """学习率：(0, 100)；再大的是漏了负号，最大的合用的（软提示）也只是零点几。"""
+    return "太大，是不是漏了负号（如 2e-4）？" if 100 <= value < math.inf else above_zero(value)
+
+
 def share(value: float) -> str | None:
     """[0, 1) 内的份额。"""
     return None if 0 <= value < 1 else "必须在 [0, 1) 内"
@@ -75,3 +86,40 @@ def share(value: float) -> str | None:
 def split_words(text: str) -> list[str]:
     """逗号（全角、半角、顿号）或空白分开的几个词，去掉空的。"""
     return [word for word in re.split(r"[\s,，、]+", text) if word]
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """小的命令的解析器：参数要写全名，错误是一行中文，退出码 2。"""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str):
+        print(f"参数错误：{_script_error(message)}；用法见 {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _script_error(message: str) -> str:
+    """argparse 的一句英文 → 中文；参数自己的检查写的话照旧。"""
+    if found := re.fullmatch(r"the following arguments are required: (.*)", message):
+        return f"缺少 {'、'.join(found[1].split(', '))}"
+    if found := re.fullmatch(r"unrecognized arguments: (.*)", message):
+        return f"没有这个参数：{found[1]}（参数要写全名）"
+    found = re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL)
+    if not found:
+        return message
+    name, reason = found.groups()
+    if choice := re.fullmatch(r"invalid choice: (.+?) \(choose from (.*)\)", reason):
+        choices = [word.strip("'\" ") for word in choice[2].split(",")]
+        alike = difflib.get_close_matches(choice[1].strip("'"), choices, n=1, cutoff=ALIKE)
+        return f"{name} 应为 {'、'.join(choices)} 之一，得到 {choice[1]}" + (f"，是不是 {alike[0]}？" if alike else "")
+    if value := re.fullmatch(r"invalid (\w+) value: (.*)", reason):
+        return f"{name} 应为{ {'int': '整数', 'float': '数'}.get(value[1], '合用的值') }，得到 {value[2]}"
+    return f"{name} {in_chinese(reason)}"
+
+
+def in_chinese(message: str) -> str:
+    """argparse 自己的几句英文。"""
+    if "at least one" in message:
+        return "后面要有一个或几个值"
+    return "后面要有一个值" if message.startswith("expected") else message

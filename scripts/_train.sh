@@ -21,8 +21,8 @@ run_training() {
     done
     shift
     local usage="请给出检查点目录，例如 bash scripts/train_$method.sh baichuan2-7B/"
-    local model="${1:?$usage}" mode=baichuan2 # 模型族：baichuan | baichuan2
-    case "$model" in -*) echo "$usage；得到的是 $model" >&2 && return 2 ;; esac
+    local model="${1:-}" mode=baichuan2 # 模型族：baichuan | baichuan2
+    case "$model" in -* | "") echo "$usage；得到的是「$model」" >&2 && return 2 ;; esac
     shift
     case "${1:--}" in -*) ;; *) mode="$1" && shift ;; esac # 第二个可以省去，直接写参数
     local flags=(
@@ -47,7 +47,12 @@ run_training() {
         --save_model_step 0                                    # 0：只在每轮结束时保存
         --seed 1234                                            # 随机种子
     )
-    if [ -n "${GPUS:-}" ] || has_gpu; then
+    if [ -n "${GPUS:-}" ] && ! has_gpu; then
+        echo "GPUS=$GPUS，但是没有找到卡；没有卡就去掉它，CPU 的进程数写在 LOCAL_SIZE 里" >&2
+        return 2
+    elif compgen -G "/dev/davinci[0-9]*" > /dev/null; then # 昇腾
+        export ASCEND_RT_VISIBLE_DEVICES="${GPUS:-0}"
+    elif has_gpu; then
         export CUDA_VISIBLE_DEVICES="${GPUS:-0}"
     else # 启动器见到 CUDA_VISIBLE_DEVICES 就不看 LOCAL_SIZE
         unset CUDA_VISIBLE_DEVICES
@@ -57,7 +62,7 @@ run_training() {
 }
 
 has_gpu() {
-    compgen -G "/dev/nvidia[0-9]*" > /dev/null || [ -e /dev/kfd ] || nvidia-smi -L > /dev/null 2>&1
+    compgen -G "/dev/nvidia[0-9]*" > /dev/null || compgen -G "/dev/davinci[0-9]*" > /dev/null || [ -e /dev/kfd ] || nvidia-smi -L > /dev/null 2>&1
 }
 
 free_port() {

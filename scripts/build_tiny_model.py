@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.options import ScriptParser
 from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
@@ -564,7 +565,7 @@ def build_tiny_model(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
+    parser = ScriptParser(description=__doc__.splitlines()[0], formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
     add("--arch", required=True, choices=list(ARCHITECTURES), help="架构：v1 或 v2，7B（旋转位置）或 13B（ALiBi）")
     add("--output_dir", required=True, help="检查点目录；已有内容时报错，见 --overwrite")

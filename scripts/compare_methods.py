@@ -13,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+from finetune.options import ScriptParser
 from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
@@ -24,7 +25,7 @@ from finetune.comparison.run import compare, held, prepare
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", nargs="?", type=Path, help="计划，JSON；写法见 benchmarks/comparison/README.md")
     parser.add_argument("--output_dir", type=Path, help="结果、报告与工作文件的目录；已有同一计划的结果就接着做")
     parser.add_argument(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.data.rows import Problem, ProblemList, RawRow, check_file, iter_rows
+from finetune.options import ScriptParser
 from utils import replacing
 
 # 官方的 15 个类（CLUE 的 labels.json 没有 105 与 111）
@@ -315,7 +316,7 @@ def convert_file(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="把公开数据集转换成 instruction/input/output 行")
+    parser = ScriptParser(description="把公开数据集转换成 instruction/input/output 行")
     parser.add_argument("--dataset", choices=list(DATASETS), required=True, help="数据集的名字")
     parser.add_argument("--input_path", required=True, help="下载的原始文件（train 或 dev）")
     parser.add_argument("--output_path", required=True, help="写出的 JSON lines 文件，已有的会被替换")

@@ -5,13 +5,13 @@
     python scripts/deepspeed_ops.py clean_shm   # 删除 /dev/shm 中已无进程使用的 deepspeed_allreduce_buffer_*
 """
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 import time
 
+from finetune.options import ScriptParser
 from finetune.process.stale_files import remove_dead_shared_memory, remove_stale_locks
 
 CPU_OPS = ("CPUAdamBuilder", "FusedAdamBuilder", "ShareMemCommBuilder")
@@ -60,7 +60,7 @@ def build_all() -> int:
 
 def main() -> int:
     """解析命令行并执行。"""
-    parser = argparse.ArgumentParser(description="预编译 DeepSpeed 的 CPU 算子，清理残留文件")
+    parser = ScriptParser(description="预编译 DeepSpeed 的 CPU 算子，清理残留文件")
     parser.add_argument("action", choices=["build", "clean_shm"], help="build 编译算子；clean_shm 清理共享内存文件")
     parser.add_argument("--op", choices=CPU_OPS, help="只编译这一个算子（默认全部，由父进程分派）")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from finetune.options import ScriptParser
 from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
@@ -34,9 +35,7 @@ from utils import write_json
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("questions", type=Path, help="题目：CSV 的目录（如 C-Eval 的 val/、CMMLU 的 test/）或一个 CSV")
     add("--checkpoint", nargs="+", required=True, metavar="目录",

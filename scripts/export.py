@@ -10,6 +10,7 @@ gguf：llama.cpp 的文件（7B、13B）；gguf_lora、llama_lora：只有 LoRA 
 import argparse
 import sys
 
+from finetune.options import ScriptParser
 from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
@@ -23,9 +24,7 @@ from finetune.process.precision import NAMED_DTYPES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_path", required=True, help="检查点目录：full、freeze、lora 训练的，或没有训练过的基座")
     add("--to", required=True, choices=TARGETS, help="导出的格式")

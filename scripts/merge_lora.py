@@ -6,6 +6,7 @@ python scripts/merge_lora.py --model_path output-lora/epoch-3-step-240 --output_
 import argparse
 import sys
 
+from finetune.options import ScriptParser
 from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
@@ -18,7 +19,7 @@ from finetune.process.precision import NAMED_DTYPES
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ScriptParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model_path", required=True, help="train.py 写出的 LoRA 检查点目录")
     add("--output_dir", required=True, help="合并后的检查点写在哪里；不能已有内容")

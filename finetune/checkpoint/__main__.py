@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from finetune.checkpoint.manifest import hash_files, verify_checkpoint
+from finetune.options import ScriptParser
 
 
 def hash_directory(directory: Path) -> dict[str, str]:
@@ -51,7 +52,7 @@ def hash_problems(found: dict[str, str], listing: Path) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(prog="python -m finetune.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="按清单核对一个检查点的每个文件")
     verify.add_argument("directory", type=Path, help="检查点目录")

@@ -9,11 +9,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from finetune.cli.config_file import read_config
-from finetune.options import flags_of, split_words
+from finetune.options import ALIKE, flags_of, in_chinese, split_words
 
 Options = TypeVar("Options")
-# 比这更不像的名字不猜
-ALIKE = 0.6
 
 
 class BoolFlag(argparse.Action):
@@ -117,7 +115,7 @@ class Parser(argparse.ArgumentParser):
                     words += [word for name in missing for word in (f"--{name}", "")]  # 占住，接着看别的错误
                     continue
                 flag = (error.argument_name or "").split("/")[0]
-                problems.append(f"{flag} {_chinese(error.message)}")
+                problems.append(f"{flag} {in_chinese(error.message)}")
                 words = _without(words, known[flag].option_strings if flag in known else ())
                 continue
             break
@@ -202,13 +200,6 @@ def _missing(message: str) -> list[str] | None:
     """argparse 说缺了哪几个必填的参数；不是这种错误时为 None。"""
     names = re.findall(r"--(\w+)", message)
     return names if "required" in message and names else None
-
-
-def _chinese(message: str) -> str:
-    """argparse 自己的几句英文。"""
-    if "at least one" in message:
-        return "后面要有一个或几个值"
-    return "后面要有一个值" if message.startswith("expected") else message
 
 
 def _without(words: list[str], flags: Sequence[str]) -> list[str]:

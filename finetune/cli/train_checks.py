@@ -3,12 +3,13 @@
 一个参数自己的检查写在它的字段上，一种方法自己的在 methods/ 里；这里是几组之间的。
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.checkpoint.config_check import check_config_file
 from finetune.checkpoint.options import quantization_problems, read_words, skip_bitsandbytes
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, CHECKPOINT_NAME
 from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
@@ -77,7 +78,7 @@ def first_look(argv: list[str] | None = None) -> None:
     stop_spinning()
     keep_few_kernels()
     quiet_libraries(args.log_level)
-    log_rank_0("参数没有问题，载入 torch、transformers 与 deepspeed ……")
+    log_rank_0("载入 torch、transformers 与 deepspeed ……")
 
 
 def validate_args(args: TrainOptions) -> tuple[dict, "BaichuanConfig"]:
@@ -216,6 +217,11 @@ def file_problems(args: TrainOptions) -> list[str]:
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         problems.append(f"--output_dir {output_dir} 是一个文件，请给出目录")
+    elif not os.access(next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists()), os.W_OK):
+        problems.append(f"--output_dir {output_dir} 不能写，请换一个目录，或检查权限与磁盘")
+    resume = Path(args.resume)
+    if args.resume not in ("no", "auto") and not (CHECKPOINT_NAME.match(resume.name) and resume.is_dir()):
+        problems.append(f"--resume {resume} 不是检查点目录（epoch-E-step-S）；要接着最新的，写 --resume auto")
     return problems
 
 

@@ -69,12 +69,29 @@ class ProblemList:
                 self.kept.append(problem)
 
     def raise_if_any(self) -> None:
-        """有错误时抛出一个 ValueError，逐条列出。"""
+        """有错误时抛出一个 ValueError，逐条列出；同样的错误写一次，其余只写行号。"""
         if not self.total:
             return
         rest = f"（只列出前 {len(self.kept)} 处）" if self.total > len(self.kept) else ""
-        listing = "\n".join(f"  {problem}" for problem in self.kept)
+        kinds: dict[Problem, list[int]] = {}
+        for problem in self.kept:
+            kinds.setdefault(problem._replace(line=0), []).append(problem.line)
+        listing = "\n".join(
+            f"  {kind._replace(line=lines[0])}" + (f"\n    同样的：第 {_ranges(lines[1:])} 行" if lines[1:] else "")
+            for kind, lines in kinds.items()
+        )
         raise ValueError(f"数据文件 {self.path} 有 {self.total} 处错误{rest}，请改正后重试：\n{listing}")
+
+
+def _ranges(lines: list[int]) -> str:
+    """行号 → 「3、5–9」。"""
+    runs: list[list[int]] = []
+    for line in lines:
+        if runs and line == runs[-1][1] + 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    return "、".join(f"{first}" if first == last else f"{first}–{last}" for first, last in runs)
 
 
 # ---- 打开 ----

@@ -306,6 +306,11 @@ def _is_absent(value: Any) -> bool:
     return value is None or value == "" or value == []
 
 
+def _is_rows(value: Any) -> bool:
+    """像是一份数据的各行。"""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
 def _recognise(fields: dict[str, Any], draft: _Draft) -> tuple[Format, tuple[str, ...]]:
     """这一行是哪种写法，与不认识的字段；别的写法的、认识而用不上的字段记为错误。"""
     # 不空的多半是真值，先看它：这里每一行都要走
@@ -317,14 +322,17 @@ def _recognise(fields: dict[str, Any], draft: _Draft) -> tuple[Format, tuple[str
         kind = _PROMPT_COMPLETION  # 回答是空字符串，没有凭它认出来
     stage = draft.options.task
     if kind.task not in ((SUPERVISED,) if draft.is_predict else READS[stage]):
-        tasks = "、".join(f"--task {name}" for name, kinds in READS.items() if kind.task in kinds)
+        readers = [name for name, kinds in READS.items() if kind.task in kinds and (name != "kto" or "label" in fields)]
+        tasks = "、".join(f"--task {name}" for name in readers)
         what = f"这一行是{kind.refusal}，" + ("预测不读它" if draft.is_predict else f"--task {stage} 不读它")
         draft.fail(kind.marks[0], what, "请换成问答或对话的写法" if draft.is_predict else f"请换一个文件，或用 {tasks}")
         return kind, unknown
     if stage == "kto" and not draft.is_predict:
         if not isinstance(fields.get("label"), bool):
             seen = _type_name(fields["label"]) if "label" in fields else "没有"
-            draft.fail("label", f"--task kto 的每一行要有 true 或 false，实际是{seen}", "请补上：这个回答好不好")
+            is_text = str(fields.get("label")).lower() in ("true", "false")
+            remedy = "请去掉引号" if is_text else "请补上：这个回答好不好"
+            draft.fail("label", f"--task kto 的每一行要有 true 或 false，实际是{seen}", remedy)
         unknown = tuple(name for name in unknown if name != "label")
     elif "label" in fields and isinstance(fields["label"], bool) and not draft.is_predict:
         unused = (*unused, "label")
@@ -371,7 +379,9 @@ def _read_instruction(fields: dict[str, Any], draft: _Draft) -> None:
             draft.fail("instruction", "instruction 与 input 都是空的", "至少填写一个")
         else:
             what = f"instruction 与 input 都没有，已有的字段：{_names(fields)}"
-            draft.fail("instruction", what, f"至少填写一个{_hint(fields, _QUESTIONS, 'instruction', fields)}")
+            nested = next((name for name, value in fields.items() if _is_rows(value)), None)
+            remedy = f"至少填写一个{_hint(fields, _QUESTIONS, 'instruction', fields)}"
+            draft.fail("instruction", what, f"请把 {nested} 里的列表写成整个文件" if nested else remedy)
     question = instruction + draft.options.input_separator + text if instruction and text else instruction + text
     _single_turn(fields, draft, question, "output")
     draft.document = text if text.strip() else instruction

@@ -28,6 +28,7 @@ from finetune.data_doctor import show as show_module
 from finetune.data_doctor.duplicates import FILE_SHIFT, LINE_MASK, TEST_BIT, compare
 from finetune.data_doctor.report import draw_picture, render, to_json
 from finetune.data_doctor.rows import ChunkReport, Encoding, examine_rows
+from finetune.options import ScriptParser
 from finetune.terminal import long_job
 from utils import write_json
 
@@ -202,9 +203,9 @@ def label_findings(report: FileReport, reports: list[FileReport]) -> Iterator[Pr
 # ---- 命令 ----
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ScriptParser:
     style = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="data_set.py", description=f"{__doc__}\n{show_module.__doc__}", **style)
+    parser = ScriptParser(prog="data_set.py", description=f"{__doc__}\n{show_module.__doc__}", **style)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="看几行怎样编码", description=show_module.__doc__, **style)
     show.add_argument("path", metavar="FILE", help="数据文件")
@@ -226,7 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_sample_flags(parser: argparse.ArgumentParser) -> None:
+def add_sample_flags(parser: ScriptParser) -> None:
     """决定一行怎样读、怎样编码的参数，与 train.py 的同名。"""
     parser.add_argument("--max_len", type=int, default=1024, help="同 train.py，token（缺省 %(default)s）")
     parser.add_argument("--max_src_len", type=int, default=768, help="同 train.py，token（缺省 %(default)s）")
@@ -253,7 +254,7 @@ def load_encoding(args: argparse.Namespace) -> Encoding | None:
         ValueError: 目录不是可用的检查点，或长度互相矛盾。
     """
     if args.model_name_or_path is None:
-        for name, default in (("prompt_format", "auto"), ("add_tokens", None)):
+        for name, default in (("prompt_format", "auto"), ("add_tokens", None), ("max_len", 1024), ("max_src_len", 768)):
             if getattr(args, name) != default:
                 raise ValueError(f"--{name} 只在给出 --model_name_or_path 时起作用，请去掉或补上后者")
         return None

@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from dataclasses import dataclass
 
 from finetune.metrics.registry import METRICS
-from finetune.options import PRECISIONS, above_zero, at_least, flag, share
+from finetune.options import PRECISIONS, above_zero, at_least, flag, plausible_rate, share
 from finetune.process.libraries import LOG_LEVEL_HELP, LOG_LEVELS
 
 
@@ -50,13 +50,13 @@ class StepOptions:
         check=at_least(1),
         changes_training=False,  # 续训比较的是全局 batch
     )
-    learning_rate: float = flag(None, "峰值学习率（缺省随方法，见 docs/methods.md）", kind=float, check=above_zero)
+    learning_rate: float = flag(None, "峰值学习率（缺省随方法，见 docs/methods.md）", kind=float, check=plausible_rate)
     weight_decay: float = flag(0.1, "权重衰减，只作用于矩阵，不作用于 RMSNorm", check=at_least(0))
     warmup_ratio: float = flag(0.1, "预热占总步数的比例，[0, 1)", check=share)
     optimizer: str = flag(
         "adamw",
         "优化器：adamw；adamw_8bit 的动量存成 8 位（要 bitsandbytes）；adamw_bf16 的权重、梯度与动量都是 bf16，"
-        "权重舍掉的位另存，小的更新不丢（全参数的 7B 推算 77.8 GiB）",
+        "权重舍掉的位另存，小的更新不丢（全参数的 7B 推算约 77 GiB）",
         choices=OPTIMIZERS,
     )
     grad_accum_dtype: str = flag(

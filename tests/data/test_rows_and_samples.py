@@ -222,10 +222,19 @@ def test_one_broken_element_does_not_hide_the_next(write):
 def test_at_most_twenty_problems_are_listed_with_the_total(write):
     with pytest.raises(ValueError, match=r"有 30 处错误（只列出前 20 处），请改正后重试：") as caught:
         read_samples(write([ROW, *[{"output": "x"}] * 30]))
-    lines = str(caught.value).splitlines()[1:]
-    assert len(lines) == 20
-    assert ":2: instruction: " in lines[0]
-    assert ":21: instruction: " in lines[-1]
+    first, others = str(caught.value).splitlines()[1:]
+    assert ":2: instruction: " in first
+    assert others == "    同样的：第 3–21 行"
+
+
+def test_problems_of_a_kind_are_written_once(write):
+    bad = {"output": "x"}
+    with pytest.raises(ValueError, match=r"有 5 处错误，") as caught:
+        read_samples(write([bad, ROW, bad, {**ROW, "output": 3}, bad, bad]))
+    first, others, output = str(caught.value).splitlines()[1:]
+    assert ":1: instruction: " in first
+    assert others == "    同样的：第 3、5–6 行"
+    assert ":4: output: " in output
 
 
 def test_overlong_line_is_skipped_in_pieces_and_reported(write, monkeypatch):

@@ -48,7 +48,7 @@ def sha256(path: Path) -> str:
 
 
 def tensors_sha256(path: Path) -> str:
-    """safetensors 文件里各张量（按名字排：名字、类型、形状、各字节）的 SHA-256；与它们在文件里的次序、文件头的长短无关。"""
+    """safetensors 文件里各张量（按名字排：名字、类型、形状、字节）的 SHA-256，与文件头、在文件里的次序无关。"""
     digest, content = hashlib.sha256(), path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])

@@ -95,7 +95,7 @@ EVALUATES = ["--eval_path", "data/cls_1.json", "--eval_step", "2", "--eval_metri
 EVALUATES += ["--eval_batch_size", "2", "--max_eval_samples", "20", "--eval_max_new_tokens", "32"]
 # 什么时候按：屏幕上有这些字，或 output_dir 里正在写检查点；多给的参数；退出码；屏幕上的说明
 MOMENTS = {
-    "load": ("参数没有问题", [], 130, "已停下"),
+    "load": ("载入 torch", [], 130, "已停下"),
     "train": ("步 3/", [], EXIT_INTERRUPTED, "收到 SIGINT，已保存"),
     "evaluate": ("评估：生成", EVALUATES, EXIT_INTERRUPTED, "收到 SIGINT，已保存"),
     "save": (".tmp-", ["--save_model_step", "2"], EXIT_INTERRUPTED, "收到 SIGINT，已保存"),
