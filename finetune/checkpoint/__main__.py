@@ -52,7 +52,9 @@ def hash_problems(found: dict[str, str], listing: Path) -> list[str]:
 
 
 def main():
-    parser = ScriptParser(prog="python -m finetune.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(
+        prog="python -m finetune.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="按清单核对一个检查点的每个文件")
     verify.add_argument("directory", type=Path, help="检查点目录")
