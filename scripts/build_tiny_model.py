@@ -11,6 +11,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -595,7 +596,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         path = build_tiny_model(options.pop("arch"), options.pop("output_dir"), **options)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"错误：{error}") from error
+        print(f"错误：{error}", file=sys.stderr)
+        raise SystemExit(2) from error
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     layers, width, vocab = (config[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
     print(f"已生成 {path}：{layers} 层，宽 {width}，词表 {vocab}，{config['torch_dtype']}")

@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import random
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -331,7 +332,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         counts = convert_file(**vars(options))
     except ValueError as error:
-        raise SystemExit(f"错误：{error}") from error
+        print(f"错误：{error}", file=sys.stderr)
+        raise SystemExit(2) from error
     print(
         f"已写出 {options.output_path}：读入 {counts['read']} 行，写出 {counts['written']} 行，"
         f"跳过空白输入 {counts['blank']} 行，舍去含下划线、换行或空段的三元组 {counts['dropped_triples']} 个"

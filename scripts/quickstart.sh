@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# 从一台只有 Python 3.10 至 3.12 的机器开始，走完整个流程：环境、微型 Baichuan2、LoRA 训练、预测。
+# 从一台只有 Python 3.10 至 3.12 的机器开始，走完整个流程：环境、微型 Baichuan2、全参数与 LoRA 训练、预测。
 #     bash scripts/quickstart.sh
 # 两个 CPU 核上不到 10 分钟（安装依赖与编译算子另计）；有 GPU 时自动使用。结果在 .quickstart/ 下，可整个删去。
 # 环境变量：VENV 虚拟环境的位置（缺省 .venv），PYTHON 指定解释器。
