@@ -1,8 +1,9 @@
 """dpo 的速度与内存对照 TRL 1.16 的 DPOTrainer：LoRA，提示约 300、回答约 60 个 token 的对，走一轮，含参考模型的前向。
 
-装了 trl==1.16 的环境里运行，PYTHONPATH 指向本项目：
+TRL 在它自己的环境里（装了 trl==1.16、本项目的 torch 与 transformers）：
 
-    python benchmarks/stages/dpo_speed.py --general general_0.txt --out benchmarks/stages/results/dpo_speed.json
+    python benchmarks/stages/dpo_speed.py --general general_0.txt --trl_python VENV/bin/python \
+        --out benchmarks/stages/results/dpo_speed.json
 
 一个模型、一份数据，各程序各在自己的进程里轮流跑 --repeats 次；trl-default 是它的缺省（开着重算），trl-best 关掉重算，
 其余相同。速度按有用的 token（提示只数一次）算，取墙钟与 CPU 时间两种；内存是训练时进程的匿名页的峰值。
@@ -52,6 +53,20 @@ class Meter:
 
 
 def run_ours(directory: Path) -> dict:
+    flags = {
+        **{"task": "dpo", "train_path": directory / "pairs.json", "model_name_or_path": directory / "base"},
+        **{"output_dir": directory / "ours", "train_type": "lora", "lora_dim": RANK, "lora_module_name": "all-linear"},
+        **{"max_len": 512, "max_src_len": 400, "precision": "fp32", "num_train_epochs": 1, "learning_rate": RATE},
+        **{"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION, "num_threads": 1},
+    }
+    sys.argv = [
+        "train.py",
+        *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
+        "--no-save_trainer_state",
+    ]
+    from finetune.cli.train_checks import first_look
+
+    first_look()  # train.py 自己的第一句，在载入各库之前
     import train
     from finetune.process.interruption import leave
 
@@ -64,17 +79,6 @@ def run_ours(directory: Path) -> dict:
         found.update(meter.report(), tokens=sum(json.loads(line)["tokens"] for line in lines))
 
     train.train = measured
-    flags = {
-        **{"task": "dpo", "train_path": directory / "pairs.json", "model_name_or_path": directory / "base"},
-        **{"output_dir": directory / "ours", "train_type": "lora", "lora_dim": RANK, "lora_module_name": "all-linear"},
-        **{"max_len": 512, "max_src_len": 400, "precision": "fp32", "num_train_epochs": 1, "learning_rate": RATE},
-        **{"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION, "num_threads": 1},
-    }
-    sys.argv = [
-        "train.py",
-        *(str(word) for name, value in flags.items() for word in (f"--{name}", value)),
-        "--no-save_trainer_state",
-    ]
     code = train.run_main()
     assert code == 0
     print("FOUND", json.dumps(found), flush=True)
@@ -157,6 +161,7 @@ def main():
     parser.add_argument("--general", type=Path, help="通用文字")
     parser.add_argument("--repeats", type=int, default=3, help="各跑几次")
     parser.add_argument("--out", type=Path, help="结果写在这里")
+    parser.add_argument("--trl_python", default=sys.executable, help="装了 TRL 的解释器（缺省就是现在的）")
     parser.add_argument("--program", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -172,7 +177,8 @@ def main():
             for program in PROGRAMS:
                 environment = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randint(20000, 60000))}
-                command = [sys.executable, __file__, "--program", program, "--directory", str(directory)]
+                python = sys.executable if program == "ours" else args.trl_python
+                command = [python, __file__, "--program", program, "--directory", str(directory)]
                 env = {**os.environ, "OMP_NUM_THREADS": "1", **(environment if program == "ours" else {})}
                 run = subprocess.run(command, env=env, capture_output=True, text=True)
                 found = [line for line in run.stdout.splitlines() if line.startswith("FOUND")]

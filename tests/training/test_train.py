@@ -114,11 +114,15 @@ def test_without_a_launcher_python_runs_one_process(tiny_checkpoint, tmp_path):
     )
     run = subprocess.run(
         [sys.executable, "train.py", *map(str, flags), "--max_steps", "1"],
-        cwd=ROOT, env=cpu_environment(1), capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env={**cpu_environment(1), "PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert checkpoints_in(output) == ["epoch-1-step-1"]
     assert read_json(output / "run_config.json")["world_size"] == 1
+    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time")}
+    assert "deepspeed.runtime.zero.muon.original_muon" in loaded
+    assert not loaded & {"torch._inductor.compile_fx", "bitsandbytes.functional"}  # 两秒、50 MB，CPU 上用不上
 
 
 @pytest.mark.slow
