@@ -307,6 +307,6 @@ def test_command_line(tool, tmp_path, capsys):
     arguments = ["--dataset", "advertisegen", "--input_path", str(source), "--output_path", str(target)]
     tool.main(arguments)
     assert "读入 2 行，写出 1 行，跳过空白输入 1 行" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         tool.main([*arguments, "--limit", "-1"])
     assert "错误：--limit" in capsys.readouterr().err
