@@ -14,6 +14,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -79,6 +80,7 @@ def play(scene: Scene, directory: Path, environment: dict[str, str]) -> tuple[in
     if process == 0:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, COLUMNS, 0, 0))
         os.chdir(directory)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # 后台运行的程序忽略它，bash 就接不到 Ctrl-C
         os.execvpe("bash", ["bash", "-c", scene.command], environment)
     screen, is_pressed = b"", False
     with suppress(OSError):  # 另一端关了
