@@ -46,8 +46,17 @@ def test_every_method_has_a_launcher():
 
 def test_launcher_without_a_checkpoint_says_what_to_give():
     result = subprocess.run(["bash", ROOT / "scripts" / "train_lora.sh"], capture_output=True, text=True)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert "检查点目录" in result.stderr
+
+
+@pytest.mark.skipif(has_accelerator(), reason="这台机器有卡")
+def test_launcher_given_cards_that_are_not_there_says_so():
+    command = ["bash", ROOT / "scripts" / "train_lora.sh", "model"]
+    result = subprocess.run(command, env={**os.environ, "GPUS": "5"}, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "GPUS=5" in result.stderr
+    assert "LOCAL_SIZE" in result.stderr
 
 
 @pytest.mark.slow
