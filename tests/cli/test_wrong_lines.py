@@ -49,6 +49,8 @@ LINES = [
     ("train", TRAIN + "--mode lora --train_type baichuan2", ["--mode", "'lora'", "--train_type", "'baichuan2'"]),
     ("train", TRAIN + "--max_len ten --learning_rate fast", ["--max_len", "'ten'", "--learning_rate", "'fast'"]),
     ("train", TRAIN + "--max_len 0 --warmup_ratio 10", ["--max_len(0)", "--warmup_ratio(10.0)"]),
+    ("train", TRAIN + "--learning_rate 2e4", ["--learning_rate(20000.0)", "2e-4"]),
+    ("train", TRAIN + "--resume yes", ["--resume yes", "--resume auto"]),
     ("train", TRAIN + "--packing maybe", ["--packing", "True", "'maybe'"]),
     ("train", TRAIN + "--max_len", ["--max_len"]),
     ("train", TRAIN + "--train_type freeze", ["--freeze_module_name"]),

@@ -488,3 +488,19 @@ def test_conversations_in_plain_are_a_counted_warning(write, base):
         reports, _ = check_files([path], None, data_doctor.load_encoding(args), 20, workers=1)
         assert reports[0].counts["warning", "plain_turns"] == counts
         assert reports[0].formats == {"instruction/input/output": 1, "messages": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("chek data/spo_0.json", ["'chek'", "是不是 check？"]),
+        ("check", ["缺少 FILE"]),
+        ("check data/spo_0.json --model x", ["--model x", "全名"]),
+        ("check data/spo_0.json --workers many", ["--workers 应为整数", "'many'"]),
+    ],
+)
+def test_a_wrong_line_gets_one_line(line, wanted, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(line.split())
+    (said,) = capsys.readouterr().err.splitlines()
+    assert [words for words in wanted if words not in said] == []
