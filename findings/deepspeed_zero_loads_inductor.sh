@@ -4,8 +4,8 @@
 # deepspeed 0.19.8、torch 2.13.0（CPU）。
 # 预期：优化器不是 Muon，训练里没有一处用到 torch.compile，就不会载入 torch._inductor。
 # 实际：ZeRO 要问优化器是不是 Muon（自己给的优化器在 initialize 里，配置里写的在第一次反向里），为此导入 Muon 的模块；
-#       那个模块在导入时就把几个函数交给 torch.compile，连带载入 inductor：2452 个模块成了 3161 个，匿名内存 231 成了 279 MB，
-#       多一两秒 CPU。导入 deepspeed 本身不载入它。
+#       那个模块在导入时就把几个函数交给 torch.compile，连带载入 inductor：2452 个模块成了 3161 个，匿名内存 231 成了 279 MB。
+#       导入 deepspeed 本身不载入它。
 #
 # 退出码：0 如上所述，1 变了，2 装不上。
 set -euo pipefail

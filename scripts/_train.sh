@@ -62,7 +62,8 @@ run_training() {
 }
 
 has_gpu() {
-    compgen -G "/dev/nvidia[0-9]*" > /dev/null || compgen -G "/dev/davinci[0-9]*" > /dev/null || [ -e /dev/kfd ] || nvidia-smi -L > /dev/null 2>&1
+    compgen -G "/dev/nvidia[0-9]*" > /dev/null || compgen -G "/dev/davinci[0-9]*" > /dev/null || [ -e /dev/kfd ] ||
+        nvidia-smi -L > /dev/null 2>&1
 }
 
 free_port() {

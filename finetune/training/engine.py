@@ -61,7 +61,7 @@ def load_muon() -> None:
     """先载入 DeepSpeed 的 Muon，不让它载入时就编译。
 
     ZeRO 在第一次反向时看优化器是不是 Muon，为此载入它，而它当即把几个函数交给 torch.compile，连带载入 inductor
-    （1 CPU 秒、40 MB，DeepSpeed 0.19.8 的 stage_1_and_2.py、stage3.py）；这里从不用 Muon。
+    （48 MB，DeepSpeed 0.19.8，见 findings/deepspeed_zero_loads_inductor.sh）。这里从不用 Muon。
     """
     compiled, torch.compile = torch.compile, lambda function: function
     try:
