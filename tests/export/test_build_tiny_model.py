@@ -402,5 +402,5 @@ def test_command_line(tmp_path, text_file):
     assert "已生成 baichuan2-6B：3 层，宽 64，词表 600，bfloat16" in done.stdout
     assert "user_token_id" in read_json(tmp_path / "baichuan2-6B" / "generation_config.json")
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert again.returncode == 1
+    assert again.returncode == 2
     assert "错误：--output_dir(" in again.stderr and "Traceback" not in again.stderr
