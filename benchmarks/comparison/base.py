@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison.drills import drill_rows
+from benchmarks.comparison.drills import Encode, drill_rows
+from finetune.checkpoint.base_model import load_config, load_tokenizer
 from finetune.checkpoint.output_dir import iter_checkpoints
 from finetune.comparison.cells import base_path, read_rows_any
 from finetune.comparison.data import write_rows
@@ -37,9 +38,10 @@ def build_base(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     sources = text_sources(plan, output_dir / "data")
     build_untrained(recipe["model"], list(sources.values()), output_dir)
     model, stages = output_dir / "untrained", []
+    encode = load_tokenizer(model, load_config(model).vocab_size).tokenize
     for number, stage in enumerate(recipe["stages"], start=1):
         directory = output_dir / "pretrain" / f"{number}-{stage['name']}"
-        files = stage_files(stage, sources, directory, plan["split_seed"] + number)
+        files = stage_files(stage, sources, directory, plan["split_seed"] + number, encode)
         model, measured = run_stage(recipe, stage, files, model, directory)
         stages.append({"name": stage["name"], **measured})
     shutil.copytree(model, output_dir / "base", dirs_exist_ok=True)
@@ -68,13 +70,16 @@ def build_untrained(model: dict[str, Any], files: list[Path], output_dir: Path):
         build_tiny_model(options.pop("arch"), output_dir / "untrained", train_text=files, **options)
 
 
-def stage_files(stage: dict[str, Any], sources: dict[str, Path], directory: Path, seed: int) -> list[str]:
-    """一段的 --train_path：写明份量的文字，与练习写成的文件。"""
+def stage_files(
+    stage: dict[str, Any], sources: dict[str, Path], directory: Path, seed: int, encode: Encode
+) -> list[str]:
+    """一段的 --train_path：写明份量的文字，与练习写成的文件；encode：文字 → 片段，random_strings 的练习要用。"""
     directory.mkdir(parents=True, exist_ok=True)
     files = [f"{sources[name]}*{share:g}" for name, share in stage.get("texts", {}).items()]
     for number, drills in enumerate(stage.get("drills", [])):
         options = {**drills}
         names = options.pop("texts", list(sources))
+        options["encode"] = encode if options.pop("random_strings", False) else None
         lines = [line for name in names for line in sources[name].read_text(encoding="utf-8").splitlines()]
         path = directory / f"drills-{number}.json"
         write_rows(path, drill_rows(lines, options.pop("count"), seed, **options))

@@ -1,15 +1,19 @@
 """由文字本身造的练习：回答逐字取自输入，写法很多种，抄写与填空因此由数据学会，初值与结构都不动。
 
-一行练习是 instruction、input、output，只训练回答（`--task pretrain` 读问答时就是这样）；都不用任何任务的回答。
+一行练习是 instruction、input、output，或几轮的 messages；只训练回答（`--task pretrain` 读问答时就是这样），都不用任何
+任务的回答。
 """
 
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
-Row = dict[str, str]
+Row = dict[str, Any]
 Made = tuple[str, str, str]  # instruction、input、output
+Encode = Callable[[str], list[str]]
 
 MARKS = re.compile(r"[，。；：！？、,;:!?\s]+")
 BLANK = "____"
@@ -42,8 +46,13 @@ def pieces_of(texts: Sequence[str], least: int, most: int) -> list[str]:
 
 
 def copy(text: str, rng: random.Random) -> Made:
-    """照抄，指令总是最短的一种：最先学的是它。"""
-    return "抄写：", text, text
+    """照抄，没有指令：最先学的是它。"""
+    return "", text, text
+
+
+def twice(text: str, rng: random.Random) -> Made:
+    """照抄两遍，没有指令：第二遍隔着同样的距离，比第一遍好学，也教第一遍。"""
+    return "", text, f"{text}\n{text}"
 
 
 def repeat(text: str, rng: random.Random) -> Made:
@@ -163,7 +172,8 @@ def between(text: str, rng: random.Random) -> Made | None:
 
 
 FORMS: dict[str, Callable[[str, random.Random], Made | None]] = {
-    form.__name__: form for form in (copy, repeat, after, fill, quote, split, find, cut, label, fields, nth, between)
+    form.__name__: form
+    for form in (copy, twice, repeat, after, fill, quote, split, find, cut, label, fields, nth, between)
 }
 
 
@@ -176,12 +186,22 @@ def scramble(text: str, rng: random.Random) -> str:
     return "".join(part if index % 2 else "".join(next(drawn) for _ in part) for index, part in enumerate(parts))
 
 
-def drawn(texts: Sequence[str], count: int, chars: tuple[int, int], common: int, rng: random.Random) -> list[str]:
-    """count 个随机的字串，各字不重复：取最常见的 common 个字，常见的只按次数的平方根多一些，少见的字也学得到。"""
-    counts = Counter("".join(texts))
-    ranked = sorted((char for char in counts if char.isalnum()), key=lambda char: (-counts[char], char))[:common]
-    weights = [counts[char] ** 0.5 for char in ranked]
-    return ["".join(dict.fromkeys(rng.choices(ranked, weights, k=rng.randint(*chars)))) for _ in range(count)]
+def drawn(texts: Sequence[str], sizes: Sequence[int], encode: Encode, rng: random.Random) -> list[str]:
+    """随机的字串，各恰好 sizes 个分词器的片段：语言的规律帮不上忙，只能抄。
+
+    片段按它在文字里的次数的 3/4 次方取：常见的只多一些，少见的也学得到。
+    """
+    counts = Counter(piece for text in texts for piece in encode(text))
+    pieces = sorted(piece for piece in counts if not (piece.isspace() or piece.startswith(("<", "▁"))))
+    weights = list(accumulate(counts[piece] ** 0.75 for piece in pieces))
+
+    def string(size: int) -> str:
+        while True:  # 相接之后会并成别的片段的不要
+            chosen = rng.choices(pieces, cum_weights=weights, k=size)
+            if encode("".join(chosen)) == chosen:
+                return "".join(chosen)
+
+    return [string(size) for size in sizes]
 
 
 def drill_rows(
@@ -192,8 +212,9 @@ def drill_rows(
     chars: tuple[int, int],
     forms: dict[str, float] | None = None,
     scrambled: float = 0.0,
-    common: int | None = None,
+    encode: Encode | None = None,
     marked: float = 0.5,
+    turns: int = 1,
 ) -> list[Row]:
     """由 texts 造 count 行练习；同样的参数同样的行。
 
@@ -201,8 +222,9 @@ def drill_rows(
         chars: 一个片段至少、至多几个字。
         forms: 各种写法（FORMS 的名字）的份量；缺省都一样多。
         scrambled: 打乱字序的份额。
-        common: 片段不取自文字，而是最常见的这么多个字随机拼的。
+        encode: 文字 → 分词器的片段；给出时练习的不是文字里的句子，而是随机拼的字串（drawn），chars 是片段数。
         marked: 输入末尾加换行的份额；不加时模型得自己看出输入到哪里为止，真的任务里就是这样。
+        turns: 几个练习接成一段对话，各是一轮；短的练习一行一个时，一步里能学的字太少。
 
     Raises:
         ValueError: 没有这么长的片段，或不认识的写法。
@@ -211,15 +233,34 @@ def drill_rows(
     if unknown := [name for name in forms if name not in FORMS]:
         raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{'、'.join(FORMS)}")
     rng = random.Random(seed)
-    pieces = pieces_of(texts, *chars) if common is None else drawn(texts, count, chars, common, rng)
+    if encode is not None:  # 一行里的各轮一样长：隔多远去抄先由同一行里看出来，再学会由字去找
+        sizes = [rng.randint(*chars) for _ in range(count)]
+        pieces = drawn(texts, [size for size in sizes for _ in range(turns)], encode, rng)
+    else:
+        pieces = pieces_of(texts, *chars)
     if not pieces:
         raise ValueError(f"drills 要 {chars[0]} 至 {chars[1]} 字的片段，文字里没有，请放宽 chars")
-    names, weights, rows = list(forms), list(forms.values()), []
-    for number in range(count):
-        text = pieces[number] if common is not None else rng.choice(pieces)
+    names, weights = list(forms), list(forms.values())
+
+    def drill(number: int) -> Row:
+        text = pieces[number] if encode is not None else rng.choice(pieces)
         if rng.random() < scrambled:
             text = scramble(text, rng)
         instruction, given, output = FORMS[rng.choices(names, weights)[0]](text, rng) or repeat(text, rng)
         end = "\n" if rng.random() < marked and not given.endswith("\n") else ""
-        rows.append({"instruction": instruction, "input": given + end, "output": output})
-    return rows
+        return {"instruction": instruction, "input": given + end, "output": output}
+
+    if turns == 1:
+        return [drill(number) for number in range(count)]
+    return [as_messages([drill(row * turns + turn) for turn in range(turns)]) for row in range(count)]
+
+
+def as_messages(rows: Sequence[Row]) -> Row:
+    """几行一问一答 → 一段对话。"""
+    messages = []
+    for row in rows:
+        messages += [
+            {"role": "user", "content": row["instruction"] + row["input"]},
+            {"role": "assistant", "content": row["output"]},
+        ]
+    return {"messages": messages}

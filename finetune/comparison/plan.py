@@ -130,17 +130,16 @@ def seeds_of(plan: dict[str, Any], method: str) -> list[int]:
 
 
 def list_cells(plan: dict[str, Any], results: Iterable[Result] = ()) -> list[Cell]:
-    """全部格子，按应做的次序：基座，逐个任务的试跑与正式，核对。试跑的范围随 results 往外伸；replay 见 replay_cell。"""
+    """全部格子，按应做的次序：基座，逐个任务、逐种方法的试跑与正式，核对。试跑的范围随 results 往外伸；replay 见 replay_cell。"""
     tasks, results = [task["name"] for task in plan["tasks"]], list(results)
     cells = [Cell("base", "", "base", 0)]
     if "untrained" in plan["checks"]:
         cells.append(Cell("check", "", "untrained", 0, check="untrained"))
     for task in tasks:
-        methods = methods_of(plan, task)
-        for method in methods:
-            rates = sweep_rates(plan, results, task, method)
-            cells += [Cell("sweep", task, method, seeds_of(plan, method)[0], rate) for rate in rates]
-        cells += [Cell("final", task, method, seed) for method in methods for seed in seeds_of(plan, method)]
+        for method in methods_of(plan, task):
+            rates, seeds = sweep_rates(plan, results, task, method), seeds_of(plan, method)
+            cells += [Cell("sweep", task, method, seeds[0], rate) for rate in rates]
+            cells += [Cell("final", task, method, seed) for seed in seeds]
     if curve := plan["curve"]:
         first = seeds_of(plan, curve["method"])[0]
         cells += [Cell("curve", curve["task"], curve["method"], first, share=share) for share in curve["shares"]]

@@ -151,7 +151,7 @@ def test_the_base_sees_inputs_of_the_training_part_only(tmp_path):
     assert found == {"general": "通用的文字\n", "extraction": "训练的文档\n预训练的 文档\n"}
     drilled = {"count": 7, "chars": [3, 9], "texts": ["extraction"], "forms": {"copy": 1}}
     stage = {"name": "x", "texts": {"general": 0.5, "extraction": 3}, "drills": [drilled]}
-    files = base.stage_files(stage, sources, tmp_path / "stage", seed=1)
+    files = base.stage_files(stage, sources, tmp_path / "stage", 1, list)
     assert files == [
         f"{sources['general']}*0.5",
         f"{sources['extraction']}*3",
@@ -159,7 +159,7 @@ def test_the_base_sees_inputs_of_the_training_part_only(tmp_path):
     ]
     made = compare_data.read_rows(tmp_path / "stage" / "drills-0.json")
     assert len(made) == 7 and {row_["output"] for row_ in made} <= {"训练的文档", "预训练的 文档"}
-    assert base.stage_files(stage, sources, tmp_path / "again", seed=1)[:2] == files[:2]
+    assert base.stage_files(stage, sources, tmp_path / "again", 1, list)[:2] == files[:2]
     assert (tmp_path / "again" / "drills-0.json").read_bytes() == (tmp_path / "stage" / "drills-0.json").read_bytes()
 
 
@@ -178,7 +178,7 @@ def test_drills_are_answered_with_words_of_their_input(form):
         for line in row_["output"].split("\n"):
             for part in line.split("_") if form in ("cut", "label") else [line]:
                 assert part in row_["instruction"] + row_["input"]
-            assert line.count("_") == (2 if form in ("cut", "label") else 0) or form == "copy"
+            assert line.count("_") == (2 if form in ("cut", "label") else 0) or form in ("copy", "twice")
     ended = sum(row_["input"].endswith("\n") for row_ in rows)
     assert ended == 60 or 15 <= ended <= 45 or form in ("after", "between", "quote", "fields")
 
@@ -197,17 +197,35 @@ def test_the_answers_of_drills_are_right():
     assert {answer for _, _, answer in found["nth"]} == set(drills.clauses_of(text))
 
 
-def test_drawn_strings_use_the_common_characters_once_each():
-    rows = drills.drill_rows(drill_texts(), 200, seed=3, chars=(1, 6), common=50, forms={"copy": 1}, marked=1.0)
-    letters = Counter(char for text in drill_texts() for char in text if char.isalnum())
-    common = {char for char, _ in sorted(letters.items(), key=lambda item: (-item[1], item[0]))[:50]}
-    assert set("".join(row_["output"] for row_ in rows)) == common
-    assert all(len(set(row_["output"])) == len(row_["output"]) <= 6 for row_ in rows)
-    assert all(row_["instruction"] == "抄写：" and row_["input"] == row_["output"] + "\n" for row_ in rows)
+def test_random_strings_have_the_asked_number_of_pieces():
+    words = ["发动机", "水温", "高", "的", "动"]
+
+    def encode(text):
+        return re.findall("发动机|水温|.", text)
+
+    texts = ["发动机水温高，", "的的的的动"]
+    rows = drills.drill_rows(texts, 300, seed=3, chars=(1, 4), encode=encode, forms={"copy": 1}, marked=1.0)
+    assert all(row_["instruction"] == "" and row_["input"] == row_["output"] + "\n" for row_ in rows)
+    assert Counter(len(encode(row_["output"])) for row_ in rows).keys() == {1, 2, 3, 4}
+    counts = Counter(piece for row_ in rows for piece in encode(row_["output"]))
+    assert counts.keys() == {*words, "，"}
+    assert 2 < counts["的"] / counts["高"] < 4  # 4 ** 0.75 = 2.83
     with pytest.raises(ValueError, match="forms 里的 typo"):
         drills.drill_rows(drill_texts(), 1, seed=1, chars=(1, 6), forms={"typo": 1})
     with pytest.raises(ValueError, match="900 至 999 字"):
         drills.drill_rows(drill_texts(), 1, seed=1, chars=(900, 999))
+
+
+def test_turns_of_a_row_are_equally_long():
+    options = {"chars": (1, 9), "encode": list, "forms": {"twice": 1}, "marked": 1.0, "turns": 3}
+    rows = drills.drill_rows(drill_texts(), 50, seed=1, **options)
+    for row_ in rows:
+        assert [message["role"] for message in row_["messages"]] == ["user", "assistant"] * 3
+        asked, answers = row_["messages"][::2], row_["messages"][1::2]
+        assert len({len(message["content"]) for message in asked}) == 1
+        for question, answer in zip(asked, answers, strict=True):
+            assert answer["content"] == question["content"] + question["content"][:-1]
+    assert len({len(row_["messages"][0]["content"]) for row_ in rows}) == 9
 
 
 def test_scrambling_moves_only_the_letters():
@@ -277,16 +295,18 @@ def test_a_task_may_have_its_own_budget(tmp_path):
         compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "tasks": wrong}))
 
 
-def test_cells_come_task_by_task(plan):
+def test_cells_come_task_by_task_and_method_by_method(plan):
     cells = compare_plan.list_cells(plan)
     assert [cell.name for cell in cells] == [
         "base",
         *(f"sweep-extraction-lora-1-{rate}" for rate in ("0.001", "0.01")),
+        *(f"final-extraction-lora-{seed}" for seed in (1, 2)),
         *(f"sweep-extraction-full-1-{rate}" for rate in ("0.0001", "0.001")),
-        *(f"final-extraction-{method}-{seed}" for method in ("lora", "full") for seed in (1, 2)),
+        *(f"final-extraction-full-{seed}" for seed in (1, 2)),
         *(f"sweep-classification-lora-1-{rate}" for rate in ("0.001", "0.01")),
+        *(f"final-classification-lora-{seed}" for seed in (1, 2)),
         *(f"sweep-classification-full-1-{rate}" for rate in ("0.0001", "0.001")),
-        *(f"final-classification-{method}-{seed}" for method in ("lora", "full") for seed in (1, 2)),
+        *(f"final-classification-full-{seed}" for seed in (1, 2)),
         "repeat-classification-full-1",
         "shuffled-classification-full-1",
     ]
@@ -417,9 +437,9 @@ def test_a_method_may_have_its_own_tasks_and_seeds(tmp_path):
 
 def test_a_cell_that_waits_for_its_sweep_does_not_hold_up_others(plan):
     cells = compare_plan.list_cells(plan)
-    done = [result(cell) for cell in cells[:4]]
-    cell, rate = compare_plan.next_cell(plan, done, {cells[4]})  # full 的试跑还有一格在做
-    assert (cell.name, rate) == ("final-extraction-lora-1", 1e-3)
+    done = [result(cell) for cell in cells[:2]]
+    cell, rate = compare_plan.next_cell(plan, done, {cells[2]})  # lora 的试跑还有一格在做
+    assert (cell.name, rate) == ("sweep-extraction-full-1-0.0001", 1e-4)
 
 
 # ---- 结果文件与续做 ----
