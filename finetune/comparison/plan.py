@@ -130,7 +130,10 @@ def seeds_of(plan: dict[str, Any], method: str) -> list[int]:
 
 
 def list_cells(plan: dict[str, Any], results: Iterable[Result] = ()) -> list[Cell]:
-    """全部格子，按应做的次序：基座，逐个任务、逐种方法的试跑与正式，核对。试跑的范围随 results 往外伸；replay 见 replay_cell。"""
+    """全部格子，按应做的次序：基座，逐个任务、逐种方法的试跑与正式，核对；试跑的范围随 results 往外伸。
+
+    replay 见 replay_cell。
+    """
     tasks, results = [task["name"] for task in plan["tasks"]], list(results)
     cells = [Cell("base", "", "base", 0)]
     if "untrained" in plan["checks"]:
