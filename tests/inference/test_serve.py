@@ -658,9 +658,11 @@ def test_a_forced_exit_says_what_was_not_finished(base):
         asked = pool.submit(httpx.post, place + CHAT, json=body, timeout=60)
         while not httpx.get(f"{place}/health").json()["running"]:
             time.sleep(0.01)
-        for _ in range(2):
-            process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(httpx.TransportError):  # 不再收新的连接：第一次已经生效
+            while True:
+                httpx.get(f"{place}/health", timeout=30)
+        process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
         assert asked.exception() is not None or asked.result().status_code == 500
     assert "1 个收下的请求没有做完" in output[-1]
