@@ -2,7 +2,7 @@
 
 python scripts/export.py --model_path output-lora/epoch-3-step-240 --to llama --output_dir baichuan2-7B-llama
 
-llama：LlamaForCausalLM 目录（7B），transformers、vLLM 等直接加载；baichuan：官方布局，词表投影已归一化；
+llama：LlamaForCausalLM 目录（7B），给读 Llama 的引擎；baichuan：官方布局，词表投影已归一化；
 gguf：llama.cpp 的文件（7B、13B）；gguf_lora、llama_lora：只有 LoRA 检查点的适配器，配基座的 gguf 或 llama。
 --from llama --to baichuan：反过来，Llama 布局的 Baichuan（LLaMAfied）或它的 LoRA 变成官方布局。
 """

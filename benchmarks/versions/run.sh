@@ -21,6 +21,7 @@ versions_of() {
 
 sets=("$@")
 [ ${#sets[@]} -gt 0 ] || sets=(oldest newest)
+for set in "${sets[@]}"; do versions_of "$set" > /dev/null; done    # 写错的名字先说
 status=0
 for set in "${sets[@]}"; do
     read -ra versions <<< "$(versions_of "$set" | tr '\n' ' ')"

@@ -276,7 +276,9 @@ def prepare(args: PredictOptions) -> Plan:
         )
     adapters = (attempt(inspect_adapters, args) if args.adapter and not problems else None) or {}
     found = [checkpoint for checkpoint in checkpoints if checkpoint is not None]
-    rows, options = [], attempt(reading_options, args, [*adapters.values()] or found) or RowOptions()
+    rows, options = [], RowOptions()
+    if args.test_path is not None or args.instruction is not None or args.input is not None:
+        options = attempt(reading_options, args, [*adapters.values()] or found) or options
     if args.test_path is not None:
         default = "compare.html" if args.compare else f"{Path(args.test_path).stem}.predictions.jsonl"
         args.output_path = args.output_path or default

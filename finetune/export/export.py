@@ -54,7 +54,7 @@ def export(
     if to in ("llama", "llama_lora") and config.position_embedding == "alibi":
         raise ValueError(
             f"{model_path} 用 ALiBi 位置编码（13B），Llama 没有这种结构，不能导出成 llama；"
-            "请改用 --to gguf（llama.cpp 支持 13B），或 --to baichuan（官方布局，供认识 Baichuan 的引擎用）"
+            "请改用 --to gguf（llama.cpp 支持 13B），或不导出，用 predict.py --serve"
         )
     is_lora, whole = to.endswith("_lora"), to.removesuffix("_lora")
     if is_lora and checkpoint.added is not None:

@@ -52,10 +52,11 @@ def check_gguf(config: BaichuanConfig, gguf_type: str):
     """
     expected = LAYERS_OF_POSITIONS[config.position_embedding]
     if config.num_hidden_layers != expected:
+        is_rope = config.position_embedding == "rope"
         raise ValueError(
             "llama.cpp 只凭层数认 Baichuan 的位置编码：32 层是旋转位置（7B），40 层是 ALiBi（13B）；这个模型是 "
             f"{config.position_embedding}、{config.num_hidden_layers} 层，导出后位置编码会错，只接受 {expected} 层。"
-            "可以改用 --to baichuan" + ("，或 --to llama" if config.position_embedding == "rope" else "")
+            f"可以改用 {'--to baichuan，或 --to llama' if is_rope else 'predict.py --serve（不导出）'}"
         )
     narrow = [width for width in (config.hidden_size, config.intermediate_size) if width % 32]
     if gguf_type == "q8_0" and narrow:
@@ -161,7 +162,8 @@ def _add_hyperparameters(writer, config: BaichuanConfig, name: str, file_type):
 def _add_tokenizer(writer, gguf, tokenizer: BaichuanTokenizer, prompting: Prompting, vocab_size: int):
     """sentencepiece 的片段、得分与类型，接着是加入的新词（自定义片段）；模型词表比片段多的部分补成不用的片段。
 
-    保留片段（含角色片段）作控制符号：只有对话模板里的才认作角色，用户文本里的按普通字符编码，同 encode_plain。
+    保留片段（含角色片段）作控制符号。不解析特殊符号时（llama_tokenize 的 parse_special 为假）它们按普通字符编码，
+    同 encode_plain；对话的接口把模板拼好的整段文字连特殊符号一起解析，用户文本里的 <reserved_106> 因此成了角色。
     v1 在句首加空格，llama.cpp 会在每个自定义片段之后再加一次，所以 v1 的自定义片段作普通片段（单个字符的不受影响）。
     """
     proto = read_model_proto(tokenizer)

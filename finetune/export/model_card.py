@@ -58,6 +58,8 @@ def tokenizer_notes(checkpoint: Checkpoint, to: str) -> list[str]:
     notes = []
     if to == "llama":
         notes.append("文本里的保留片段（如角色片段）按其编号编码，请先从不可信的文本里去掉；`</s>` 等按普通文字编码")
+    if to == "gguf":
+        notes.append("llama.cpp 的对话接口把文本里的保留片段（如角色片段）认作角色，请先从不可信的文本里去掉")
     if to in ("gguf", "gguf_lora") and checkpoint.prompting.family == "baichuan":
         notes.append(
             "llama.cpp 不做 NFKC 规范化，不合并空格，不认多个字符的自定义片段（如 <h2>），遇到它们时编号与来源不同"

@@ -188,6 +188,7 @@ class Batcher:
     def submit(self, job: Job) -> None:
         """排队；已满时抛 QueueFull。"""
         with self._changed:
+            self._drop_cancelled()
             if len(self._waiting) >= self.max_waiting:
                 raise QueueFull
             self._waiting.append(job)
@@ -196,7 +197,12 @@ class Batcher:
     def counts(self) -> dict[str, int]:
         """等待与正在生成的请求数。"""
         with self._changed:
+            self._drop_cancelled()
             return {"waiting": len(self._waiting), "running": len(self._running)}
+
+    def _drop_cancelled(self) -> None:
+        """取消了的不再排队；调用时握着锁。"""
+        self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
 
     def close(self) -> None:
         """不再收请求；还没有做完的取消。"""
@@ -212,7 +218,7 @@ class Batcher:
         with self._changed:
             self._running = []
             while True:
-                self._waiting = deque(job for job in self._waiting if not job.is_cancelled)
+                self._drop_cancelled()
                 if self._waiting or self._is_closed:
                     break
                 self._changed.wait()
@@ -229,8 +235,9 @@ class Batcher:
             self._generate(jobs)
 
     def _generate(self, jobs: list[Job]) -> None:
-        """一批请求，各送出最后一段；出错时送给还没有做完的各个请求。"""
+        """一批请求，各送出最后一段；generate 出错或提早返回时，最后一段是错误。"""
         predictor = self.predictor
+        failure: Exception = RuntimeError("generate 返回时这个请求还没有做完")
         try:
             predictor.use_adapter(jobs[0].adapter)
             eos, device = predictor.tokenizer.eos_token_id, predictor.model.device
@@ -242,7 +249,8 @@ class Batcher:
                 stopping_criteria=[RowsDone(rows)],
             )
         except Exception as error:
-            for job in jobs:
-                if not job.is_done:
-                    job.is_done = True
-                    job.send(Chunk("", [], 0, "error", error))
+            failure = error
+        for job in jobs:
+            if not (job.is_done or job.is_cancelled):
+                job.is_done = True
+                job.send(Chunk("", [], 0, "error", failure))

@@ -1,5 +1,6 @@
 """一个检查点与把文字变成提示词、把 id 变回文字的设置：编码、生成、评分，可挂几个适配器并在其间切换。"""
 
+import os
 from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -50,8 +51,8 @@ def sampling_options(args: GenerationOptions) -> dict[str, Any]:
 
 
 def short_names(paths: Iterable[Path]) -> list[str]:
-    """各目录最短的、彼此不同的名字：先取末一段，重名的逐段往上加。"""
-    parts = [path.resolve().parts for path in paths]
+    """各目录最短的、彼此不同的名字：先取末一段，重名的逐段往上加；符号链接用它自己的名字。"""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
 
     def name(index: int) -> str:
         for length in range(1, len(parts[index]) + 1):
@@ -171,8 +172,11 @@ class Predictor:
     def generate_batch(
         self, prompts: list[list[int]], config: GenerationConfig | None = None, **options: Any
     ) -> list[list[int]]:
-        """一批提示词的续写，用现在的适配器与停止字符串；config 缺省是命令行的，options 原样传给 generate。"""
-        if self.stops:
+        """一批提示词的续写，用现在的适配器与停止字符串；config 缺省是命令行的，options 原样传给 generate。
+
+        options 里有 stopping_criteria 的自己管停止字符串。
+        """
+        if self.stops and "stopping_criteria" not in options:
             options["stopping_criteria"] = [StopStrings(self.tokenizer, self.stops)]
         with self._with_adapter():
             return generate_batch(self.model, prompts, config or self.generation_config, **options)

@@ -11,6 +11,7 @@ import re
 import signal
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
@@ -27,21 +28,32 @@ LOOPBACK = ("127.0.0.1", "::1")
 MAX_BODY_BYTES = 2**20
 MAX_WAITING = 256
 BODY_SECONDS = 30
+SHUTDOWN_SECONDS = 300
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def bind(address: str) -> socket.socket:
-    """占住 HOST:PORT（只写 PORT 是本机的 127.0.0.1，端口 0 由系统选）；写法不对或占不了时抛 ValueError。"""
+    """占住 HOST:PORT（只写 PORT 是本机的 127.0.0.1，端口 0 由系统选）；写法不对或占不了时抛 ValueError。
+
+    这里就 listen：带 SO_REUSEADDR 只 bind 的端口，另一个进程还能占。
+    """
     host, _, port = address.rpartition(":")
     if not (port.isascii() and port.isdecimal() and int(port) < 2**16):
         raise ValueError(f"--serve({address}) 写法不对，应为 主机:端口，例如 {DEFAULT_ADDRESS}")
     host = host.strip("[]") or LOOPBACK[0]
     try:
         family, kind, *_, place = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind)
+    except UnicodeError as error:  # 空的或太长的一段，如 a..b
+        raise ValueError(f"--serve({address}) 的主机名写法不对，应为 主机:端口，例如 {DEFAULT_ADDRESS}") from error
+    except OSError as error:
+        raise ValueError(f"--serve({address}) 占不了：{error.strerror}，请检查主机名") from error
+    listener = socket.socket(family, kind)
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)
+        listener.listen()
     except OSError as error:
+        listener.close()
         raise ValueError(f"--serve({address}) 占不了：{error.strerror}，请换一个端口，或检查主机名") from error
     return listener
 
@@ -85,12 +97,8 @@ def _is_int(low: float, high: float) -> Callable[[Any], bool]:
 
 
 def _is_number(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and low <= value <= high
-    )
+    # NaN 与无穷不在任何范围里；再大的整数也能比较，而不能变成 float
+    return lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
 
 
 def _is_stop(value: Any) -> bool:
@@ -180,13 +188,13 @@ def read_message(message: Any, place: str) -> tuple[str, str]:
     """一条消息 → (role, 文字)；content 是字符串，或 {"type": "text", "text": …} 的数组。"""
     if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
         raise Refused(400, f"{place} 应为 {{role, content}}", place)
-    unknown = [name for name in message if name not in ("role", "content", "name") and message[name] is not None]
-    if unknown:
-        raise Refused(400, f"{place} 不支持字段 {unknown[0][:64]}，只能是文字的 role 与 content", place)
+    refuse_other_fields(message, ("role", "content"), place)
     content = message["content"]
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
             raise Refused(400, f"{place}.content 只支持文字", place)
+        for index, part in enumerate(content):
+            refuse_other_fields(part, ("type", "text"), f"{place}.content[{index}]")
         texts = [part.get("text") for part in content]
     else:
         texts = [content]
@@ -200,6 +208,14 @@ def read_message(message: Any, place: str) -> tuple[str, str]:
     if message["role"] not in ("system", "user", "assistant"):
         raise Refused(400, f"{place}.role 应为 system、user、assistant", place)
     return message["role"], text
+
+
+def refuse_other_fields(given: dict[str, Any], known: tuple[str, ...], place: str) -> None:
+    """有别的、不是 null 的字段时抛 Refused。"""
+    for name, value in given.items():
+        if name not in known and value is not None:
+            name = name[:64]
+            raise Refused(400, f"{place} 不支持字段 {name}，请去掉；可用：{'、'.join(known)}", f"{place}.{name}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,8 +245,13 @@ class Service:
             raise Refused(404, f"没有模型 {request.model[:64]}，可用：{known}", "model", "model_not_found")
         adapter = self.names[request.model]
         checkpoint = self.predictor.base if adapter is None else self.predictor.adapters[adapter]
+        prompting = checkpoint.prompting
+        is_v1_chat = (prompting.prompt_format, prompting.family) == ("chat", "baichuan")
+        if is_v1_chat and request.messages[0][0] == "assistant":
+            # 提示里没有它的位置，encode_prompt 照官方的代码略去它
+            raise Refused(400, "Baichuan-13B-Chat（v1）的对话要以 user 开头，请去掉它之前的 assistant 消息", "messages")
         try:
-            prompt = encode_prompt(self.predictor.tokenizer, request.messages, **checkpoint.prompting._asdict())
+            prompt = encode_prompt(self.predictor.tokenizer, request.messages, **prompting._asdict())
         except ValueError as error:
             raise Refused(400, str(error), "messages") from error
         if not prompt:
@@ -252,7 +273,8 @@ class Service:
         loop, chunks = asyncio.get_running_loop(), asyncio.Queue()
 
         def send(chunk: Chunk) -> None:
-            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+            if not loop.is_closed():  # 没有等它做完就停下的服务
+                loop.call_soon_threadsafe(chunks.put_nowait, chunk)
 
         adapter = self.names[request.model]
         checkpoint = self.predictor.base if adapter is None else self.predictor.adapters[adapter]
@@ -304,7 +326,7 @@ def raise_failed(chunk: Chunk) -> None:
     """最后一段是错误时抛 Refused。"""
     if chunk.error is None:
         return
-    note(f"错误：生成失败：{type(chunk.error).__name__}: {chunk.error}")
+    note(f"错误：生成失败：\n{''.join(traceback.format_exception(chunk.error))}")
     if isinstance(chunk.error, torch.OutOfMemoryError):
         remedy = "请缩短对话、调小 max_tokens，或以更小的 --batch_size 重开服务"
         raise Refused(503, f"显存不够，{remedy}", code="out_of_memory")
@@ -443,8 +465,17 @@ def make_app(service: Service, api_key: str | None):
 
 
 def serve(predictor: Predictor, listener: socket.socket, api_key: str | None) -> None:
-    """服务到收到 SIGTERM 或 Ctrl-C：不再收新的连接，做完已收下的请求后返回。"""
+    """服务到收到 SIGTERM 或 Ctrl-C：不再收新的连接，至多再等 SHUTDOWN_SECONDS 秒，做完已收下的请求后返回。"""
     import uvicorn
+
+    class Server(uvicorn.Server):
+        """停下时数一数还没有答完的请求。"""
+
+        num_unanswered = 0
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            self.num_unanswered = len(self.server_state.tasks)
 
     service = Service(predictor)
     host, port = listener.getsockname()[:2]
@@ -459,16 +490,19 @@ def serve(predictor: Predictor, listener: socket.socket, api_key: str | None) ->
         server_header=False,
         timeout_keep_alive=75,
         limit_concurrency=2 * MAX_WAITING,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
     note(
         f"服务在 http://{f'[{host}]' if ':' in host else host}:{port}/v1，模型 {'、'.join(service.names)}；Ctrl-C 停下"
     )
     # uvicorn 收尾之后把信号再发一次，这里接住，进程正常退出
     previous = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    server = Server(config)
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
     finally:
         service.batcher.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    note("服务已停下，收下的请求都已做完")
+    left = server.num_unanswered
+    note(f"服务已停下，{f'有 {left} 个收下的请求没有做完' if left else '收下的请求都已做完'}")

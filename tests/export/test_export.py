@@ -317,7 +317,7 @@ def test_ptuning_is_refused(trained, tmp_path, arch, target):
 
 @pytest.mark.parametrize("arch", ["baichuan-13b", "baichuan2-13b"])
 def test_alibi_is_no_llama(tiny_checkpoint, tmp_path, arch):
-    with pytest.raises(ValueError, match=r"ALiBi 位置编码（13B）.*请改用 --to gguf.*--to baichuan"):
+    with pytest.raises(ValueError, match=r"ALiBi 位置编码（13B）.*请改用 --to gguf.*predict\.py --serve"):
         script.export(tiny_checkpoint(arch), "llama", tmp_path / "exported")
 
 
@@ -462,6 +462,7 @@ def test_gguf_file(gguf, trained, tmp_path, gguf_type, kind):
     source = trained("baichuan2-7b", "lora", layers=32, chat=True, **GGUF_SIZES)
     comparison = script.export(source, "gguf", tmp_path / "exported", gguf_type=gguf_type)
     assert comparison.relative_rms < 0.3
+    assert "认作角色" in (tmp_path / "exported" / "README.md").read_text(encoding="utf-8")
     assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
         "README.md", f"exported-{gguf_type}.gguf", "manifest.json",
     ]  # fmt: skip
@@ -503,7 +504,7 @@ def test_rows_are_paired_for_the_rotation():
     [
         ("baichuan2-7b", 4, r"rope、4 层.*只接受 32 层。可以改用 --to baichuan，或 --to llama"),
         ("baichuan2-7b", 40, r"rope、40 层.*只接受 32 层"),
-        ("baichuan-13b", 32, r"alibi、32 层.*只接受 40 层。可以改用 --to baichuan$"),
+        ("baichuan-13b", 32, r"alibi、32 层.*只接受 40 层。可以改用 predict\.py --serve"),
     ],
 )
 def test_layer_count_decides_the_positions(tiny_checkpoint, tmp_path, arch, layers, message):
@@ -629,7 +630,7 @@ def test_llama_cpp_chats_with_the_real_tokenizer(llama_cpp, tiny_checkpoint, sha
     }  # fmt: skip
     result = run_elsewhere(tmp_path, LLAMA_CPP_PROGRAM, job, llama_cpp)
     listed = [row["text"] for row, ids in zip(rows, result["ids"], strict=True) if ids != row["sp_ids"]]
-    # 只有含保留片段的不同：llama.cpp 里用户文本的保留片段按普通字符编码，同 encode_plain
+    # 只有含保留片段的不同：不解析特殊符号时 llama.cpp 把保留片段按普通字符编码，同 encode_plain
     assert listed == ["<reserved_106>你好<reserved_107>", "<reserved_102> 你好<reserved_103> 我是人工智能助理"]
     assert result["ids"] == [tokenizer.encode_plain(row["text"]) for row in rows]
     prompting = inspect_checkpoint(base).prompting._asdict()

@@ -24,7 +24,7 @@ from paths import ROOT
 from finetune.cli.predict_checks import prepare
 from finetune.cli.predict_flags import parse_args
 from finetune.inference import serve as module
-from finetune.inference.batcher import Job
+from finetune.inference.batcher import Batcher, Job, QueueFull
 from finetune.inference.generation import make_generation_config
 from finetune.inference.predictor import Predictor
 
@@ -83,8 +83,8 @@ def oracle(base, adapters):
 
 
 @contextmanager
-def running(*flags):
-    """真的 predict.py --serve 进程：(进程, 地址)。"""
+def running(*flags, output=None):
+    """真的 predict.py --serve 进程：(进程, 地址)；此后它写到标准错误的各行放进 output。"""
     command = [sys.executable, "predict.py", "--serve", "0", "--device", "cpu", "--precision", "fp32", *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
@@ -95,13 +95,16 @@ def running(*flags):
         else:
             pytest.fail(f"服务没有起来，退出码 {process.wait()}")
         # 之后的输出没有人读，管道写满会卡住
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        output = [] if output is None else output
+        reader = threading.Thread(target=lambda: output.extend(process.stderr), daemon=True)
+        reader.start()
         wait_until_up(match[0])
         yield process, match[0]
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait(timeout=300)
+        reader.join()
 
 
 def wait_until_up(address):
@@ -177,6 +180,45 @@ def test_the_prompt_format_follows_the_adapter(base, tmp_path):
             for name in ("plain", base.name)
         }
         assert prompts == {"plain": ids, base.name: [195, *ids, 196]}
+
+
+def test_the_stop_of_a_template(base, tmp_path):
+    """模板里有 stop 的检查点：回答到它之前为止，流式的也是，服务停得下来。"""
+    template = {"user": "问：{text}\n", "assistant": "答：{text}"}
+    path = tmp_path / "template.json"
+
+    def by_template(**more):
+        path.write_text(json.dumps({**template, **more}), encoding="utf-8")
+        predictor = make_predictor("--model_path", base, "--prompt_format", path)
+        return predictor.decode(by_predict(predictor, [("user", "你好")], 20)[1])
+
+    full = by_template()
+    stop = full[len(full) // 2 :][:2]
+    expected = by_template(stop=stop)
+    assert expected == full[: full.index(stop)]
+    body = {"model": base.name, "messages": as_messages([("user", "你好")]), "max_tokens": 20}
+    with running("--model_path", base, "--prompt_format", path) as (process, place):
+        choice = httpx.post(place + CHAT, json=body, timeout=60).json()["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
+        lines = httpx.post(place + CHAT, json={**body, "stream": True}, timeout=60).text.splitlines()
+        events = [json.loads(line.removeprefix("data: ")) for line in lines if line and line != "data: [DONE]"]
+        assert "".join(event["choices"][0]["delta"].get("content", "") for event in events) == expected
+        process.terminate()
+        assert process.wait(timeout=60) == 0
+
+
+def test_adapters_that_read_rows_differently_are_served_together(base, adapters, tmp_path):
+    paths = [shutil.copytree(path, tmp_path / path.name) for path in adapters]
+    for path, separator in zip(paths, ("", "\n"), strict=True):
+        (path / "run_config.json").write_text(json.dumps({"args": {"input_separator": separator}}))
+    with in_process("--model_path", base, "--adapter", *paths) as (client, _):
+        assert [model["id"] for model in client.get("/v1/models").json()["data"]] == [base.name, "spo", "cls"]
+
+
+def test_a_model_is_named_as_given(base, tmp_path):
+    (tmp_path / "baichuan2-13B").symlink_to(base)
+    with in_process("--model_path", tmp_path / "baichuan2-13B") as (_, service):
+        assert [*service.names] == ["baichuan2-13B"]
 
 
 def test_log_probabilities_are_the_models(base):
@@ -349,6 +391,30 @@ def valid_body(base):
     return {"model": base.name, "messages": as_messages([("user", "你好")]), "max_tokens": 3}
 
 
+NUMBERS = [
+    "max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "top_logprobs", "n",
+    "presence_penalty", "frequency_penalty",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("inf"), float("nan")])
+def test_max_completion_tokens_is_checked_as_max_tokens(client, base, value):
+    body = {**valid_body(base), "max_tokens": None, "max_completion_tokens": value}
+    response = client.post(CHAT, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    param = "messages" if value == 10**400 else "max_completion_tokens"  # 前者是整数，只是上下文放不下
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_the_first_generation_has_no_answer_before_the_first_question(tiny_checkpoint):
+    base = tiny_checkpoint("baichuan-13b", chat=True)
+    with in_process("--model_path", base) as (client, _):
+        question, answer = ("user", "你好"), ("assistant", "在")
+        for messages, status in (([answer, question], 400), ([question, answer, question], 200)):
+            response = client.post(CHAT, json={**valid_body(base), "messages": as_messages(messages)})
+            assert response.status_code == status
+            assert status == 200 or response.json()["error"]["param"] == "messages"
+
+
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
@@ -361,6 +427,12 @@ def valid_body(base):
         ({"messages": [{"role": "user", "content": "a\ud800"}]}, 400, "messages[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0]"),
         ({"messages": as_messages([("user", "a"), ("system", "b")])}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "a", "name": "b"}]}, 400, "messages[0].name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "cache": 1}]}]},
+            400,
+            "messages[0].content[0].cache",
+        ),
         ({"max_tokens": 4096}, 400, "messages"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_tokens": True}, 400, "max_tokens"),
@@ -377,6 +449,11 @@ def valid_body(base):
         ({"tools": [{}]}, 400, "tools"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"seed": 2**63}, 400, "seed"),
+        *(
+            ({name: value}, 400, "messages" if name.startswith("max_") and value == 10**400 else name)
+            for name in NUMBERS
+            for value in (10**400, -(10**400), float("inf"), float("nan"))
+        ),
     ],
 )
 def test_refusals_name_the_field(client, base, change, status, param):
@@ -462,13 +539,50 @@ def test_a_full_queue_is_429(client, base, monkeypatch):
     assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
 
 
-def test_a_failing_generation_is_told_and_the_next_is_served(client, base, monkeypatch):
+def test_only_those_still_waiting_fill_the_queue(base):
+    predictor = make_predictor("--model_path", base)
+    batcher = Batcher(predictor, batch_size=1, max_waiting=2)
+    found = queue.Queue()
+
+    def job(num_tokens=1):
+        return Job(None, predictor.encode((("user", "你好"),)), num_tokens, found.put)
+
+    try:
+        long = job(3000)
+        batcher.submit(long)
+        while batcher.counts()["running"] == 0:
+            time.sleep(0.01)
+        gone = [job(), job()]
+        for one in gone:
+            batcher.submit(one)
+        with pytest.raises(QueueFull):
+            batcher.submit(job())
+        gone[0].is_cancelled = True
+        assert batcher.counts() == {"waiting": 1, "running": 1}
+        gone[1].is_cancelled = True
+        last = job()
+        batcher.submit(last)
+        long.is_cancelled = True
+        assert found.get(timeout=60).finish_reason == "length"
+        assert (last.is_done, gone[0].is_done, gone[1].is_done) == (True, False, False)
+    finally:
+        batcher.close()
+
+
+def test_a_generation_that_returns_early_is_an_error(client, base, monkeypatch):
+    monkeypatch.setattr(client.service.predictor, "generate_batch", lambda *a, **k: [])
+    response = client.post(CHAT, json=valid_body(base))
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "generation_failed")
+
+
+def test_a_failing_generation_is_told_and_the_next_is_served(client, base, monkeypatch, capsys):
     body = valid_body(base)
     with monkeypatch.context() as patch:
         patch.setattr(client.service.predictor, "generate_batch", lambda *a, **k: 1 / 0)
         response = client.post(CHAT, json=body)
         assert (response.status_code, response.json()["error"]["code"]) == (500, "generation_failed")
         assert '"generation_failed"' in client.post(CHAT, json={**body, "stream": True}).text
+    assert "test_serve.py" in capsys.readouterr().err  # 出错的地方
     assert client.post(CHAT, json=body).status_code == 200
 
 
@@ -483,6 +597,7 @@ def test_a_failing_generation_is_told_and_the_next_is_served(client, base, monke
         (["--serve", "--stop", "a"], "--stop"),
         (["--serve", "127.0.0.1"], r"--serve\(127\.0\.0\.1\)"),
         (["--serve", "127.0.0.1:70000"], r"--serve\(127\.0\.0\.1:70000\)"),
+        (["--serve", "a..b:80"], r"--serve\(a\.\.b:80\) 的主机名"),
         (["--api_key", "a"], "--api_key"),
     ],
 )
@@ -496,6 +611,14 @@ def test_a_taken_port_is_an_error_before_loading(base):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"--serve\(127\.0\.0\.1:{port}\)"):
             prepare(parse_args(["--model_path", str(base), "--serve", f"127.0.0.1:{port}"]))
+
+
+def test_the_port_is_held_while_loading(base):
+    flags = ["--model_path", str(base), "--serve"]
+    with prepare(parse_args([*flags, "0"])).listener as held:
+        place = f"127.0.0.1:{held.getsockname()[1]}"
+        with pytest.raises(ValueError, match=re.escape(f"--serve({place})")):
+            prepare(parse_args([*flags, place]))
 
 
 def test_missing_libraries_name_the_install(base, monkeypatch):
@@ -525,6 +648,25 @@ def test_sigterm_finishes_what_is_running(base, oracle):
         assert process.wait(timeout=300) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{place}/health")
+
+
+def test_a_forced_exit_says_what_was_not_finished(base):
+    """第二次 Ctrl-C 不等：退出码 0，不说都做完了。"""
+    body = {"model": base.name, "messages": as_messages([("user", "你好")]), "max_tokens": 4000}
+    output = []
+    with running("--model_path", base, output=output) as (process, place), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, place + CHAT, json=body, timeout=60)
+        while not httpx.get(f"{place}/health").json()["running"]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(httpx.TransportError):  # 不再收新的连接：第一次已经生效
+            while True:
+                httpx.get(f"{place}/health", timeout=30)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 0
+        assert asked.exception() is not None or asked.result().status_code == 500
+    assert "1 个收下的请求没有做完" in output[-1]
+    assert not any("Exception in thread" in line for line in output)
 
 
 def test_a_client_that_leaves_frees_its_place(address, base):
