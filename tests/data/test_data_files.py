@@ -1,6 +1,7 @@
 """data/ 的六个文件：行数、格式、无重复、训练与测试不相交、标签正确，且能由生成脚本逐字节重现。"""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_generation_does_not_depend_on_hash_order():
         subprocess.run(
             [sys.executable, str(ROOT / "data" / "source" / "make.py"), "--check"],
             check=True,
-            env={"PYTHONHASHSEED": hash_seed},
+            env=os.environ | {"PYTHONHASHSEED": hash_seed},
             capture_output=True,
             timeout=60,
         )
