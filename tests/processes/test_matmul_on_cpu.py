@@ -24,7 +24,11 @@ def test_a_product_in_pieces_is_rounded_once(shape, is_transposed, monkeypatch):
 
 
 PROGRAM = """
+import warnings
 import torch
+from deepspeed.accelerator import get_accelerator
+get_accelerator()  # torch 2.10 上它载入时有自己的警告
+warnings.simplefilter("error")
 from finetune.process import matmul_on_cpu
 matmul_on_cpu.cpu_bf16_speedup = lambda: {speedup}
 assert bool(matmul_on_cpu.settle_products("bf16")) == bool(matmul_on_cpu.settle_products("bf16")) == {replaced}
@@ -52,5 +56,5 @@ for exact, rounded in zip(*grads.values()):
 def test_only_a_slow_cpu_replaces_the_products(speedup):
     replaced = speedup < 1
     program = PROGRAM.format(speedup=speedup, replaced=replaced, type="fp32" if replaced else None)
-    run = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "registered kernel" not in run.stderr, run.stderr
