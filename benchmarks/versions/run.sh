@@ -12,7 +12,7 @@ mkdir -p "$results"
 
 versions_of() {
     case $1 in
-        oldest) echo "torch==2.10.0 transformers==5.17.0 deepspeed==0.19.7" ;;
+        oldest) echo "torch==2.10.0 transformers==5.17.0 deepspeed==0.19.8" ;;
         newest) grep -E '^(torch|deepspeed)==' "$root/requirements.txt" | tr '\n' ' '
                 sed -n 's/^\(transformers==[0-9.]*\);.*>=.*/\1/p' "$root/requirements.txt" ;;
         *) echo "不认识 $1，可用 oldest、newest" >&2; exit 2 ;;
