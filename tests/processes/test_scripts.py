@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -115,6 +116,7 @@ def in_a_terminal(command: list[str], environment: dict[str, str], directory, mo
     """在真的伪终端里运行，到 moment 按一次 Ctrl-C → (退出码, 屏幕上的全部文字)。"""
     process, terminal = pty.fork()
     if process == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # 在后台运行的测试会继承「忽略」，终端里的 shell 不会
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 40, 100, 0, 0))  # 宽是 0 时不画进度条
         os.execvpe("bash", command, environment)
     screen, is_pressed = b"", False
