@@ -1,4 +1,4 @@
-"""由文字本身造的练习：回答逐字取自输入，写法很多种，抄写与填空因此由数据学会，初值与结构都不动。
+"""由文字本身造的练习：回答逐字取自输入，写法很多种，抄写、填空与认词语因此由数据学会，初值与结构都不动。
 
 一行练习是 instruction、input、output，或几轮的 messages；只训练回答（`--task pretrain` 读问答时就是这样），都不用任何
 任务的回答。
@@ -8,8 +8,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
+
+from benchmarks.comparison.phrases import BREAKS, Phrases
 
 Row = dict[str, Any]
 Made = tuple[str, str, str]  # instruction、input、output
@@ -18,6 +21,7 @@ Encode = Callable[[str], list[str]]
 MARKS = re.compile(r"[，。；：！？、,;:!?\s]+")
 BLANK = "____"
 NUMBERS = "一二三四五六七八九"
+SAME = "同上"
 
 
 def clauses_of(text: str) -> list[str]:
@@ -171,9 +175,76 @@ def between(text: str, rng: random.Random) -> Made | None:
     return "文本：", f"{text}\n在“{left}”与“{right}”之间的是：", text[place : place + size]
 
 
+# ---- 要认得词语的写法（phrases.py） ----
+
+
+def given_labels(rng: random.Random, phrases: Phrases) -> tuple[str, str]:
+    """(要写的标签，指令里列出的几个标签)；标签是随便取的词语。"""
+    names = rng.sample(phrases.words, rng.randint(1, 4))
+    return names[0], ", ".join(f'"{name}"' for name in rng.sample(names, len(names)))
+
+
+def words(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
+    """文本里的词语，一行一个，不重复。"""
+    found = dict.fromkeys(word for clause in phrases.by_clause(text) for word in clause)
+    form = rng.choice(("找出文本里的词语，一行一个。文本：", "列出下面这段话里的词语，之间用\\n分割。文本："))
+    return (form, text, "\n".join(found)) if found else None
+
+
+def pairs(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
+    """同一个分句里相邻的两个词语，写成「前_标签_后」。"""
+    found = dict.fromkeys(pair for clause in phrases.by_clause(text) for pair in pairwise(clause))
+    name, given = given_labels(rng, phrases)
+    form = rng.choice(
+        (
+            '找出同一个分句里相邻的词语，标签有{1}，写"{0}"，内部用"_"连接，一行一个。文本：',
+            '请你列出相邻的两个词语，中间写上{1}里的"{0}"，用"_"连接，之间用\\n分割。文本：',
+        )
+    )
+    return (form.format(name, given), text, joined(found, name)) if found else None
+
+
+def ends(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
+    """各分句的头一个与最后一个词语，写成「前_标签_后」。"""
+    found = dict.fromkeys((clause[0], clause[-1]) for clause in phrases.by_clause(text) if len(clause) > 1)
+    name = rng.choice(phrases.words)
+    form = f'写出各分句的头一个与最后一个词语，中间写"{name}"，用"_"连接。文本：'
+    return (form, text, joined(found, name)) if found else None
+
+
+def halves(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
+    """各分句在连得最松的一处断成两段，写成「前_标签_后」。"""
+    found = dict.fromkeys(filter(None, map(phrases.halves, BREAKS.split(text))))
+    name, given = given_labels(rng, phrases)
+    form = rng.choice(
+        (
+            '把各分句分成前后两部分，标签有{1}，写"{0}"，内部用"_"连接，一行一个。文本：',
+            '请你把每个分句断成两段，中间写上{1}里的"{0}"，用"_"连接，之间用\\n分割。文本：',
+        )
+    )
+    return (form.format(name, given), text, joined(found, name)) if found else None
+
+
+def following(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
+    """一个词语之后的下一个词语。"""
+    found = [word for clause in phrases.by_clause(text) for word in clause]
+    places = [place for place, word in enumerate(found[:-1]) if found.count(word) == 1]
+    if not places:
+        return None
+    place = rng.choice(places)
+    return "文本：", f"{text}\n“{found[place]}”之后的词语是：", found[place + 1]
+
+
+def joined(found: dict[tuple[str, str], None], name: str) -> str:
+    return "\n".join(f"{left}_{name}_{right}" for left, right in found)
+
+
 FORMS: dict[str, Callable[[str, random.Random], Made | None]] = {
     form.__name__: form
     for form in (copy, twice, repeat, after, fill, quote, split, find, cut, label, fields, nth, between)
+}
+PHRASE_FORMS: dict[str, Callable[[str, random.Random, Phrases], Made | None]] = {
+    form.__name__: form for form in (words, pairs, ends, halves, following)
 }
 
 
@@ -215,23 +286,28 @@ def drill_rows(
     encode: Encode | None = None,
     marked: float = 0.5,
     turns: int = 1,
+    questions: int = 1,
 ) -> list[Row]:
     """由 texts 造 count 行练习；同样的参数同样的行。
 
     Args:
         chars: 一个片段至少、至多几个字。
-        forms: 各种写法（FORMS 的名字）的份量；缺省都一样多。
+        forms: 各种写法（FORMS、PHRASE_FORMS 的名字）的份量；缺省 FORMS 的都一样多。
         scrambled: 打乱字序的份额。
         encode: 文字 → 分词器的片段；给出时练习的不是文字里的句子，而是随机拼的字串（drawn），chars 是片段数。
         marked: 输入末尾加换行的份额；不加时模型得自己看出输入到哪里为止，真的任务里就是这样。
         turns: 几个练习接成一段对话，各是一轮；短的练习一行一个时，一步里能学的字太少。
+        questions: 同一个片段接连问几种写法，各是一轮，后面的以「同上」代替片段：同样的 token 里回答占得多。
 
     Raises:
-        ValueError: 没有这么长的片段，或不认识的写法。
+        ValueError: 没有这么长的片段，或不认识的写法，或 questions 多于写法。
     """
     forms = forms or dict.fromkeys(FORMS, 1.0)
-    if unknown := [name for name in forms if name not in FORMS]:
-        raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{'、'.join(FORMS)}")
+    if unknown := [name for name in forms if name not in FORMS and name not in PHRASE_FORMS]:
+        known = "、".join((*FORMS, *PHRASE_FORMS))
+        raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{known}")
+    if questions > len(forms):
+        raise ValueError(f"drills 的 questions({questions}) 多于写法（{len(forms)} 种），请调小")
     rng = random.Random(seed)
     if encode is not None:  # 一行里的各轮一样长：隔多远去抄先由同一行里看出来，再学会由字去找
         sizes = [rng.randint(*chars) for _ in range(count)]
@@ -240,16 +316,35 @@ def drill_rows(
         pieces = pieces_of(texts, *chars)
     if not pieces:
         raise ValueError(f"drills 要 {chars[0]} 至 {chars[1]} 字的片段，文字里没有，请放宽 chars")
-    names, weights = list(forms), list(forms.values())
+    phrases = Phrases(texts) if any(name in PHRASE_FORMS for name in forms) else None
+    makers = {name: FORMS.get(name) or partial(PHRASE_FORMS[name], phrases=phrases) for name in forms}
 
-    def drill(number: int) -> Row:
+    def piece(number: int) -> str:
         text = pieces[number] if encode is not None else rng.choice(pieces)
-        if rng.random() < scrambled:
-            text = scramble(text, rng)
-        instruction, given, output = FORMS[rng.choices(names, weights)[0]](text, rng) or repeat(text, rng)
+        return scramble(text, rng) if rng.random() < scrambled else text
+
+    def draw(names: list[str]) -> str:
+        return rng.choices(names, [forms[name] for name in names])[0]
+
+    def row(instruction: str, given: str, output: str) -> Row:
         end = "\n" if rng.random() < marked and not given.endswith("\n") else ""
         return {"instruction": instruction, "input": given + end, "output": output}
 
+    def drill(number: int) -> Row:
+        text = piece(number)
+        return row(*(makers[draw(list(forms))](text, rng) or repeat(text, rng)))
+
+    def asked(number: int) -> Row:
+        text, left, rows = piece(number), list(forms), []
+        while left and len(rows) < questions:
+            left.remove(name := draw(left))
+            if (made := makers[name](text, rng)) is not None:
+                instruction, given, output = made
+                rows.append(row(instruction, given.replace(text, SAME) if rows else given, output))
+        return as_messages(rows or [row(*repeat(text, rng))])
+
+    if questions > 1:
+        return [asked(number) for number in range(count)]
     if turns == 1:
         return [drill(number) for number in range(count)]
     return [as_messages([drill(row * turns + turn) for turn in range(turns)]) for row in range(count)]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import random
 import re
@@ -18,7 +19,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from paths import ROOT
 
-from benchmarks.comparison import base, drills
+from benchmarks.comparison import base, drills, phrases
 from finetune.comparison import data as compare_data
 from finetune.comparison import fonts
 from finetune.comparison import plan as compare_plan
@@ -167,7 +168,10 @@ def drill_texts():
     return [json.loads(line)["input"] for line in (ROOT / "data" / "d2q_0.json").read_text("utf-8").splitlines()[:40]]
 
 
-@pytest.mark.parametrize("form", list(drills.FORMS))
+TRIPLES = ("cut", "label", "pairs", "ends", "halves")
+
+
+@pytest.mark.parametrize("form", [*drills.FORMS, *drills.PHRASE_FORMS])
 def test_drills_are_answered_with_words_of_their_input(form):
     options = {"chars": (12, 60), "forms": {form: 1}, "scrambled": 0.5}
     rows = drills.drill_rows(drill_texts(), 60, seed=1, **options)
@@ -175,12 +179,14 @@ def test_drills_are_answered_with_words_of_their_input(form):
     assert rows != drills.drill_rows(drill_texts(), 60, seed=2, **options)
     for row_ in rows:
         assert set(row_) == {"instruction", "input", "output"} and row_["output"]
+        if form in drills.PHRASE_FORMS and row_["output"] == row_["input"].removesuffix("\n"):  # 没有这样的词语时照抄
+            continue
         for line in row_["output"].split("\n"):
-            for part in line.split("_") if form in ("cut", "label") else [line]:
+            for part in line.split("_") if form in TRIPLES else [line]:
                 assert part in row_["instruction"] + row_["input"]
-            assert line.count("_") == (2 if form in ("cut", "label") else 0) or form in ("copy", "twice")
+            assert line.count("_") == (2 if form in TRIPLES else 0) or form in ("copy", "twice")
     ended = sum(row_["input"].endswith("\n") for row_ in rows)
-    assert ended == 60 or 15 <= ended <= 45 or form in ("after", "between", "quote", "fields")
+    assert ended == 60 or 15 <= ended <= 45 or form in ("after", "between", "quote", "fields", "following")
 
 
 def test_the_answers_of_drills_are_right():
@@ -195,6 +201,33 @@ def test_the_answers_of_drills_are_right():
         asked = given.split("\n")[1]
         assert text[text.index(re.search("“(.*?)”", asked)[1]) :].startswith(re.search("“(.*?)”", asked)[1] + answer)
     assert {answer for _, _, answer in found["nth"]} == set(drills.clauses_of(text))
+
+
+def test_phrases_are_what_stands_together_among_changing_neighbours():
+    neighbours = "甲乙丙丁戊己庚辛壬癸子丑寅卯"
+    texts = [f"{a}火花塞{b}，{b}油泵{a}，{neighbours}。" for a, b in zip(neighbours, reversed(neighbours), strict=True)]
+    found = phrases.Phrases(texts)
+    assert sorted(found.words) == ["油泵", "火花塞"]  # 「火花」后面总是「塞」
+    assert found.bond("油", "泵") == pytest.approx(math.log(14 * (14 * 23) / (14 * 14)))  # 一段 23 字
+    assert found.by_clause("火花塞与油泵，油，泵") == [["火花塞", "油泵"], [], []]
+    assert found.halves("甲油泵火花塞") == ("甲油泵", "火花塞")
+    assert found.halves("火花塞") is None
+    assert found.halves("") is None
+
+
+def test_questions_of_a_row_ask_about_one_text():
+    options = {"chars": (12, 60), "forms": {"repeat": 1, "split": 1, "pairs": 1, "halves": 1}, "questions": 3}
+    rows = drills.drill_rows(drill_texts(), 40, seed=1, **options)
+    assert rows == drills.drill_rows(drill_texts(), 40, seed=1, **options)
+    assert {len(row_["messages"]) for row_ in rows} <= {4, 6}
+    for row_ in rows:
+        asked, answers = row_["messages"][::2], row_["messages"][1::2]
+        assert "同上" not in asked[0]["content"] and all("同上" in message["content"] for message in asked[1:])
+        for message in answers:
+            for part in re.split("[_\n]", message["content"]):
+                assert part in "".join(message["content"] for message in asked)
+    with pytest.raises(ValueError, match=r"questions\(5\) 多于写法（4 种）"):
+        drills.drill_rows(drill_texts(), 1, seed=1, **{**options, "questions": 5})
 
 
 def test_random_strings_have_the_asked_number_of_pieces():
@@ -645,7 +678,7 @@ def test_the_committed_plan_is_whole():
         for entry in stage["drills"]:
             assert (
                 set(entry.get("texts", known)) <= known
-                and entry.get("forms", drills.FORMS).keys() <= drills.FORMS.keys()
+                and entry.get("forms", drills.FORMS).keys() <= drills.FORMS.keys() | drills.PHRASE_FORMS.keys()
             )
 
 
