@@ -35,9 +35,9 @@ def iter_checkpoints(output_dir: Path) -> Iterator[tuple[int, int, Path]]:
     yield from sorted(found, reverse=True)
 
 
-def checkpoints_below(path: Path) -> str:
-    """目录下面像检查点的几个，括号里的一句；没有时为空（中间检查点的目录、下载工具的缓存的上层）。"""
-    patterns = ("*/config.json", "snapshots/*/config.json", "*/snapshots/*/config.json")
+def checkpoints_below(path: Path, name: str = "config.json") -> str:
+    """目录下面有 name 的几个，括号里的一句；没有时为空（中间检查点的目录、下载工具的缓存的上层）。"""
+    patterns = (f"*/{name}", f"snapshots/*/{name}", f"*/snapshots/*/{name}")
     found = [str(file.parent) for pattern in patterns for file in sorted(path.glob(pattern))]
     return f"（它下面的 {'、'.join(found[:3])} 里有）" if found else ""
 

@@ -47,6 +47,7 @@ _UNUSED_IN_ROW = frozenset(
         *("images", "image", "videos", "video", "audios", "audio", "objects"),
     ]
 )
+_RENAMED = {"system_prompt": "system", "kto_tag": "label"}  # 这里的名字
 _UNUSED_IN_TURN = frozenset(
     [
         *("tools", "tool_calls", "function_call", "tool_call_id", "name", "images", "image", "audio"),
@@ -339,9 +340,12 @@ def _recognise(fields: dict[str, Any], draft: _Draft) -> tuple[Format, tuple[str
     for name in unused:
         if name in ("tools", "functions") and isinstance(fields[name], str) and fields[name].strip() in ("[]", "{}"):
             continue
-        what = f"true/false 是 KTO 的标注，--task {stage} 不用它" if name == "label" else "认识这个字段，但是用不上"
-        remedy = f"去掉它也无妨时加 --ignore_fields {name}，否则请删去这一行"
-        draft.fail(name, what, "请改名为 system" if name == "system_prompt" else remedy)
+        what, remedy = "认识这个字段，但是用不上", f"去掉它也无妨时加 --ignore_fields {name}，否则请删去这一行"
+        if name == "label":
+            what, remedy = f"true/false 是 KTO 的标注，--task {stage} 不用它", f"请用 --task kto；{remedy}"
+        elif name in _RENAMED:
+            remedy = f"请改名为 {_RENAMED[name]}"
+        draft.fail(name, what, remedy)
     for name in foreign:
         hint = ""
         if "history" in kind.fields:  # 一问一答的
@@ -696,17 +700,27 @@ def _preferred(field: str, value: Any, draft: _Draft) -> str:
     if isinstance(value, list) and len(value) == 1:
         [value] = value
     if isinstance(value, dict):
-        name = next((text for _, text in _TURN_SHAPES[:2] if text in value), None)
-        if name is None:
+        role_field, name = next((shape for shape in _TURN_SHAPES[:2] if shape[1] in value), ("", ""))
+        if not name:
             draft.fail(
                 field, f"缺少 content 或 value，已有的字段：{_names(value)}", "消息写成 role/content 或 from/value"
             )
             return ""
+        role = value.get(role_field, "assistant")
+        if type(role) is not str or _ROLES.get(role) != "assistant":
+            shown = repr(role)[:40] if isinstance(role, str) else _type_name(role)
+            draft.fail(
+                f"{field}.{role_field}",
+                f"应是模型的消息，实际是 {shown}",
+                "请改为 assistant（或 gpt），或换成模型的回答",
+            )
+            return ""
         field, value = f"{field}.{name}", value[name]
+    if value is None:
+        draft.fail(field, "没有这个字段或是 null", "请补上这个回答")
+        return ""
     if type(value) is not str:
-        draft.fail(
-            field, f"应为字符串，实际是{_type_name(value)}", '没有内容就写 ""' if value is None else _remedy_of(value)
-        )
+        draft.fail(field, f"应为字符串，实际是{_type_name(value)}", _remedy_of(value))
         return ""
     return draft.text(field, value)
 

@@ -455,3 +455,18 @@ def test_a_directory_above_the_checkpoint_is_answered_with_it(required, tiny_che
     assert f"{tmp_path / 'above'} 里没有 config.json" in problem and str(target) in problem
     with pytest.raises(ValueError, match=re.escape(str(target))):
         choose_checkpoint(tmp_path / "above")
+
+
+def test_an_adapter_and_a_whole_model_are_told_apart(required, tiny_checkpoint, tmp_path):
+    """适配器给成了基座，完整的模型给成了适配器，训练的输出目录给成了适配器：各说应当给在哪里。"""
+    adapter, whole = tmp_path / "run" / "epoch-1-step-4", tiny_checkpoint("baichuan2-7b")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
+    for given in (adapter, adapter.parent):
+        [problem] = problems_of(*required, "--model_name_or_path", given)
+        assert f"{given} 是适配器" in problem and "--adapter_path" in problem
+    assert str(adapter) in problem
+    [problem] = problems_of(*required, "--adapter_path", adapter.parent)
+    assert str(adapter) in problem
+    [problem] = problems_of(*required, "--adapter_path", whole)
+    assert "它是完整的模型，请用 --model_name_or_path" in problem

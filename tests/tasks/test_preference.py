@@ -90,6 +90,8 @@ def test_each_shape_of_a_pair(tmp_path, row, messages):
         ({"prompt": "问", "chosen": "好"}, "rejected"),
         ({"prompt": "问", "chosen": 3, "rejected": "坏"}, "chosen"),
         ({"prompt": "问", "chosen": {"role": "assistant"}, "rejected": "坏"}, "chosen"),
+        ({"prompt": "问", "chosen": {"role": "user", "content": "好"}, "rejected": "坏"}, r"chosen\.role: .*'user'"),
+        ({"prompt": "问", "chosen": "好", "rejected": [{"from": "human", "value": "坏"}]}, r"rejected\.from: .*human"),
         ({"prompt": "问", "response": "答", "chosen": "好", "rejected": "坏"}, "response"),
         ({"messages": [{"role": "assistant", "content": "问"}], "chosen": "好", "rejected": "坏"}, "messages"),
         (
@@ -104,6 +106,20 @@ def test_a_wrong_pair_is_told_by_its_field(tmp_path, row, place):
     path.write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(ValueError, match=rf"rows\.json:1: {place}"):
         read_samples(path, options=RowOptions(task="dpo"))
+
+
+@pytest.mark.parametrize(
+    ("stage", "row", "remedy"),
+    [
+        ("sft", {"prompt": "问", "response": "答", "label": True}, "请用 --task kto"),
+        ("kto", {"prompt": "问", "response": "答", "kto_tag": True, "label": True}, "kto_tag: .*请改名为 label"),
+    ],
+)
+def test_the_remedy_of_a_kto_label(tmp_path, stage, row, remedy):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(row), encoding="utf-8")
+    with pytest.raises(ValueError, match=remedy):
+        read_samples(path, options=RowOptions(task=stage))
 
 
 def test_a_pair_is_one_piece_with_a_shared_prompt(tmp_path, tiny_checkpoint):
