@@ -178,10 +178,19 @@ def between(text: str, rng: random.Random) -> Made | None:
 # ---- 要认得词语的写法（phrases.py） ----
 
 
-def given_labels(rng: random.Random, phrases: Phrases) -> tuple[str, str]:
-    """(要写的标签，指令里列出的几个标签)；标签是随便取的词语。"""
+def labelled(found: dict[tuple[str, str], None], name: str) -> str:
+    """各对写成「前_标签_后」，一行一个。"""
+    return "\n".join(f"{left}_{name}_{right}" for left, right in found)
+
+
+def among_labels(
+    found: dict[tuple[str, str], None], text: str, forms: Sequence[str], rng: random.Random, phrases: Phrases
+) -> Made | None:
+    """各对写成「前_标签_后」；forms 的 {0} 是要写的标签，{1} 是列出的几个，都是随便取的词语。"""
     names = rng.sample(phrases.words, rng.randint(1, 4))
-    return names[0], ", ".join(f'"{name}"' for name in rng.sample(names, len(names)))
+    given = ", ".join(f'"{name}"' for name in rng.sample(names, len(names)))
+    form = rng.choice(forms).format(names[0], given)
+    return (form, text, labelled(found, names[0])) if found else None
 
 
 def words(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
@@ -194,14 +203,11 @@ def words(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
 def pairs(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
     """同一个分句里相邻的两个词语，写成「前_标签_后」。"""
     found = dict.fromkeys(pair for clause in phrases.by_clause(text) for pair in pairwise(clause))
-    name, given = given_labels(rng, phrases)
-    form = rng.choice(
-        (
-            '找出同一个分句里相邻的词语，标签有{1}，写"{0}"，内部用"_"连接，一行一个。文本：',
-            '请你列出相邻的两个词语，中间写上{1}里的"{0}"，用"_"连接，之间用\\n分割。文本：',
-        )
+    forms = (
+        '找出同一个分句里相邻的词语，标签有{1}，写"{0}"，内部用"_"连接，一行一个。文本：',
+        '请你列出相邻的两个词语，中间写上{1}里的"{0}"，用"_"连接，之间用\\n分割。文本：',
     )
-    return (form.format(name, given), text, joined(found, name)) if found else None
+    return among_labels(found, text, forms, rng, phrases)
 
 
 def ends(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
@@ -209,20 +215,17 @@ def ends(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
     found = dict.fromkeys((clause[0], clause[-1]) for clause in phrases.by_clause(text) if len(clause) > 1)
     name = rng.choice(phrases.words)
     form = f'写出各分句的头一个与最后一个词语，中间写"{name}"，用"_"连接。文本：'
-    return (form, text, joined(found, name)) if found else None
+    return (form, text, labelled(found, name)) if found else None
 
 
 def halves(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
     """各分句在连得最松的一处断成两段，写成「前_标签_后」。"""
     found = dict.fromkeys(filter(None, map(phrases.halves, BREAKS.split(text))))
-    name, given = given_labels(rng, phrases)
-    form = rng.choice(
-        (
-            '把各分句分成前后两部分，标签有{1}，写"{0}"，内部用"_"连接，一行一个。文本：',
-            '请你把每个分句断成两段，中间写上{1}里的"{0}"，用"_"连接，之间用\\n分割。文本：',
-        )
+    forms = (
+        '把各分句分成前后两部分，标签有{1}，写"{0}"，内部用"_"连接，一行一个。文本：',
+        '请你把每个分句断成两段，中间写上{1}里的"{0}"，用"_"连接，之间用\\n分割。文本：',
     )
-    return (form.format(name, given), text, joined(found, name)) if found else None
+    return among_labels(found, text, forms, rng, phrases)
 
 
 def following(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
@@ -233,10 +236,6 @@ def following(text: str, rng: random.Random, phrases: Phrases) -> Made | None:
         return None
     place = rng.choice(places)
     return "文本：", f"{text}\n“{found[place]}”之后的词语是：", found[place + 1]
-
-
-def joined(found: dict[tuple[str, str], None], name: str) -> str:
-    return "\n".join(f"{left}_{name}_{right}" for left, right in found)
 
 
 FORMS: dict[str, Callable[[str, random.Random], Made | None]] = {
