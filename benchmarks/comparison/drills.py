@@ -22,6 +22,7 @@ MARKS = re.compile(r"[，。；：！？、,;:!?\s]+")
 BLANK = "____"
 NUMBERS = "一二三四五六七八九"
 SAME = "同上"
+MOST_LABELS = 4
 
 
 def clauses_of(text: str) -> list[str]:
@@ -187,7 +188,7 @@ def among_labels(
     found: dict[tuple[str, str], None], text: str, forms: Sequence[str], rng: random.Random, phrases: Phrases
 ) -> Made | None:
     """各对写成「前_标签_后」；forms 的 {0} 是要写的标签，{1} 是列出的几个，都是随便取的词语。"""
-    names = rng.sample(phrases.words, rng.randint(1, 4))
+    names = rng.sample(phrases.words, rng.randint(1, MOST_LABELS))
     given = ", ".join(f'"{name}"' for name in rng.sample(names, len(names)))
     form = rng.choice(forms).format(names[0], given)
     return (form, text, labelled(found, names[0])) if found else None
@@ -299,7 +300,7 @@ def drill_rows(
         questions: 同一个片段接连问几种写法，各是一轮，后面的以「同上」代替片段：同样的 token 里回答占得多。
 
     Raises:
-        ValueError: 没有这么长的片段，或不认识的写法，或 questions 多于写法。
+        ValueError: 没有这么长的片段，或不认识的写法；questions 多于写法，或与 turns 同用；文字太少，认不出词语。
     """
     forms = forms or dict.fromkeys(FORMS, 1.0)
     if unknown := [name for name in forms if name not in FORMS and name not in PHRASE_FORMS]:
@@ -307,6 +308,8 @@ def drill_rows(
         raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{known}")
     if questions > len(forms):
         raise ValueError(f"drills 的 questions({questions}) 多于写法（{len(forms)} 种），请调小")
+    if questions > 1 and turns > 1:
+        raise ValueError(f"drills 的 questions({questions}) 与 turns({turns}) 不能同用，请去掉一个")
     rng = random.Random(seed)
     if encode is not None:  # 一行里的各轮一样长：隔多远去抄先由同一行里看出来，再学会由字去找
         sizes = [rng.randint(*chars) for _ in range(count)]
@@ -316,6 +319,8 @@ def drill_rows(
     if not pieces:
         raise ValueError(f"drills 要 {chars[0]} 至 {chars[1]} 字的片段，文字里没有，请放宽 chars")
     phrases = Phrases(texts) if any(name in PHRASE_FORMS for name in forms) else None
+    if phrases is not None and len(phrases.words) < MOST_LABELS:
+        raise ValueError(f"文字里只认出 {len(phrases.words)} 个词语，认词语的写法至少要 {MOST_LABELS} 个，请多给些文字")
     makers = {name: FORMS.get(name) or partial(PHRASE_FORMS[name], phrases=phrases) for name in forms}
 
     def piece(number: int) -> str:

@@ -25,13 +25,12 @@ def check_config_file(path: Path) -> None:
         ValueError: 目录或 config.json 不在，不是 baichuan，或内容损坏。
     """
     if not (path / "config.json").is_file():
-        adapters = checkpoints_below(path, ADAPTER_CONFIG)
-        if adapters or (path / ADAPTER_CONFIG).is_file():
+        below, adapters = checkpoints_below(path), checkpoints_below(path, ADAPTER_CONFIG)
+        if not below and (adapters or (path / ADAPTER_CONFIG).is_file()):
             raise ValueError(
-                f"--model_name_or_path {path} 是适配器{adapters}，不是完整的模型："
+                f"--model_name_or_path {path} 里是适配器{adapters}，不是完整的模型："
                 "请用 --adapter_path 给出它，--model_name_or_path 给出它的基座；或先合并"
             )
-        below = checkpoints_below(path)
         raise ValueError(f"--model_name_or_path {path} 里没有 config.json{below}，请给出 Baichuan 检查点的本地目录")
     content = read_json(path / "config.json")
     kind = content.get("model_type", "baichuan") if isinstance(content, dict) else "baichuan"

@@ -42,6 +42,15 @@ def checkpoints_below(path: Path, name: str = "config.json") -> str:
     return f"（它下面的 {'、'.join(found[:3])} 里有）" if found else ""
 
 
+def adapter_problem(flag: str, path: Path, whole_flag: str) -> str | None:
+    """flag 给出的 path 不是适配器时说缺什么、该给什么，whole_flag 是完整的模型该用的参数；是适配器时 None。"""
+    if (path / ADAPTER_CONFIG).is_file():
+        return None
+    below = checkpoints_below(path, ADAPTER_CONFIG)
+    whole = f"；它是完整的模型，请用 {whole_flag}" if (path / "config.json").is_file() else ""
+    return f"{flag} {path} 里没有 {ADAPTER_CONFIG}{below}，请给出 lora 或 ptuning 的检查点目录{whole}"
+
+
 def check_directory(path: Path) -> None:
     """检查点必须是目录，且有 config.json 或适配器配置；否则抛 ValueError，说明应该给什么。"""
     if not path.is_dir():

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.checkpoint.options import quantization_problems, skip_bitsandbytes
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, choose_checkpoint
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, RUN_CONFIG, adapter_problem, choose_checkpoint
 from finetune.cli.predict_flags import CheckpointOptions, PredictOptions, parse_args
 from finetune.data.prompting import max_prompt_tokens
 from finetune.data.rows import check_file
@@ -209,8 +209,8 @@ def inspect_adapters(args: PredictOptions) -> "dict[str, Checkpoint]":
 
     adapters = {}
     for name, path in zip(short_names(map(Path, args.adapter)), args.adapter, strict=True):
-        if not (Path(path) / ADAPTER_CONFIG).is_file():
-            raise ValueError(f"--adapter {path} 里没有 {ADAPTER_CONFIG}，请给出 lora 或 ptuning 的检查点目录")
+        if problem := adapter_problem("--adapter", Path(path), "--model_path"):
+            raise ValueError(problem)
         checkpoint = inspect_checkpoint(path, args.model_path, args.prompt_format, any_base=True)
         if checkpoint.added is not None:
             raise ValueError(

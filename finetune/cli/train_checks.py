@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from finetune.checkpoint.config_check import check_config_file
 from finetune.checkpoint.options import quantization_problems, read_words, skip_bitsandbytes
-from finetune.checkpoint.output_dir import ADAPTER_CONFIG, CHECKPOINT_NAME, checkpoints_below
+from finetune.checkpoint.output_dir import ADAPTER_CONFIG, CHECKPOINT_NAME, adapter_problem
 from finetune.cli.train_flags import TrainOptions, parse_args
 from finetune.data.mixture import parse_sources
 from finetune.data.plain_text import read_texts
@@ -210,11 +210,9 @@ def precision_problems(args: TrainOptions) -> list[str]:
 def file_problems(args: TrainOptions) -> list[str]:
     """目录给错了。"""
     problems = []
-    if args.adapter_path is not None and not (Path(args.adapter_path) / ADAPTER_CONFIG).is_file():
-        below = checkpoints_below(Path(args.adapter_path), ADAPTER_CONFIG)
-        is_whole = (Path(args.adapter_path) / "config.json").is_file()
-        remedy = "它是完整的模型，请用 --model_name_or_path" if is_whole else "请给出 lora 或 ptuning 的检查点目录"
-        problems.append(f"--adapter_path {args.adapter_path} 里没有 {ADAPTER_CONFIG}{below}，{remedy}")
+    if args.adapter_path is not None:
+        problem = adapter_problem("--adapter_path", Path(args.adapter_path), "--model_name_or_path")
+        problems += [problem] if problem else []
     output_dir = Path(args.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         problems.append(f"--output_dir {output_dir} 是一个文件，请给出目录")

@@ -228,6 +228,10 @@ def test_questions_of_a_row_ask_about_one_text():
                 assert part in "".join(message["content"] for message in asked)
     with pytest.raises(ValueError, match=r"questions\(5\) 多于写法（4 种）"):
         drills.drill_rows(drill_texts(), 1, seed=1, **{**options, "questions": 5})
+    with pytest.raises(ValueError, match=r"questions\(3\) 与 turns\(2\)"):
+        drills.drill_rows(drill_texts(), 1, seed=1, **options, turns=2)
+    with pytest.raises(ValueError, match="只认出 0 个词语"):
+        drills.drill_rows(["这一段文字里没有常见的词语。"], 1, seed=1, chars=(1, 60), forms={"words": 1})
 
 
 def test_random_strings_have_the_asked_number_of_pieces():

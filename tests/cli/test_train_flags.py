@@ -464,9 +464,12 @@ def test_an_adapter_and_a_whole_model_are_told_apart(required, tiny_checkpoint, 
     (adapter / "adapter_config.json").write_text("{}", encoding="utf-8")
     for given in (adapter, adapter.parent):
         [problem] = problems_of(*required, "--model_name_or_path", given)
-        assert f"{given} 是适配器" in problem and "--adapter_path" in problem
+        assert f"{given} 里是适配器" in problem and "--adapter_path" in problem
     assert str(adapter) in problem
     [problem] = problems_of(*required, "--adapter_path", adapter.parent)
     assert str(adapter) in problem
     [problem] = problems_of(*required, "--adapter_path", whole)
     assert "它是完整的模型，请用 --model_name_or_path" in problem
+    shutil.copytree(whole, tmp_path / "run" / "base")  # 下面既有适配器又有完整的模型：指到完整的模型
+    [problem] = problems_of(*required, "--model_name_or_path", tmp_path / "run")
+    assert str(tmp_path / "run" / "base") in problem and "里是适配器" not in problem
