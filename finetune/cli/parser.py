@@ -46,8 +46,14 @@ class Parser(argparse.ArgumentParser):
         description: str,
         groups: dict[str, tuple[type, ...]],
         other_names: dict[str, str] | None = None,
+        settled: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
     ):
-        """groups：帮助里的标题 → 其下的各组参数；other_names：别的工具的名字 → 这里怎样写，见 other_names.py。"""
+        """
+        Args:
+            groups: 帮助里的标题 → 其下的各组参数。
+            other_names: 别的工具的名字 → 这里怎样写，见 other_names.py。
+            settled: 写出的参数 → 随它们而定的缺省（如学习率随方法）。
+        """
         super().__init__(
             prog=prog,
             description=description,
@@ -56,7 +62,7 @@ class Parser(argparse.ArgumentParser):
             exit_on_error=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.other_names = other_names or {}
+        self.other_names, self.settled = other_names or {}, settled
         self.fields = {field.name: field for classes in groups.values() for one in classes for field in flags_of(one)}
         for title, classes in groups.items():
             section = self.add_argument_group(title)
@@ -67,7 +73,8 @@ class Parser(argparse.ArgumentParser):
     def read(self, argv: Sequence[str] | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:
         """命令行（与 --config 的文件）→ (写出的参数, 其中算作明确写出的名字)；有错时一行一个地列出，退出码 2。
 
-        命令行胜过文件。训练留下的 run_config.json 记着全部参数，其中等于缺省的不算明确写出。
+        命令行胜过文件。训练留下的 run_config.json 记着全部参数，其中等于缺省的不算明确写出；
+        命令行换了方法或阶段时，随它们而定的缺省重新定。
         """
         argv = list(sys.argv[1:] if argv is None else argv)
         found, problems, missing = self._parse(argv)
@@ -81,6 +88,10 @@ class Parser(argparse.ArgumentParser):
             in_file, in_file_problems, missing_in_file = self._parse(words)
             problems += [f"{found['config']}：{problem}" for problem in in_file_problems]
             missing = [name for name in missing if name in missing_in_file]
+            if is_record and not problems and not in_file_problems:
+                before, after = self.settled(in_file), self.settled({**in_file, **found})
+                stale = [n for n, value in before.items() if in_file.get(n) == value != after.get(n)]
+                in_file = {name: value for name, value in in_file.items() if name not in stale}
             given |= {n for n, value in in_file.items() if not is_record or value != self.fields[n].default}
             found = {**in_file, **found}
         said = "\n".join(problems)

@@ -131,7 +131,10 @@ def early_problems(args: TrainOptions) -> list[str]:
         *precision_problems(args),
     ]
     if args.max_src_len >= args.max_len:
-        problems.append(f"--max_src_len({args.max_src_len}) 必须小于 --max_len({args.max_len})，请调小前者")
+        length, remedy = f"{args.max_src_len}", "请调小前者"
+        if "max_src_len" not in args.given:
+            length, remedy = f"缺省 {length}", f"请写上小些的，如 --max_src_len {max(1, args.max_len * 3 // 4)}"
+        problems.append(f"--max_src_len({length}) 必须小于 --max_len({args.max_len})，{remedy}")
     first_path = args.train_path if isinstance(args.train_path, str) else args.train_path[0]
     if Path(args.model_name_or_path).is_file() and Path(first_path).is_dir():
         swapped = f"--train_path {first_path} 是目录，--model_name_or_path {args.model_name_or_path} 是文件"

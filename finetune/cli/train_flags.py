@@ -60,7 +60,16 @@ class TrainOptions(*reversed([options for group in GROUPS.values() for options i
 
 def build_parser() -> Parser:
     """train.py 的解析器；结果里只有命令行写出的参数。"""
-    return Parser("train.py", "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）", GROUPS, TRAIN_NAMES)
+    description = "用 DeepSpeed 微调 Baichuan 与 Baichuan2（7B、13B）"
+    return Parser("train.py", description, GROUPS, TRAIN_NAMES, settled_defaults)
+
+
+def settled_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """参数 → 随方法与阶段而定的缺省。"""
+    train_type = values.get("train_type", TrainOptions.train_type)
+    method = TRAIN_METHODS[TRAIN_TYPE_ALIASES.get(train_type, train_type)]
+    task = TASKS[values.get("task", TrainOptions.task)]
+    return {"learning_rate": method.learning_rate * task.learning_rate_scale, **task.defaults}
 
 
 def describe_flags(options: TrainOptions) -> str:
@@ -96,10 +105,7 @@ def parse_args(argv: list[str] | None = None) -> TrainOptions:
     if len(options.train_path) == 1:
         [options.train_path] = options.train_path
     options.train_type = TRAIN_TYPE_ALIASES.get(options.train_type, options.train_type)
-    task = TASKS[options.task]
-    if options.learning_rate is None:
-        options.learning_rate = TRAIN_METHODS[options.train_type].learning_rate * task.learning_rate_scale
-    for name, value in task.defaults.items():
+    for name, value in settled_defaults(found).items():
         if name not in options.given:
             setattr(options, name, value)
     if options.replay_path is not None and "replay_by" not in options.given:

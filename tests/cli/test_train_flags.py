@@ -301,6 +301,12 @@ def test_max_src_len_must_be_smaller(required, max_len, max_src_len):
     ]
 
 
+def test_the_default_max_src_len_is_named_as_such(required):
+    assert problems_of(*required, "--max_len", 512) == [
+        "--max_src_len(缺省 768) 必须小于 --max_len(512)，请写上小些的，如 --max_src_len 384"
+    ]
+
+
 def write_ds(path, **changes) -> str:
     """项目自己的 DeepSpeed 配置，改掉几处。"""
     config = json.loads((ROOT / "ds_zero2_no_offload.json").read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
@@ -177,6 +178,27 @@ def test_a_run_record_repeats_the_run(tmp_path):
     changed = {"seed": 7, "precision": "fp32", "num_threads": 3, "resume": "no", "given": 0}
     assert vars(again) | {"given": 0} == vars(first) | changed | {"config": str(tmp_path / "run_config.json")}
     assert "lora_dim" in again.given and "lora_dropout" not in again.given  # 等于缺省的不算写出
+
+
+def test_a_run_record_with_another_stage_or_method_takes_their_defaults(tmp_path):
+    record = str(tmp_path / "run_config.json")
+
+    def kept(*flags):
+        args = train_checks.parse_args([*shlex.split(TRAIN), *flags])
+        values = {name: value for name, value in vars(args).items() if name != "given"}
+        Path(record).write_text(json.dumps({"args": values}), encoding="utf-8")
+
+    def again(*flags):
+        args = train_checks.parse_args(["--config", record, *flags])
+        return args.task, args.train_type, args.learning_rate, args.beta, args.eval_metric, args.lora_dropout
+
+    kept("--task", "dpo")
+    assert again() == ("dpo", "lora", 1e-5, 0.1, "loss", 0.0)
+    assert again("--task", "simpo")[2:] == (1e-5, 2.0, "loss", 0.0)
+    assert again("--task", "sft") == ("sft", "lora", 2e-4, None, "nll", 0.1)
+    assert again("--train_type", "full")[2] == pytest.approx(5e-7)
+    kept("--task", "dpo", "--beta", "0.3", "--learning_rate", "7e-6")
+    assert again("--task", "simpo")[2:4] == (7e-6, 0.3)  # 写明过的照用
 
 
 def test_mistakes_in_a_file_name_the_file(tmp_path, capsys):
