@@ -73,16 +73,15 @@ def build_untrained(model: dict[str, Any], files: list[Path], output_dir: Path):
 def stage_files(
     stage: dict[str, Any], sources: dict[str, Path], directory: Path, seed: int, encode: Encode
 ) -> list[str]:
-    """一段的 --train_path：写明份量的文字，与练习写成的文件；encode：文字 → 片段，random_strings 的练习要用。"""
+    """一段的 --train_path：写明份量的文字，与练习写成的文件；encode：文字 → 片段。"""
     directory.mkdir(parents=True, exist_ok=True)
     files = [f"{sources[name]}*{share:g}" for name, share in stage.get("texts", {}).items()]
     for number, drills in enumerate(stage.get("drills", [])):
         options = {**drills}
         names = options.pop("texts", list(sources))
-        options["encode"] = encode if options.pop("random_strings", False) else None
         lines = [line for name in names for line in sources[name].read_text(encoding="utf-8").splitlines()]
         path = directory / f"drills-{number}.json"
-        write_rows(path, drill_rows(lines, options.pop("count"), seed, **options))
+        write_rows(path, drill_rows(lines, options.pop("count"), seed, encode=encode, **options))
         files.append(str(path))
     return files
 

@@ -22,6 +22,7 @@ MARKS = re.compile(r"[，。；：！？、,;:!?\s]+")
 BLANK = "____"
 NUMBERS = "一二三四五六七八九"
 SAME = "同上"
+NAMES = ("部分", "关系", "属性", "原因", "结果", "用途", "时间", "地点", "性质", "数量", "方法", "来源", "对象", "条件")
 MOST_LABELS = 4
 
 
@@ -176,6 +177,33 @@ def between(text: str, rng: random.Random) -> Made | None:
     return "文本：", f"{text}\n在“{left}”与“{right}”之间的是：", text[place : place + size]
 
 
+# ---- 断开之后接着抄：要认得分词器的片段 ----
+
+
+def breaks_of(text: str, encode: Encode) -> list[int]:
+    """在这些地方断开，两边的片段与整个的相同。"""
+    whole = encode(text)
+    return [place for place in range(1, len(text)) if encode(text[:place]) + encode(text[place:]) == whole]
+
+
+def joined(text: str, rng: random.Random, encode: Encode) -> Made | None:
+    """在一处断开，写成「前_后」：隔一个记号，接着刚才抄到的地方。"""
+    places = breaks_of(text, encode)
+    if not places:
+        return None
+    place = rng.choice(places)
+    return "断开：", text, f"{text[:place]}_{text[place:]}"
+
+
+def linked(text: str, rng: random.Random, encode: Encode) -> Made | None:
+    """在一处断开，中间写上指令给的标签，写成「前_标签_后」：隔几个片段，接着刚才抄到的地方。"""
+    places = breaks_of(text, encode)
+    if not places:
+        return None
+    place, name = rng.choice(places), rng.choice(NAMES)
+    return f"{name}：", text, f"{text[:place]}_{name}_{text[place:]}"
+
+
 # ---- 要认得词语的写法（phrases.py） ----
 
 
@@ -243,9 +271,12 @@ FORMS: dict[str, Callable[[str, random.Random], Made | None]] = {
     form.__name__: form
     for form in (copy, twice, repeat, after, fill, quote, split, find, cut, label, fields, nth, between)
 }
+ENCODED_FORMS: dict[str, Callable[[str, random.Random, Encode], Made | None]] = {"joined": joined, "linked": linked}
 PHRASE_FORMS: dict[str, Callable[[str, random.Random, Phrases], Made | None]] = {
     form.__name__: form for form in (words, pairs, ends, halves, following)
 }
+
+ALL_FORMS = (*FORMS, *ENCODED_FORMS, *PHRASE_FORMS)
 
 
 def scramble(text: str, rng: random.Random) -> str:
@@ -283,7 +314,8 @@ def drill_rows(
     chars: tuple[int, int],
     forms: dict[str, float] | None = None,
     scrambled: float = 0.0,
-    encode: Encode | None = None,
+    encode: Encode = list,
+    random_strings: bool = False,
     marked: float = 0.5,
     turns: int = 1,
     questions: int = 1,
@@ -292,9 +324,10 @@ def drill_rows(
 
     Args:
         chars: 一个片段至少、至多几个字。
-        forms: 各种写法（FORMS、PHRASE_FORMS 的名字）的份量；缺省 FORMS 的都一样多。
+        forms: 各种写法（FORMS、ENCODED_FORMS、PHRASE_FORMS 的名字）的份量；缺省 FORMS 的都一样多。
         scrambled: 打乱字序的份额。
-        encode: 文字 → 分词器的片段；给出时练习的不是文字里的句子，而是随机拼的字串（drawn），chars 是片段数。
+        encode: 文字 → 分词器的片段；random_strings 与 ENCODED_FORMS 要用。
+        random_strings: 练习的不是文字里的句子，而是随机拼的字串（drawn），chars 是片段数。
         marked: 输入末尾加换行的份额；不加时模型得自己看出输入到哪里为止，真的任务里就是这样。
         turns: 几个练习接成一段对话，各是一轮；短的练习一行一个时，一步里能学的字太少。
         questions: 同一个片段接连问几种写法，各是一轮，后面的以「同上」代替片段：同样的 token 里回答占得多。
@@ -303,15 +336,14 @@ def drill_rows(
         ValueError: 没有这么长的片段，或不认识的写法；questions 多于写法，或与 turns 同用；文字太少，认不出词语。
     """
     forms = forms or dict.fromkeys(FORMS, 1.0)
-    if unknown := [name for name in forms if name not in FORMS and name not in PHRASE_FORMS]:
-        known = "、".join((*FORMS, *PHRASE_FORMS))
-        raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{known}")
+    if unknown := [name for name in forms if name not in ALL_FORMS]:
+        raise ValueError(f"drills 的 forms 里的 {'、'.join(unknown)} 不认识，可选：{'、'.join(ALL_FORMS)}")
     if questions > len(forms):
         raise ValueError(f"drills 的 questions({questions}) 多于写法（{len(forms)} 种），请调小")
     if questions > 1 and turns > 1:
         raise ValueError(f"drills 的 questions({questions}) 与 turns({turns}) 不能同用，请去掉一个")
     rng = random.Random(seed)
-    if encode is not None:  # 一行里的各轮一样长：隔多远去抄先由同一行里看出来，再学会由字去找
+    if random_strings:  # 一行里的各轮一样长：隔多远去抄先由同一行里看出来，再学会由字去找
         sizes = [rng.randint(*chars) for _ in range(count)]
         pieces = drawn(texts, [size for size in sizes for _ in range(turns)], encode, rng)
     else:
@@ -321,10 +353,12 @@ def drill_rows(
     phrases = Phrases(texts) if any(name in PHRASE_FORMS for name in forms) else None
     if phrases is not None and len(phrases.words) < MOST_LABELS:
         raise ValueError(f"文字里只认出 {len(phrases.words)} 个词语，认词语的写法至少要 {MOST_LABELS} 个，请多给些文字")
-    makers = {name: FORMS.get(name) or partial(PHRASE_FORMS[name], phrases=phrases) for name in forms}
+    makers = {name: FORMS[name] for name in forms if name in FORMS}
+    makers |= {name: partial(ENCODED_FORMS[name], encode=encode) for name in forms if name in ENCODED_FORMS}
+    makers |= {name: partial(PHRASE_FORMS[name], phrases=phrases) for name in forms if name in PHRASE_FORMS}
 
     def piece(number: int) -> str:
-        text = pieces[number] if encode is not None else rng.choice(pieces)
+        text = pieces[number] if random_strings else rng.choice(pieces)
         return scramble(text, rng) if rng.random() < scrambled else text
 
     def draw(names: list[str]) -> str:

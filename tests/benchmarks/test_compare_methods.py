@@ -168,10 +168,10 @@ def drill_texts():
     return [json.loads(line)["input"] for line in (ROOT / "data" / "d2q_0.json").read_text("utf-8").splitlines()[:40]]
 
 
-TRIPLES = ("cut", "label", "pairs", "ends", "halves")
+TRIPLES = ("cut", "label", "pairs", "ends", "halves", "linked")
 
 
-@pytest.mark.parametrize("form", [*drills.FORMS, *drills.PHRASE_FORMS])
+@pytest.mark.parametrize("form", drills.ALL_FORMS)
 def test_drills_are_answered_with_words_of_their_input(form):
     options = {"chars": (12, 60), "forms": {form: 1}, "scrambled": 0.5}
     rows = drills.drill_rows(drill_texts(), 60, seed=1, **options)
@@ -182,9 +182,9 @@ def test_drills_are_answered_with_words_of_their_input(form):
         if form in drills.PHRASE_FORMS and row_["output"] == row_["input"].removesuffix("\n"):  # 没有这样的词语时照抄
             continue
         for line in row_["output"].split("\n"):
-            for part in line.split("_") if form in TRIPLES else [line]:
+            for part in line.split("_") if form in (*TRIPLES, "joined") else [line]:
                 assert part in row_["instruction"] + row_["input"]
-            assert line.count("_") == (2 if form in TRIPLES else 0) or form in ("copy", "twice")
+            assert line.count("_") == (2 if form in TRIPLES else 1 if form == "joined" else 0)
     ended = sum(row_["input"].endswith("\n") for row_ in rows)
     assert ended == 60 or 15 <= ended <= 45 or form in ("after", "between", "quote", "fields", "following")
 
@@ -241,7 +241,9 @@ def test_random_strings_have_the_asked_number_of_pieces():
         return re.findall("发动机|水温|.", text)
 
     texts = ["发动机水温高，", "的的的的动"]
-    rows = drills.drill_rows(texts, 300, seed=3, chars=(1, 4), encode=encode, forms={"copy": 1}, marked=1.0)
+    rows = drills.drill_rows(
+        texts, 300, seed=3, chars=(1, 4), encode=encode, random_strings=True, forms={"copy": 1}, marked=1.0
+    )
     assert all(row_["instruction"] == "" and row_["input"] == row_["output"] + "\n" for row_ in rows)
     assert Counter(len(encode(row_["output"])) for row_ in rows).keys() == {1, 2, 3, 4}
     counts = Counter(piece for row_ in rows for piece in encode(row_["output"]))
@@ -253,8 +255,23 @@ def test_random_strings_have_the_asked_number_of_pieces():
         drills.drill_rows(drill_texts(), 1, seed=1, chars=(900, 999))
 
 
+def test_broken_strings_go_on_where_they_broke_off():
+    def encode(text):
+        return re.findall("发动机|水温|.", text)
+
+    options = {"chars": (1, 5), "random_strings": True, "encode": encode, "forms": {"joined": 1, "linked": 1}}
+    rows = drills.drill_rows(["发动机水温高，", "的的的的动"], 200, seed=3, **options)
+    for row_ in rows:
+        before, *name, after = row_["output"].split("_") if "_" in row_["output"] else (row_["output"], "")
+        given = row_["input"].removesuffix("\n")
+        assert before + after == given and encode(before) + encode(after) == encode(given)
+        assert row_["instruction"] == f"{name[0]}：" if name else True
+        assert after or len(encode(given)) == 1  # 一个片段断不开，照抄
+    assert {row_["output"].count("_") for row_ in rows} == {0, 1, 2}
+
+
 def test_turns_of_a_row_are_equally_long():
-    options = {"chars": (1, 9), "encode": list, "forms": {"twice": 1}, "marked": 1.0, "turns": 3}
+    options = {"chars": (1, 9), "random_strings": True, "forms": {"twice": 1}, "marked": 1.0, "turns": 3}
     rows = drills.drill_rows(drill_texts(), 50, seed=1, **options)
     for row_ in rows:
         assert [message["role"] for message in row_["messages"]] == ["user", "assistant"] * 3
@@ -680,10 +697,7 @@ def test_the_committed_plan_is_whole():
     for stage in plan["base"]["stages"]:
         assert stage.get("texts", {}).keys() <= known
         for entry in stage["drills"]:
-            assert (
-                set(entry.get("texts", known)) <= known
-                and entry.get("forms", drills.FORMS).keys() <= drills.FORMS.keys() | drills.PHRASE_FORMS.keys()
-            )
+            assert set(entry.get("texts", known)) <= known and set(entry.get("forms", ())) <= set(drills.ALL_FORMS)
 
 
 def test_the_committed_results_give_the_committed_report():
