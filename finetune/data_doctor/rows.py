@@ -76,7 +76,8 @@ def examine_rows(
         findings += _field_findings(fields, sample, answer, is_plain)
         whole = Sample((*prompt, ("assistant", answer or "")), sample.line, path, trained=sample.trained)
         lengths.append(_measure(whole, answer is not None, split, encoding, findings))
-        digests.append((digest(repr(prompt)), digest(answer or ""), digest(_document(sample))))
+        # 没有提示的是一段文字，以它自己为输入：不同的文字不是同一个输入的不同回答
+        digests.append((digest(repr(prompt or answer)), digest(answer or ""), digest(_document(sample))))
         lines.append(sample.line)
         answers.append(answer if answer is not None and len(answer) <= MAX_LABEL_CHARS else None)
     return ChunkReport(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from paths import ROOT
 
+from finetune.data.samples import row_options
 from finetune.data_doctor import check as data_doctor
 from finetune.data_doctor.check import check_files, main
 from finetune.data_doctor.duplicates import TEST_BIT, compare
@@ -219,6 +220,13 @@ def test_duplicates_conflicts_and_rows_shared_with_the_test_file(write):
     ]
     _, totals = check_files([train, other], test, None, 20, workers=1)
     assert totals == {"duplicate": 3, "conflict": 1, "shared_input": 1, "shared_document": 2, "documents": 4}
+
+
+def test_texts_have_no_input_to_conflict_about(write):
+    path = write("一段文字。\n另一段文字。\n一段文字。\n", "corpus.txt")
+    [report], totals = check_files([path], None, None, 20, workers=1, options=row_options({"task": "pretrain"}))
+    assert totals == {"duplicate": 1, "conflict": 0, "shared_input": 0, "shared_document": 0, "documents": 2}
+    assert dict(report.counts) == {("warning", "duplicate"): 1}
 
 
 def test_comparison_agrees_with_plain_counting():
