@@ -95,16 +95,26 @@ class ScriptParser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str):
-        print(f"参数错误：{_script_error(message)}；用法见 {self.prog} --help", file=sys.stderr)
+        print(f"参数错误：{_script_error(message, self._flags())}；用法见 {self.prog} --help", file=sys.stderr)
         raise SystemExit(2)
 
+    def _flags(self) -> list[str]:
+        """全部参数的名字，连同子命令的。"""
+        found = [name for name in self._option_string_actions if name.startswith("--")]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [name for parser in action.choices.values() for name in parser._flags()]
+        return list(dict.fromkeys(found))
 
-def _script_error(message: str) -> str:
-    """argparse 的一句英文 → 中文；参数自己的检查写的话照旧。"""
+
+def _script_error(message: str, flags: list[str]) -> str:
+    """argparse 的一句英文 → 中文，flags 是认识的参数；参数自己的检查写的话照旧。"""
     if found := re.fullmatch(r"the following arguments are required: (.*)", message):
         return f"缺少 {'、'.join(found[1].split(', '))}"
     if found := re.fullmatch(r"unrecognized arguments: (.*)", message):
-        return f"没有这个参数：{found[1]}（参数要写全名）"
+        name = found[1].split()[0].partition("=")[0]
+        alike = difflib.get_close_matches(name, flags, n=1, cutoff=ALIKE) if name.startswith("-") else []
+        return f"没有这个参数：{found[1]}" + (f"，是不是 {alike[0]}？" if alike else "（参数要写全名）")
     found = re.fullmatch(r"argument ([^:]+): (.*)", message, re.DOTALL)
     if not found:
         return message

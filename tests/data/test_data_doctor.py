@@ -503,7 +503,9 @@ def test_conversations_in_plain_are_a_counted_warning(write, base):
     [
         ("chek data/spo_0.json", ["'chek'", "是不是 check？"]),
         ("check", ["缺少 FILE"]),
-        ("check data/spo_0.json --model x", ["--model x", "全名"]),
+        ("check data/spo_0.json --zzz x", ["--zzz x", "全名"]),
+        ("check data/spo_0.json --model_name x", ["--model_name x", "是不是 --model_name_or_path？"]),
+        ("check data/spo_0.json --max-src-len=9", ["--max-src-len=9", "是不是 --max_src_len？"]),
         ("check data/spo_0.json --workers many", ["--workers 应为整数", "'many'"]),
     ],
 )
