@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,7 @@ def run_cell(
     }
     if cell.stage != "sweep" and cell.task:  # 报告由它们重写：配对自助法与损失曲线
         row |= {"losses": trained["losses"], "per_row": compact_counts(scored["per_row"], scored["metric"])}
+        row |= {"test_nll": scored["test_nll"]}
     row |= {name: value for name in ("check", "share") if (value := getattr(cell, name)) is not None}
     shutil.rmtree(directory)
     return row
@@ -106,7 +108,7 @@ def train(
         *("--precision", read_json(output_dir / "data.json")["precision"]),
         *("--train_path", train_path, "--model_name_or_path", base_path(plan, output_dir)),
         *("--output_dir", directory / "train", "--train_type", train_type, "--learning_rate", repr(rate)),
-        *("--seed", cell.seed, "--num_train_epochs", task_of(plan, cell.task)["epochs"], "--no-save_trainer_state"),
+        *("--seed", cell.seed, "--num_train_epochs", epochs_of(plan, cell), "--no-save_trainer_state"),
         *("--general_path", data / "general_test.txt"),
         *plan["methods"][cell.method].get("flags", []),
         *plan["train_flags"],
@@ -120,6 +122,11 @@ def train(
     if ended.returncode != 0:
         raise RuntimeError(f"{cell.name} 的训练没有走完（退出码 {ended.returncode}）：\n…{ended.output[-3000:]}")
     return measured(directory / "train", ended.output, time.monotonic() - started)
+
+
+def epochs_of(plan: dict[str, Any], cell: Cell) -> int:
+    """这个格子走几遍：任务的，curve 的 share 大于 1 时是它的几倍。"""
+    return task_of(plan, cell.task)["epochs"] * max(1, int(cell.share or 1))
 
 
 def measured(train_dir: Path, output: str, wall_seconds: float) -> tuple[Path, dict[str, Any]]:
@@ -153,7 +160,7 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """用 predict.py 评测一个检查点 → (自己任务的结果, 各别的任务的分数)；提示词的截断与训练相同。
 
-    试跑只算验证部分的 NLL；其余在测试部分生成并评分，别的任务用它们测试部分的前 other 行。
+    试跑只算验证部分的 NLL；其余在测试部分生成并评分，另算目标 token 的 NLL，别的任务用它们测试部分的前 other 行。
     base 与 untrained 没有自己的任务：全部任务都在整份测试部分与前 other 行上评分。
     """
     precision = read_json(output_dir / "data.json")["precision"]
@@ -176,7 +183,7 @@ def evaluate(
     for task in plan["tasks"]:
         name, metric = task["name"], task["metric"]
         if name == cell.task:
-            own = score(task, "test", metric)
+            own = {**score(task, "test", metric), "test_nll": score(task, "test", "nll")["score"]}
             continue
         found = score(task, "other", metric)
         other[name] = {"metric": metric, **{key: found[key] for key in SCORE}}
@@ -184,6 +191,7 @@ def evaluate(
             found = score(task, "test", metric)
             other[name] |= {f"test_{key}": found[key] for key in SCORE}
             other[name]["test_per_row"] = compact_counts(found["per_row"], metric)
+            other[name]["test_nll"] = score(task, "test", "nll")["score"]
     return own, other
 
 
@@ -208,16 +216,17 @@ def choose_rows(plan: dict[str, Any], output_dir: Path) -> dict[str, dict[str, i
     for task in plan["tasks"]:
         directory = output_dir / "data" / task["name"]
         prompting = resolve_prompt_format("auto", base, config)
+        most = task["max_train_chars"] or sys.maxsize
         rows = read_rows(directory / "train.json")
         arrays, _ = encode_file(str(directory / "train.json"), tokenizer, {**limits, **prompting._asdict()})
-        lengths = arrays["lengths"].tolist()
+        kept = [index for index, row in enumerate(rows) if len(row["input"]) <= most]
+        rows, lengths = [rows[index] for index in kept], arrays["lengths"][kept].tolist()
         test = read_rows_any(directory / "test.json")
         write_rows(directory / "other.json", test[: task["other"]])
         chosen[task["name"]] = {}
         shares = {"final": 1.0, "sweep": task["sweep_share"]}
-        shares |= {
-            cell.part: cell.share for cell in list_cells(plan) if (cell.stage, cell.task) == ("curve", task["name"])
-        }
+        curve = [cell for cell in list_cells(plan) if (cell.stage, cell.task) == ("curve", task["name"])]
+        shares |= {cell.part: cell.share for cell in curve if cell.share < 1}
         for part, share in shares.items():
             count = take_tokens(lengths, int(task["train_tokens"] * share), task["epochs"])
             write_rows(directory / f"{part}.json", rows[:count])

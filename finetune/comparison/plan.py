@@ -19,9 +19,10 @@ CHECKS = ("repeat", "shuffled", "untrained")
 REQUIRED = ("base", "tasks", "methods", "seeds", "train_tokens", "general_path", "held_out_chars")
 OPTIONAL = {"split_seed": 1, "sweep_share": 0.25, "epochs": 1, "train_flags": [], "checks": [], "replay": None}
 OPTIONAL |= {"extensions": 4}  # 最好的学习率在边上时，试跑的范围至多往外伸几次
-OPTIONAL |= {"curve": None}  # 一种方法在一个任务上，训练 token 少些时的分数：{"task", "method", "shares"}
+OPTIONAL |= {"curve": None}  # 一种方法在一个任务上，训练 token 少些或多些时的分数：{"task", "method", "shares"}
 TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
 TASK_OPTIONAL = {"pretrain": 0, "other": 50, "max_input_chars": None, "max_output_chars": None}
+TASK_OPTIONAL |= {"max_train_chars": None}  # 训练行的输入至多几个字：同样的 token 里行数更多
 TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
 
 Result = dict[str, Any]
@@ -36,7 +37,7 @@ class Cell(NamedTuple):
     seed: int
     learning_rate: float | None = None  # None：用试跑选出的
     check: str | None = None
-    share: float | None = None  # curve：训练 token 是正式的几分之几
+    share: float | None = None  # curve：训练 token 是正式的几分之几；大于 1 时是遍数的几倍
 
     @property
     def name(self) -> str:
@@ -50,7 +51,8 @@ class Cell(NamedTuple):
     @property
     def part(self) -> str:
         """它的训练文件（data/任务/ 里）的名字。"""
-        return {"sweep": "sweep", "curve": f"curve-{self.share:g}" if self.share else ""}.get(self.stage, "final")
+        is_shorter = self.stage == "curve" and self.share < 1
+        return f"curve-{self.share:g}" if is_shorter else "sweep" if self.stage == "sweep" else "final"
 
     @property
     def needs_sweep(self) -> bool:
@@ -103,8 +105,8 @@ def read_plan(path: str | Path) -> dict[str, Any]:
             and plan.get("methods")
             and curve.get("method") in methods_of(plan, curve["task"])
         )
-        if not is_known or not shares or not all(0 < share < 1 for share in shares):
-            problems.append(f"curve({curve}) 应写明计划里的 task 与 method，和 (0, 1) 内的 shares")
+        if not is_known or not shares or not all(0 < share < 1 or share in range(2, 100) for share in shares):
+            problems.append(f"curve({curve}) 应写明计划里的 task 与 method，和 (0, 1) 内或 2 起的整数的 shares")
     if "untrained" in plan["checks"] and isinstance(plan.get("base"), str):
         problems.append("checks 的 untrained 要求 base 由本工具预训练（一个对象，而不是目录），请去掉它")
     for share in dict.fromkeys(task["sweep_share"] for task in plan["tasks"]):

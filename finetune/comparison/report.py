@@ -219,9 +219,14 @@ def scores_part(plan, summary, base) -> list[str]:
         [method, *("—" if cell is None else with_interval(cell) for cell in row)]
         for method, row in zip(plan["methods"], cells, strict=True)
     ]
+    nlls = [
+        [method, *("—" if cell is None else f"{cell['test_nll']:.3f}" for cell in row)]
+        for method, row in zip(plan["methods"], cells, strict=True)
+    ]
     if base is not None:
         others = base["forgetting"]["other_tasks"]
         rows.append(["没有微调的基座", *(with_interval(others[task["name"]], prefix="test_") for task in tasks)])
+        nlls.append(["没有微调的基座", *(f"{others[task['name']]['test_nll']:.3f}" for task in tasks)])
     guesses = [summary["chance"][task["name"]] for task in tasks]
     if any(guess is not None for guess in guesses):
         rows.append(["碰运气（各标签机会相等）", *("—" if guess is None else f"{guess:.3f}" for guess in guesses)])
@@ -230,6 +235,8 @@ def scores_part(plan, summary, base) -> list[str]:
         "各种子的平均分与 95% 区间；区间由两层自助法得到：先重抽测试行，再重抽种子。"
         "种子只有几个，它们之间的差别因此估得偏小。",
         markdown_table(["方法", *("{}（{}）".format(*names_of(task)) for task in tasks)], rows),
+        "测试部分目标 token 的 NLL（nat，越低越好；分数很低时也分得出高下）：",
+        markdown_table(["方法", *(TASK_NAMES[task["name"]] for task in tasks)], nlls),
     ]
 
 
@@ -346,8 +353,11 @@ def curve_part(plan, results) -> list[str]:
     return [
         "## 分数与训练的 token",
         f"{TASK_NAMES[rows[0]['task']]}、{rows[0]['method']}、种子 {rows[0]['seed']}，"
-        f"同样的学习率，同样的行的前一部分；{verdict}",
-        markdown_table(["训练 token", "分数"], [[f"{row['tokens']:,}", with_interval(row)] for row in rows]),
+        f"同样的学习率；少的是同样的行的前一部分，多的是多走几遍。{verdict}",
+        markdown_table(
+            ["训练 token", "分数", "测试的 NLL"],
+            [[f"{row['tokens']:,}", with_interval(row), f"{row['test_nll']:.3f}"] for row in rows],
+        ),
     ]
 
 

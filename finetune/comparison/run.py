@@ -131,7 +131,7 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable
     results = load_results(output_dir, repair=True)
     num_extra = plan["replay"] is not None
     num_cells = len(list_cells(plan, results)) + num_extra
-    bar = tqdm(total=num_cells, initial=len(results), desc="比较", unit="格", dynamic_ncols=True)
+    bar = tqdm(total=num_cells, initial=len(results), desc="比较", unit="格", dynamic_ncols=True, disable=None)
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (output_dir / "work",))
     running: dict[Future, Cell] = {}
     try:
@@ -151,7 +151,7 @@ def compare(plan: dict[str, Any], output_dir: Path, jobs: int, predict: Callable
                     record(output_dir, results[-1])
                     bar.total = len(list_cells(plan, results)) + num_extra  # 试跑的范围会往外伸
                     bar.update()
-                    tqdm.write(describe(cell, results[-1]))
+                    tqdm.write(f"[{len(results)}/{bar.total}] {describe(cell, results[-1])}")
     except BrokenProcessPool as error:
         raise RuntimeError(f"工作进程意外退出（多半是内存不足），请减少 --jobs（现在 {jobs}）后再次运行") from error
     finally:

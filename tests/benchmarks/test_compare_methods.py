@@ -20,6 +20,7 @@ from fontTools.ttLib import TTFont
 from paths import ROOT
 
 from benchmarks.comparison import base, drills, phrases
+from finetune.comparison import cells as compare_cells
 from finetune.comparison import data as compare_data
 from finetune.comparison import fonts
 from finetune.comparison import plan as compare_plan
@@ -375,14 +376,14 @@ def result(cell, score=0.5, rate=None, nll_after=3.1):
         ("classification", "label_f1", 0.2, ["0000"] * 7),
     ):
         scores = {f"{prefix}{key}": value for prefix in ("", "test_") for key in ("score", "ci_low", "ci_high")}
-        other[name] = {"metric": metric, **scores, "test_per_row": rows}
+        other[name] = {"metric": metric, **scores, "test_per_row": rows, "test_nll": 4.5}
     row = {
         **{"stage": cell.stage, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "learning_rate": rate or cell.learning_rate or 1e-3,
         "metric": "nll" if cell.stage == "sweep" else "label_f1",
         **{"score": score, "ci_low": score - 0.1, "ci_high": score + 0.1},
         **{"trainable_parameters": 1000, "peak_memory_mb": 500.0, "seconds": 10.0, "tokens_per_second": 100.0},
-        **{"checkpoint_bytes": 2000, "tokens": 990, "jobs": 2},
+        **{"checkpoint_bytes": 2000, "tokens": 990, "jobs": 2, "test_nll": 1.25},
         "forgetting": {
             **{"general_nll_before": 3.0, "general_nll_after": nll_after, "kl": 0.05},
             "other_tasks": {name: entry for name, entry in other.items() if name != cell.task},
@@ -464,9 +465,22 @@ def test_the_curve_uses_the_chosen_rate_and_fewer_tokens(tmp_path):
         row_ |= {"tokens": number * 250, "score": number / 10, "ci_low": 0.0, "ci_high": 1.0}
     text = "\n".join(compare_report.curve_part(plan, results))
     assert (
-        "| 250 | 0.100 [0.000, 1.000] |\n| 500 | 0.200 [0.000, 1.000] |\n| 990 | 2.000 [" in text and "还在上升" in text
+        "| 250 | 0.100 [0.000, 1.000] | 1.250 |\n| 500 | 0.200 [0.000, 1.000] | 1.250 |\n| 990 | 2.000 [" in text
+        and "还在上升" in text
     )
-    for wrong in ({**curve, "task": "typo"}, {**curve, "method": "typo"}, {**curve, "shares": [2]}):
+    longer = {"task": "extraction", "method": "full", "shares": [2, 4]}
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "epochs": 3, "curve": longer}))
+    cells = [cell for cell in compare_plan.list_cells(plan) if cell.stage == "curve"]
+    assert [(cell.name, cell.part, compare_cells.epochs_of(plan, cell)) for cell in cells] == [
+        ("curve-extraction-full-1-2", "final", 6),
+        ("curve-extraction-full-1-4", "final", 12),
+    ]
+    for wrong in (
+        {**curve, "task": "typo"},
+        {**curve, "method": "typo"},
+        {**curve, "shares": [1]},
+        {**curve, "shares": [2.5]},
+    ):
         with pytest.raises(ValueError, match=r"curve\("):
             compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "curve": wrong}))
 
@@ -604,6 +618,9 @@ def test_report_contents(finished):
         "| lora | 0.250 [",
         "| full | 0.750 [",
         "| 没有微调的基座 | 0.100 [0.100, 0.100] | 0.200 [0.200, 0.200] |",
+        "| 方法 | 抽取 | 分类 |",
+        "| lora | 1.250 | 1.250 |",
+        "| 没有微调的基座 | 4.500 | 4.500 |",
         "| 抽取 | lora − full | -0.500 [",
         "完全相等",
         "| 抽取 | lora | 1,000 | 500 | 10（10–10） | 100（100–100） | 0.00 | 0.001 |",
@@ -738,7 +755,7 @@ def toy_plan(directory: Path) -> Path:
         "tasks": [
             {
                 **{"name": "classification", "path": "data/cls_0.json", "metric": "label_f1"},
-                **{"test": 8, "dev": 4, "pretrain": 8, "other": 4, "max_new_tokens": 4},
+                **{"test": 8, "dev": 4, "pretrain": 8, "other": 4, "max_new_tokens": 4, "max_train_chars": 60},
             }
         ],
         "methods": {
@@ -799,10 +816,12 @@ def test_killed_in_the_middle_of_a_cell_ends_with_the_same_table(tmp_path):
     assert table_of(killed) == table_of(whole)
     assert not (killed / "work").exists()
     for row_ in compare_run.load_rows(killed / "results.jsonl"):
-        extra = ["losses", "per_row"] if row_["stage"] == "final" else []
+        extra = ["losses", "per_row", "test_nll"] if row_["stage"] == "final" else []
         assert list(row_) == [*FIELDS, *extra, "jobs"] and None not in row_.values()
         assert list(row_["forgetting"]) == ["general_nll_before", "general_nll_after", "kl", "other_tasks"]
     report = (killed / "report.md").read_text(encoding="utf-8")
     assert "，相同。" in report and "随机权重" in report and "--replay_ratio 0.25" in report
     tokens = {row_["tokens"] for row_ in compare_run.load_rows(killed / "results.jsonl") if row_["stage"] == "final"}
     assert len(tokens) == 1 and 0 < np.max(list(tokens)) <= 2000
+    rows = compare_data.read_rows(killed / "data" / "classification" / "final.json")
+    assert max(len(row_["input"]) for row_ in rows) <= 60
