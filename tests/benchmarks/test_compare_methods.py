@@ -464,10 +464,10 @@ def test_the_curve_uses_the_chosen_rate_and_fewer_tokens(tmp_path):
     for number, row_ in enumerate(rows, start=1):
         row_ |= {"tokens": number * 250, "score": number / 10, "ci_low": 0.0, "ci_high": 1.0}
     text = "\n".join(compare_report.curve_part(plan, results))
-    assert (
-        "| 250 | 0.100 [0.000, 1.000] | 1.250 |\n| 500 | 0.200 [0.000, 1.000] | 1.250 |\n| 990 | 2.000 [" in text
-        and "还在上升" in text
+    first, second = (
+        f"| {tokens} | {score} [0.000, 1.000] | 1.250 |" for tokens, score in ((250, "0.100"), (500, "0.200"))
     )
+    assert f"{first}\n{second}\n| 990 | 2.000 [" in text and "还在上升" in text
     longer = {"task": "extraction", "method": "full", "shares": [2, 4]}
     plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "epochs": 3, "curve": longer}))
     cells = [cell for cell in compare_plan.list_cells(plan) if cell.stage == "curve"]
