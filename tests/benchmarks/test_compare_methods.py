@@ -19,7 +19,7 @@ import pytest
 from fontTools.ttLib import TTFont
 from paths import ROOT
 
-from benchmarks.comparison import base, drills, phrases
+from benchmarks.comparison import base, dictionary, drills, phrases
 from finetune.comparison import cells as compare_cells
 from finetune.comparison import data as compare_data
 from finetune.comparison import fonts
@@ -724,6 +724,19 @@ def test_the_committed_results_give_the_committed_report():
     facts = json.loads((kept / "data.json").read_text(encoding="utf-8"))
     parts = compare_report.lay_out(plan, facts, results, compare_stats.summarize(plan, results, base_), base_)
     assert "\n\n".join(parts) + "\n" == (kept / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_dictionary_pairs_each_tail_with_the_nearest_head_before_it():
+    heads, relations = dictionary.read_dictionary(
+        ["水温_性能故障_高\n火花塞_部件故障_损坏", "火花塞间隙_性能故障_过大\n水温_部件故障_高", "水温_性能故障_高"]
+    )
+    assert heads == {"水温", "火花塞", "火花塞间隙"}
+    assert relations == {"高": "性能故障", "损坏": "部件故障", "过大": "性能故障"}
+    assert dictionary.places_of(heads, "火花塞间隙与火花塞") == [(0, 5), (6, 9)]  # 长的盖过短的
+    text = "火花塞间隙过大，水温高；更换火花塞。损坏，很久以后的某一天高"  # 最后的「高」前面太远才有头
+    assert dictionary.extract(text, heads, relations).split("\n") == [
+        *("火花塞间隙_性能故障_过大", "水温_性能故障_高", "火花塞_部件故障_损坏")
+    ]
 
 
 # ---- 真的做一遍 ----

@@ -1,0 +1,93 @@
+"""分数与基座的大小：同样的配方、同样的文字，只换宽度，各造一个基座，再各自试学习率、全参数微调一个任务。
+
+    python benchmarks/comparison/base_size.py output-comparison --hidden_sizes 48 96 --work output-base-size --jobs 2
+
+output-comparison 是做完的比较，计划与原来的宽度的一行取自它。写 results/base_size.json 与 .md；可以打断再接着做。
+"""
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+from benchmarks.comparison.base import build_base
+from finetune.comparison.plan import METRIC_NAMES, read_plan
+from finetune.comparison.run import compare, load_results, prepare
+from finetune.comparison.statistics import summarize
+from finetune.terminal import markdown_table
+from utils import read_json, write_json
+
+RESULTS = Path(__file__).resolve().parent / "results" / "base_size"
+METHOD, NUM_SEEDS = "full", 3
+
+
+def narrowed(plan: dict[str, Any], task: str, hidden_size: int) -> dict[str, Any]:
+    """换了宽度、只在一个任务上做一种方法的计划；预训练要的文字仍是全部任务的。"""
+    own = copy.deepcopy(plan)
+    own["base"]["model"]["hidden_size"] = hidden_size
+    own["methods"] = {METHOD: {**own["methods"][METHOD], "tasks": [task]}}
+    return own | {"seeds": own["seeds"][:NUM_SEEDS], "curve": None, "checks": [], "replay": None}
+
+
+def row_of(plan: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """一个目录里做完的格子 → 表的一行；plan 是 narrowed 的。"""
+    [task] = plan["methods"][METHOD]["tasks"]
+    results = load_results(directory)
+    base = next(row for row in results if row["stage"] == "base")
+    finals = [row for row in results if row["stage"] != "final" or row["seed"] in plan["seeds"]]
+    cell = summarize(plan, finals, base)["cells"][task, METHOD]
+    return {
+        "task": task,
+        "metric": next(row["metric"] for row in finals if row["stage"] == "final" and row["task"] == task),
+        "hidden_size": plan["base"]["model"]["hidden_size"],
+        "parameters": round(cell["trainable_parameters"]),
+        "base_sha256": read_json(directory / "data.json")["base"]["sha256"],
+        **{name: cell[name] for name in ("score", "ci_low", "ci_high", "test_nll", "learning_rate", "seeds")},
+        "base_test_nll": base["forgetting"]["other_tasks"][task]["test_nll"],
+        "base_general_nll": cell["general_nll_before"],
+    }
+
+
+def write_table(rows: list[dict[str, Any]], out: Path):
+    """OUT.json 与 OUT.md。"""
+    rows.sort(key=lambda row: row["hidden_size"])
+    write_json(out.with_suffix(".json"), rows)
+    metric = METRIC_NAMES[rows[0]["metric"]]
+    header = ["宽", "参数", metric, "测试的 NLL", "微调之前的", "通用文字的 NLL（微调之前）", "学习率"]
+    table = [
+        [
+            *(row["hidden_size"], f"{row['parameters']:,}"),
+            f"{row['score']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]",
+            *(f"{row[name]:.3f}" for name in ("test_nll", "base_test_nll", "base_general_nll")),
+            f"{row['learning_rate']:g}",
+        ]
+        for row in rows
+    ]
+    out.with_suffix(".md").write_text(markdown_table(header, table) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("comparison", type=Path, help="做完的比较的目录")
+    parser.add_argument("--hidden_sizes", type=int, nargs="+", required=True, help="另外的几个宽度，要能被头数整除")
+    parser.add_argument("--work", type=Path, required=True, help="各个宽度的目录放在哪里")
+    parser.add_argument("--task", default="extraction", help="比哪个任务（缺省 %(default)s）")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="结果写在哪里，.json 与 .md（缺省 results/base_size）"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="并行几个格子（缺省 %(default)s）")
+    args = parser.parse_args()
+    import predict
+
+    whole = read_plan(args.comparison / "plan.json")
+    rows = [row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)]
+    for hidden_size in args.hidden_sizes:
+        plan, directory = narrowed(whole, args.task, hidden_size), args.work / str(hidden_size)
+        prepare(plan, directory, build_base)
+        compare(plan, directory, args.jobs, predict.main)
+        rows.append(row_of(plan, directory))
+        write_table(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
