@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.comparison.base import build_base
 from finetune.comparison.plan import METRIC_NAMES, read_plan
-from finetune.comparison.run import compare, load_results, prepare
+from finetune.comparison.run import compare, held, load_results, prepare
 from finetune.comparison.statistics import summarize
 from finetune.terminal import markdown_table
 from utils import read_json, write_json
@@ -83,8 +83,10 @@ def main():
     rows = [row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)]
     for hidden_size in args.hidden_sizes:
         plan, directory = narrowed(whole, args.task, hidden_size), args.work / str(hidden_size)
-        prepare(plan, directory, build_base)
-        compare(plan, directory, args.jobs, predict.main)
+        directory.mkdir(parents=True, exist_ok=True)
+        with held(directory):
+            prepare(plan, directory, build_base)
+            compare(plan, directory, args.jobs, predict.main)
         rows.append(row_of(plan, directory))
         write_table(rows, args.out)
 
