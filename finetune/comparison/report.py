@@ -1,6 +1,5 @@
 """比较的报告：由一个目录里的结果写出 report.md、report.html 与 figures/*.svg；不运行任何训练。"""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -227,20 +226,15 @@ def scores_part(plan, summary, base) -> list[str]:
     if base is not None:
         others = base["forgetting"]["other_tasks"]
         rows.append(["没有微调的基座", *(with_interval(others[task["name"]], prefix="test_") for task in tasks)])
-        nlls.append(["没有微调的基座", *(f"{others[task['name']].get('test_nll', math.nan):.3f}" for task in tasks)])
+        nlls.append(["没有微调的基座", *(f"{others[task['name']]['test_nll']:.3f}" for task in tasks)])
     guesses = [summary["chance"][task["name"]] for task in tasks]
     if any(guess is not None for guess in guesses):
         rows.append(["碰运气（各标签机会相等）", *("—" if guess is None else f"{guess:.3f}" for guess in guesses)])
-    parts = [
+    return [
         "## 分数",
         "各种子的平均分与 95% 区间；区间由两层自助法得到：先重抽测试行，再重抽种子。"
         "种子只有几个，它们之间的差别因此估得偏小。",
         markdown_table(["方法", *("{}（{}）".format(*names_of(task)) for task in tasks)], rows),
-    ]
-    if any(math.isnan(cell["test_nll"]) for cell in summary["cells"].values()):  # 以前的结果没有量
-        return parts
-    return [
-        *parts,
         "测试部分目标 token 的 NLL（nat，越低越好；分数很低时也分得出高下）：",
         markdown_table(["方法", *(TASK_NAMES[task["name"]] for task in tasks)], nlls),
     ]

@@ -129,7 +129,7 @@ def summarize_cell(rows: list[dict], drawn: Drawn, base_drawn: Drawn | None) -> 
         **{key: [row[key] for row in rows] for key in ("tokens", "losses")},
         "learning_rate": rows[0]["learning_rate"],
         **{key: mean(row[key] for row in rows) for key in COSTS},
-        "test_nll": mean(row.get("test_nll", np.nan) for row in rows),
+        "test_nll": mean(row["test_nll"] for row in rows),
         "ranges": {key: (min(row[key] for row in rows), max(row[key] for row in rows)) for key in COSTS},
         **{key: mean(part[key] for part in forgetting) for key in ("general_nll_before", "general_nll_after", "kl")},
         "rise": mean(part["general_nll_after"] - part["general_nll_before"] for part in forgetting),
