@@ -33,7 +33,7 @@ def build_base(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
             raise ValueError(f"base({plan['base']}) 里没有 config.json，请给出检查点目录（相对仓库根目录）")
         return {}
     recipe, described = plan["base"], output_dir / "base.json"
-    if described.is_file():
+    if described.is_file() and (output_dir / "base").is_dir():
         return read_json(described)
     sources = text_sources(plan, output_dir / "data")
     build_untrained(recipe["model"], list(sources.values()), output_dir)

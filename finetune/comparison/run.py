@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from finetune.comparison.cells import choose_rows, read_rows_any, run_cell, start_worker
+from finetune.comparison.cells import base_path, choose_rows, read_rows_any, run_cell, start_worker
 from finetune.comparison.data import prepare_task, split_text, without_near
 from finetune.comparison.plan import Cell, cell_of, list_cells, next_cell, replay_cell
 from utils import read_json, replacing, try_lock, write_json
@@ -86,8 +86,10 @@ def stop_orphans(work: Path):
 def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, Path], dict]) -> dict[str, Any]:
     """拆数据、核对泄漏、预训练基座、取训练行；已经备好的不再做 → 数据的说明（data.json）。
 
+    只有说明与结果、没有数据与基座的目录（提交的那一份），重新备出来，同样才接着做。
+
     Raises:
-        ValueError: 目录里是另一个计划的结果，或数据不够分，或有泄漏。
+        ValueError: 目录里是另一个计划的结果，或重新备出的数据或基座与说明不同，或数据不够分，或有泄漏。
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     kept = output_dir / "plan.json"
@@ -98,10 +100,10 @@ def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, 
     stop_orphans(work)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    described = output_dir / "data.json"
-    if described.is_file():
-        return read_json(described)
-    data = output_dir / "data"
+    described, data = output_dir / "data.json", output_dir / "data"
+    known = read_json(described) if described.is_file() else None
+    if known is not None and data.is_dir() and base_path(plan, output_dir).is_dir():
+        return known
     facts: dict[str, Any] = {"precision": chosen_precision(plan)}
     facts |= {task["name"]: prepare_task(task, plan["split_seed"], data / task["name"]) for task in plan["tasks"]}
     training, held_out = split_text(ROOT / plan["general_path"], plan["held_out_chars"])
@@ -113,6 +115,10 @@ def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, 
         facts["base"] = base
     for task, chosen in choose_rows(plan, output_dir).items():
         facts[task] |= chosen
+    if known is not None and facts != known:
+        names = "、".join(name for name in {**known, **facts} if known.get(name) != facts.get(name))
+        shutil.rmtree(data)  # 下一次不能当作已经备好
+        raise ValueError(f"重新备出的 {names} 与 {described} 记着的不同，已有的结果不能接着用；请换一个 --output_dir")
     write_json(described, facts)
     return facts
 

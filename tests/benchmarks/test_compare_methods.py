@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -544,6 +545,32 @@ def test_another_plan_does_not_continue(plan, tmp_path):
         compare_run.prepare(plan, output, build_base=None)
 
 
+def test_committed_files_go_on_only_with_the_same_data(tiny_checkpoint, tmp_path):
+    path = toy_plan(tmp_path)
+    task = json.loads(path.read_text(encoding="utf-8"))["tasks"][0]
+    rows = (ROOT / task["path"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    own = tmp_path / "cls.json"
+    own.write_text("".join(rows), encoding="utf-8")
+    toy = json.loads(path.read_text(encoding="utf-8"))
+    toy |= {"base": str(tiny_checkpoint()), "tasks": [{**task, "path": str(own)}], "checks": []}
+    plan = compare_plan.read_plan(write_json(path, toy))
+    whole, copied = tmp_path / "whole", tmp_path / "copied"
+    facts = compare_run.prepare(plan, whole, base.build_base)
+    copied.mkdir()
+    for name in ("plan.json", "data.json"):
+        shutil.copy(whole / name, copied)
+    assert compare_run.prepare(plan, copied, base.build_base) == facts
+    final = Path("data", "classification", "final.json")
+    assert (copied / final).read_bytes() == (whole / final).read_bytes()
+
+    shutil.rmtree(copied / "data")
+    own.write_text("".join(rows[:-4]), encoding="utf-8")
+    for _ in range(2):  # 第二次也不当作已经备好
+        with pytest.raises(ValueError, match=r"重新备出的 classification 与 .*copied/data\.json .*--output_dir"):
+            compare_run.prepare(plan, copied, base.build_base)
+    assert json.loads((copied / "data.json").read_text(encoding="utf-8")) == facts
+
+
 def test_directory_in_use(tmp_path):
     with compare_run.held(tmp_path), pytest.raises(ValueError, match=f"--output_dir {tmp_path} "):  # noqa: SIM117
         with compare_run.held(tmp_path):
@@ -838,3 +865,23 @@ def test_killed_in_the_middle_of_a_cell_ends_with_the_same_table(tmp_path):
     assert len(tokens) == 1 and 0 < np.max(list(tokens)) <= 2000
     rows = compare_data.read_rows(killed / "data" / "classification" / "final.json")
     assert max(len(row_["input"]) for row_ in rows) <= 60
+
+    # 只有提交的那些文件，别处接着做：同样的基座重练出来，做完的不再做
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("plan.json", "data.json", "extras.jsonl"):
+        shutil.copy(whole / name, copied)
+    lines = (whole / "results.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (copied / "results.jsonl").write_text("".join(lines[:-1]), encoding="utf-8")
+    process = start(plan, copied)
+    text, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, text[-4000:]
+    assert table_of(copied) == table_of(whole)
+    assert (copied / "results.jsonl").read_text(encoding="utf-8").startswith("".join(lines[:-1]))
+    facts = json.loads((copied / "data.json").read_text(encoding="utf-8"))
+    write_json(copied / "data.json", {**facts, "base": {**facts["base"], "sha256": "0" * 64}})
+    shutil.rmtree(copied / "data")
+    for _ in range(2):
+        process = start(plan, copied)
+        text, _ = process.communicate(timeout=900)
+        assert process.returncode == 2 and "重新备出的 base 与" in text, text[-4000:]
