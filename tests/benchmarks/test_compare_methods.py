@@ -547,11 +547,9 @@ def test_another_plan_does_not_continue(plan, tmp_path):
 
 def test_committed_files_go_on_only_with_the_same_data(tiny_checkpoint, tmp_path):
     path = toy_plan(tmp_path)
-    task = json.loads(path.read_text(encoding="utf-8"))["tasks"][0]
-    rows = (ROOT / task["path"]).read_text(encoding="utf-8").splitlines(keepends=True)
-    own = tmp_path / "cls.json"
-    own.write_text("".join(rows), encoding="utf-8")
     toy = json.loads(path.read_text(encoding="utf-8"))
+    [task] = toy["tasks"]
+    own = Path(shutil.copy(ROOT / task["path"], tmp_path / "cls.json"))
     toy |= {"base": str(tiny_checkpoint()), "tasks": [{**task, "path": str(own)}], "checks": []}
     plan = compare_plan.read_plan(write_json(path, toy))
     whole, copied = tmp_path / "whole", tmp_path / "copied"
@@ -564,7 +562,7 @@ def test_committed_files_go_on_only_with_the_same_data(tiny_checkpoint, tmp_path
     assert (copied / final).read_bytes() == (whole / final).read_bytes()
 
     shutil.rmtree(copied / "data")
-    own.write_text("".join(rows[:-4]), encoding="utf-8")
+    own.write_text("".join(own.read_text(encoding="utf-8").splitlines(keepends=True)[:-4]), encoding="utf-8")
     for _ in range(2):  # 第二次也不当作已经备好
         with pytest.raises(ValueError, match=r"重新备出的 classification 与 .*copied/data\.json .*--output_dir"):
             compare_run.prepare(plan, copied, base.build_base)
