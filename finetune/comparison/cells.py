@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.comparison.data import read_rows, shuffled_labels, take_tokens, write_rows
-from finetune.comparison.plan import Cell, list_cells, task_of
+from finetune.comparison.plan import Cell, list_cells, sweep_metric, task_of
 from finetune.comparison.statistics import COSTS, compact_counts
 from finetune.process.training_process import TrainingProcess
 from utils import read_json
@@ -67,8 +67,9 @@ def run_cell(
             checkpoint = None
     else:
         checkpoint = base_path(plan, output_dir) if cell.method == "base" else output_dir / cell.method
-    scored, other = {"metric": "nll"}, {}
-    if checkpoint is not None:
+    if checkpoint is None:
+        scored, other = {"metric": sweep_metric(task_of(plan, cell.task))}, {}
+    else:
         scored, other = evaluate(plan, cell, output_dir, checkpoint, predict)
     row = {
         **{"stage": cell.stage, "task": cell.task, "method": cell.method, "seed": cell.seed, "learning_rate": rate},
@@ -160,7 +161,8 @@ def evaluate(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """用 predict.py 评测一个检查点 → (自己任务的结果, 各别的任务的分数)；提示词的截断与训练相同。
 
-    试跑只算验证部分的 NLL；其余在测试部分生成并评分，另算目标 token 的 NLL，别的任务用它们测试部分的前 other 行。
+    试跑只在验证部分评（NLL 或任务的指标，见计划的 select）；其余在测试部分生成并评分，另算目标 token 的 NLL，
+    别的任务用它们测试部分的前 other 行。
     base 与 untrained 没有自己的任务：全部任务都在整份测试部分与前 other 行上评分。
     """
     precision = read_json(output_dir / "data.json")["precision"]
@@ -178,7 +180,8 @@ def evaluate(
         return read_json(output.with_suffix(".metrics.json"))
 
     if cell.stage == "sweep":
-        return score(task_of(plan, cell.task), "dev", "nll"), {}
+        task = task_of(plan, cell.task)
+        return score(task, "dev", sweep_metric(task)), {}
     own, other = {}, {}
     for task in plan["tasks"]:
         name, metric = task["name"], task["metric"]

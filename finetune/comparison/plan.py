@@ -23,6 +23,7 @@ OPTIONAL |= {"curve": None}  # 一种方法在一个任务上，训练 token 少
 TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
 TASK_OPTIONAL = {"pretrain": 0, "other": 50, "max_input_chars": None, "max_output_chars": None}
 TASK_OPTIONAL |= {"max_train_chars": None}  # 训练行的输入至多几个字：同样的 token 里行数更多
+TASK_OPTIONAL |= {"select": "nll"}  # 按验证部分的什么选学习率：nll（目标 token 的），或 metric（任务自己的指标）
 TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
 
 Result = dict[str, Any]
@@ -76,6 +77,8 @@ def read_plan(path: str | Path) -> dict[str, Any]:
             problems.append(f"{place}：名字应为 {'、'.join(TASK_NAMES)} 之一")
         if task.get("metric") not in METRIC_NAMES:
             problems.append(f"{place}：metric {task.get('metric')} 应为 {'、'.join(METRIC_NAMES)} 之一")
+        if task.get("select", "nll") not in ("nll", "metric"):
+            problems.append(f"{place}：select {task['select']} 应为 nll 或 metric")
     names = [task.get("name") for task in tasks]
     problems += [f"任务 {name} 写了 {names.count(name)} 次" for name in dict.fromkeys(names) if names.count(name) > 1]
     ratio = 1 if plan["replay"] is None else plan["replay"].get("ratio")
@@ -119,6 +122,11 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 
 def task_of(plan: dict[str, Any], name: str) -> dict[str, Any]:
     return next(task for task in plan["tasks"] if task["name"] == name)
+
+
+def sweep_metric(task: dict[str, Any]) -> str:
+    """一个任务的试跑在验证部分看的指标。"""
+    return task["metric"] if task["select"] == "metric" else "nll"
 
 
 def methods_of(plan: dict[str, Any], task: str) -> list[str]:

@@ -12,6 +12,7 @@ from finetune.comparison.plan import (
     methods_of,
     read_plan,
     seeds_of,
+    sweep_metric,
     sweep_rates,
 )
 from finetune.comparison.plots import FIGURES, draw_all
@@ -365,11 +366,16 @@ def sweep_part(plan, results) -> list[str]:
     """试跑的代价、每种方法的最好学习率，与一句建议。"""
     sweeps, finals = ([row for row in results if row["stage"] == stage] for stage in ("sweep", "final"))
     spent, rest = (sum(row["seconds"] or 0 for row in rows) for rows in (sweeps, finals))
+    others = [
+        f"（{TASK_NAMES[task['name']]}：{METRIC_NAMES[task['metric']]} 最高的）"
+        for task in plan["tasks"]
+        if sweep_metric(task) != "nll"
+    ]
     parts = [
         "## 学习率",
         f"试跑 {len(sweeps)} 格，训练共 {spent / 60:.1f} 分钟，是正式训练（{rest / 60:.1f} 分钟）的 "
-        f"{spent / max(rest, 1e-9):.0%}；选验证部分目标 token 的 NLL 最低的，它在边上时范围往外伸一格再试。"
-        "表里是各学习率的 NLL，粗体是选中的。",
+        f"{spent / max(rest, 1e-9):.0%}；选验证部分目标 token 的 NLL 最低的{''.join(others)}，"
+        "它在边上时范围往外伸一格再试。表里是各学习率的这个数，粗体是选中的。",
     ]
     advice, edges = [], []
     for method in plan["methods"]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from finetune.comparison.cells import base_path, choose_rows, read_rows_any, run_cell, start_worker
 from finetune.comparison.data import prepare_task, split_text, without_near
-from finetune.comparison.plan import Cell, cell_of, list_cells, next_cell, replay_cell
+from finetune.comparison.plan import Cell, cell_of, list_cells, next_cell, read_plan, replay_cell
 from utils import read_json, replacing, try_lock, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +93,7 @@ def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, 
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     kept = output_dir / "plan.json"
-    if kept.is_file() and read_json(kept) != plan:
+    if kept.is_file() and read_plan(kept) != plan:
         raise ValueError(f"{kept} 是另一个计划，它的结果不能接着用；请换一个 --output_dir，或先移走这个目录")
     write_json(kept, plan)
     work = output_dir / "work"

@@ -368,7 +368,7 @@ def test_cells_come_task_by_task_and_method_by_method(plan):
     ]
 
 
-def result(cell, score=0.5, rate=None, nll_after=3.1):
+def result(cell, score=0.5, rate=None, nll_after=3.1, measured=None):
     """一个格子的结果，形状同 run_cell 的返回值（有 jobs）。"""
     labels = label_f1(["正面", "负面", "正面", "负面"], ["正面", "负面", "负面", "负面"], num_resamples=50)["per_row"]
     other = {}
@@ -381,7 +381,7 @@ def result(cell, score=0.5, rate=None, nll_after=3.1):
     row = {
         **{"stage": cell.stage, "task": cell.task, "method": cell.method, "seed": cell.seed},
         "learning_rate": rate or cell.learning_rate or 1e-3,
-        "metric": "nll" if cell.stage == "sweep" else "label_f1",
+        "metric": measured or ("nll" if cell.stage == "sweep" else "label_f1"),
         **{"score": score, "ci_low": score - 0.1, "ci_high": score + 0.1},
         **{"trainable_parameters": 1000, "peak_memory_mb": 500.0, "seconds": 10.0, "tokens_per_second": 100.0},
         **{"checkpoint_bytes": 2000, "tokens": 990, "jobs": 2, "test_nll": 1.25},
@@ -423,6 +423,25 @@ def test_equal_scores_take_the_smaller_rate(plan):
     results = [result(Cell("sweep", "extraction", "lora", 1, rate), 2.0) for rate in (1e-2, 1e-3)]
     assert compare_plan.best_rate(plan, results, "extraction", "lora") == 1e-3
     assert compare_plan.best_rate(plan, results[:1], "extraction", "lora") is None
+
+
+def test_a_task_may_choose_by_its_own_metric(tmp_path):
+    extraction, classification = PLAN["tasks"]
+    tasks = [extraction, {**classification, "select": "metric"}]
+    plan = compare_plan.read_plan(write_json(tmp_path / "plan.json", {**PLAN, "tasks": tasks}))
+    assert [compare_plan.sweep_metric(task) for task in plan["tasks"]] == ["nll", "label_f1"]
+    rates = plan["methods"]["lora"]["learning_rates"]
+    for task, metric, best in (("extraction", "nll", 1e-3), ("classification", "label_f1", 1e-2)):
+        cells = [Cell("sweep", task, "lora", 1, rate) for rate in rates]
+        results = [result(cell, 40 * cell.learning_rate, measured=metric) for cell in cells]
+        assert compare_plan.best_rate(plan, results, task, "lora") == best
+        results[1] |= {"score": None}  # 没有走完的不选
+        assert compare_plan.best_rate(plan, results, task, "lora") == 1e-3
+    text = "\n".join(compare_report.sweep_part(plan, results))
+    assert "NLL 最低的（分类：宏 F1 最高的），" in text and "| 分类 | **0.0400** | NaN |" in text
+    with pytest.raises(ValueError, match="任务 classification：select f1 应为 nll 或 metric"):
+        wrong = [extraction, {**classification, "select": "f1"}]
+        compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, "tasks": wrong}))
 
 
 def extended(plan, scores, task="extraction", method="lora"):
@@ -542,6 +561,10 @@ def test_another_plan_does_not_continue(plan, tmp_path):
     output.mkdir()
     write_json(output / "plan.json", {**plan, "train_tokens": 5})
     with pytest.raises(ValueError, match=r"out/plan\.json .*--output_dir"):
+        compare_run.prepare(plan, output, build_base=None)
+    # 没有写缺省值的是同一个计划：再往下才因没有数据停住
+    write_json(output / "plan.json", PLAN)
+    with pytest.raises(ValueError, match="找不到"):
         compare_run.prepare(plan, output, build_base=None)
 
 
@@ -794,6 +817,7 @@ def toy_plan(directory: Path) -> Path:
             {
                 **{"name": "classification", "path": "data/cls_0.json", "metric": "label_f1"},
                 **{"test": 8, "dev": 4, "pretrain": 8, "other": 4, "max_new_tokens": 4, "max_train_chars": 60},
+                "select": "metric",
             }
         ],
         "methods": {
@@ -855,6 +879,7 @@ def test_killed_in_the_middle_of_a_cell_ends_with_the_same_table(tmp_path):
     assert not (killed / "work").exists()
     for row_ in compare_run.load_rows(killed / "results.jsonl"):
         extra = ["losses", "per_row", "test_nll"] if row_["stage"] == "final" else []
+        assert row_["metric"] == "label_f1"  # 试跑也按它选
         assert list(row_) == [*FIELDS, *extra, "jobs"] and None not in row_.values()
         assert list(row_["forgetting"]) == ["general_nll_before", "general_nll_after", "kl", "other_tasks"]
     report = (killed / "report.md").read_text(encoding="utf-8")
