@@ -26,7 +26,7 @@ from finetune.data.encoding import (
     to_arrays,
 )
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample
-from finetune.data.rows import files_of
+from finetune.data.rows import files_of, unread_files
 from finetune.data.samples import RowOptions
 from finetune.data.token_cache import TokenCache
 
@@ -234,6 +234,9 @@ class BaichuanDataSet:
                 f"  警告：{found['num_conversations']} 条是多轮或有 system 的对话，而提示格式是 plain：各轮之间只有"
                 "回答之后的 eos，system 与用户的话直接相接；模型若是对话模型，请加 --prompt_format chat"
             )
+        if unread := unread_files(self.path):
+            shown = "、".join(unread[:3]) + ("……" if len(unread) > 3 else "")
+            lines.append(f"  目录里只读 .txt，没有读另外的 {len(unread)} 个文件：{shown}")
         return "\n".join([*lines, f"  分词缓存：{self.cache_note}"])
 
 

@@ -356,11 +356,14 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
     sources, held = parse_sources(args.train_path), None
     if args.val_ratio is not None:
         held = broadcast_from_rank_0(lambda: hold_out_rows(sources, args.val_ratio, args.seed, options))
-    train_set, eval_set = mix([load(source.path) for source in sources], sources, args.seed, held)
+    task = TASKS[args.task]
+    train_set, eval_set = mix([load(source.path) for source in sources], sources, args.seed, held, task.width)
+    unit = "条" if task.width == 1 else "对"
     if held is not None:
-        log_rank_0(f"评估集：按文档留出 {len(eval_set)} 条（--val_ratio {args.val_ratio}），训练 {len(train_set)} 条")
+        num_held, num_kept = len(eval_set) // task.width, len(train_set) // task.width
+        log_rank_0(f"评估集：按文档留出 {num_held} {unit}（--val_ratio {args.val_ratio}），训练 {num_kept} {unit}")
     elif len(sources) > 1 or sources[0].weight != 1:
-        log_rank_0(f"{len(sources)} 个文件按份量合成 {len(train_set)} 条训练样本")
+        log_rank_0(f"{len(sources)} 个文件按份量合成 {len(train_set) // task.width} {unit}训练样本")
     eval_set = load(args.eval_path) or eval_set
     if args.replay_path is not None:
         source, num_targets = (args.replay_path, tokenizer, args.max_len, args.seed), sum(train_set.num_targets)
@@ -374,8 +377,7 @@ def load_data(args: TrainOptions, tokenizer, prompting: Prompting) -> tuple[Baic
             f"占目标 token 的 {replayed / (replayed + num_targets):.1%}"
         )
         train_set.append(pieces, args.replay_path)
-    group = TASKS[args.task].group
-    return group(train_set), None if eval_set is None else group(eval_set)
+    return task.group(train_set), None if eval_set is None else task.group(eval_set)
 
 
 def run_main() -> int:

@@ -31,7 +31,10 @@ def parse_sources(values: str | Sequence[str]) -> list[Source]:
     for value in [values] if isinstance(values, str) else values:
         found = None if os.path.exists(value) else _WEIGHTED.fullmatch(value)
         source = Source(found["path"], float(found["weight"])) if found else Source(value)
-        if not 0 < source.weight < math.inf:
+        if not found and not os.path.exists(value) and "*" in value and os.path.exists(value.rpartition("*")[0]):
+            path, _, weight = value.rpartition("*")
+            problems.append(f"--train_path {value} 的份量 {weight!r} 不是数，请写成 {path}*0.5 这样")
+        elif not 0 < source.weight < math.inf:
             problems.append(f"--train_path {value} 的份量必须大于 0，请改正或去掉这个文件")
         elif any(os.path.abspath(source.path) == os.path.abspath(other.path) for other in sources):
             problems.append(f"--train_path 里 {source.path} 出现了两次，请只写一次，用 {source.path}*2 表示重复")
@@ -52,11 +55,16 @@ def describe_sources(sources: Sequence[Source], describe: Callable[[str], str]) 
     return shown[0] if len(shown) == 1 else shown
 
 
-def weighted_indices(num_samples: int, weight: float, seed: int, number: int) -> np.ndarray:
-    """份量 weight 的各样本下标：整数部分是全部重复几遍，小数部分由 seed 与文件的序号 number 选出。"""
+def weighted_indices(num_samples: int, weight: float, seed: int, number: int, width: int = 1) -> np.ndarray:
+    """份量 weight 的各样本下标：整数部分是全部重复几遍，小数部分由 seed 与文件的序号 number 选出。
+
+    每 width 个样本是一行，一起取或一起不取。
+    """
+    num_rows = num_samples // width
     whole, part = divmod(weight, 1)
-    chosen = np.random.default_rng([seed % 2**64, number]).permutation(num_samples)[: round(part * num_samples)]
-    return np.concatenate([np.tile(np.arange(num_samples), int(whole)), np.sort(chosen)])
+    chosen = np.random.default_rng([seed % 2**64, number]).permutation(num_rows)[: round(part * num_rows)]
+    rows = np.concatenate([np.tile(np.arange(num_rows), int(whole)), np.sort(chosen)])
+    return (rows[:, None] * width + np.arange(width)).ravel()
 
 
 def hold_out_rows(sources: Sequence[Source], ratio: float, seed: int, row_options: RowOptions) -> dict[str, np.ndarray]:
@@ -65,8 +73,10 @@ def hold_out_rows(sources: Sequence[Source], ratio: float, seed: int, row_option
     return dict(zip(paths, hold_out(paths, ratio, seed, row_options), strict=True))
 
 
-def mix(data_sets: Sequence, sources: Sequence[Source], seed: int, held: dict[str, np.ndarray] | None = None):
-    """各文件的 BaichuanDataSet → (训练集, 留出的评估集或 None)；份量只作用于训练的一边。
+def mix(
+    data_sets: Sequence, sources: Sequence[Source], seed: int, held: dict[str, np.ndarray] | None = None, width: int = 1
+):
+    """各文件的 BaichuanDataSet → (训练集, 留出的评估集或 None)；份量只作用于训练的一边，width 见 weighted_indices。
 
     Raises:
         ValueError: 一边没有样本。
@@ -78,7 +88,7 @@ def mix(data_sets: Sequence, sources: Sequence[Source], seed: int, held: dict[st
             held_parts.append(data_set.take(np.flatnonzero(is_held)))
             data_set = data_set.take(np.flatnonzero(~is_held))
         if source.weight != 1:
-            data_set = data_set.take(weighted_indices(len(data_set), source.weight, seed, number))
+            data_set = data_set.take(weighted_indices(len(data_set), source.weight, seed, number, width))
         parts.append(data_set)
     train_set = type(parts[0]).join(parts)
     if not len(train_set):

@@ -130,6 +130,12 @@ def files_of(path: str | os.PathLike) -> list[str]:
     return files
 
 
+def unread_files(path: str | os.PathLike) -> list[str]:
+    """一个目录里不读的文件（不是 .txt 的），依名字的次序；不是目录时没有。"""
+    inside = [file for file in sorted(Path(path).rglob("*")) if file.is_file()] if os.path.isdir(path) else []
+    return [str(file.relative_to(path)) for file in inside if not file.name.lower().endswith(TEXT_SUFFIXES)]
+
+
 def num_bytes_of_data(path: str | os.PathLike) -> int:
     """一份数据的字节数。"""
     return sum(map(os.path.getsize, files_of(path)))

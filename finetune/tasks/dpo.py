@@ -26,6 +26,7 @@ TASK = Task(
     "dpo",
     open=lambda options: PreferenceLoss(options, dpo_loss, uses_reference=True),
     group=pairs,
+    width=2,
     flags=("beta", "label_smoothing", "sft_weight"),
     defaults=DEFAULTS,
     learning_rate_scale=0.05,

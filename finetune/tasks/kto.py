@@ -15,7 +15,7 @@ from finetune.data.grouping import GroupedDataSet, singles
 from finetune.data.prompting import IGNORE_INDEX, EncodedSample
 from finetune.tasks.preference import DEFAULTS, Answers, Figures, PreferenceLoss
 from finetune.tasks.task import Task
-from utils import world_size
+from utils import log_rank_0, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,6 +85,10 @@ class KtoLoss(PreferenceLoss):
 
     def start(self, engine, data_sets: Sequence, pad_token_id: int) -> None:
         """另外算好每一步的搭档的；搭档随各轮的次序而变。"""
+        share = data_sets[0].is_desirable.mean()
+        if share in (0, 1):
+            seen, missing, remedy = ("true", "不好的", "，或改用 --task sft") if share else ("false", "好的", "")
+            log_rank_0(f"警告：训练数据的 label 全是 {seen}，没有{missing}回答可比；请补上{missing}行{remedy}")
         super().start(engine, data_sets, pad_token_id)
         if self.is_live:
             return

@@ -28,6 +28,7 @@ TASK = Task(
     "orpo",
     open=lambda options: PreferenceLoss(options, orpo_loss, uses_reference=False),
     group=pairs,
+    width=2,
     flags=("beta",),
     defaults=DEFAULTS,
     learning_rate_scale=0.05,

@@ -23,6 +23,7 @@ TASK = Task(
     "simpo",
     open=lambda options: PreferenceLoss(options, simpo_loss, uses_reference=False),
     group=pairs,
+    width=2,
     flags=("beta", "label_smoothing", "sft_weight", "simpo_gamma"),
     defaults={**DEFAULTS, "beta": 2.0},
     learning_rate_scale=0.05,

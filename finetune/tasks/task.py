@@ -12,6 +12,7 @@ class Task:
     Args:
         open: 参数 → 怎样算一步的损失、记录什么（见 token_loss.TokenLoss，它是接口的全部）。
         group: 编码后的样本 → 一步所数的东西（样本、块或对）。
+        width: 数据的一行是几个样本：好、坏一对是 2。
         flags: 只属于它（与同类阶段）的参数。
         defaults: 命令行没有写时的值。
         learning_rate_scale: 缺省的学习率是方法的多少倍。
@@ -21,6 +22,7 @@ class Task:
     name: str
     open: Callable[[Any], Any]
     group: Callable[[Any], Any] = lambda data_set: data_set
+    width: int = 1
     flags: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     learning_rate_scale: float = 1.0

@@ -1,6 +1,7 @@
 """几个文件与份量、按文档留出评估集、相近的文档。"""
 
 import json
+import re
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -16,6 +17,7 @@ from finetune.data import documents
 from finetune.data.documents import SHINGLE, hold_out, near_groups
 from finetune.data.mixture import Source, describe_sources, hold_out_rows, mix, parse_sources, weighted_indices
 from finetune.data.samples import RowOptions
+from finetune.tasks.registry import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,13 @@ def load(path: str, tokenizer) -> BaichuanDataSet:
     return BaichuanDataSet(path, tokenizer, prompt_format="chat", max_len=96, max_src_len=64)
 
 
+def preferences(path: Path, tokenizer, count: int, **options) -> BaichuanDataSet:
+    rows = [{"prompt": f"问{i}", "chosen": f"好{i}" * (i + 1), "rejected": "坏"} for i in range(count)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    options = {"prompt_format": "chat", "max_len": 96, "max_src_len": 64, **options}
+    return BaichuanDataSet(path, tokenizer, row_options=RowOptions(task="dpo"), **options)
+
+
 # ---- 来历 ----
 
 
@@ -45,8 +54,32 @@ def test_weights_are_read_from_the_names(tmp_path, monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"b\*0 的份量必须大于 0"):
         parse_sources(["a", "b*0"])
+    (tmp_path / "s.json").write_text("x", encoding="utf-8")
+    for wrong in ("s.json*0.5x", "s.json*", "s.json*-1", "s.json*1e-1"):
+        with pytest.raises(ValueError, match=re.escape(f"--train_path {wrong} 的份量 ") + r".*请写成 s\.json\*0\.5"):
+            parse_sources(wrong)
     with pytest.raises(ValueError, match=r"里 .*a 出现了两次"):
         parse_sources(["a", "./a*2"])
+
+
+@pytest.mark.parametrize(("weight", "num_pairs"), [(0.5, 5), (2.3, 23)])
+def test_a_weight_keeps_the_two_answers_of_a_row_together(tokenizer, tmp_path, weight, num_pairs):
+    path = tmp_path / "pairs.json"
+    data_set = preferences(path, tokenizer, 10)
+    mixed, _ = mix([data_set], [Source(str(path), weight)], seed=1, width=TASKS["dpo"].width)
+    assert len(mixed) == 2 * num_pairs
+    grouped, texts = TASKS["dpo"].group(mixed), tokenizer.decode
+    assert len(grouped) == num_pairs
+    for good, bad in grouped:
+        number = good.line - 1
+        assert bad.line == good.line
+        assert f"好{number}" * (number + 1) in texts(good.input_ids) and "坏" in texts(bad.input_ids)
+
+
+def test_a_row_with_one_answer_too_long_is_left_out_as_a_pair(tokenizer, tmp_path):
+    data_set = preferences(tmp_path / "pairs.json", tokenizer, 10, max_len=16, max_src_len=12, is_skip=True)
+    lines = data_set.lines
+    assert 0 < len(lines) < 20 and lines[::2] == lines[1::2]
 
 
 def test_one_plain_file_is_described_by_itself():

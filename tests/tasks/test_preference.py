@@ -253,6 +253,18 @@ def test_kto_partners_are_a_function_of_the_step(tmp_path, tiny_checkpoint):
         assert sample.num_targets == int(np.sum(sample.labels != IGNORE_INDEX)) == len(sample.input_ids) - len(src)
 
 
+@pytest.mark.parametrize(("label", "missing"), [(True, "没有不好的回答可比"), (False, "没有好的回答可比")])
+def test_kto_says_when_every_label_is_the_same(tmp_path, tiny_checkpoint, capsys, label, missing):
+    rows, base = tmp_path / "rows.json", tiny_checkpoint(ARCH["lora"], **SIZES)
+    for labels, expected in (([label, label], True), ([label, not label], False)):
+        lines = [json.dumps({"prompt": "问", "completion": "答", "label": one}) for one in labels]
+        rows.write_text("\n".join(lines), encoding="utf-8")
+        grouped = singles(load(rows, base, "kto"))
+        loss = kto.KtoLoss(parse_args(stage_flags("kto", rows, base, tmp_path / "out", "lora")))
+        loss.start(None, [grouped], 0)
+        assert (missing in capsys.readouterr().out) == expected
+
+
 # ---- 训练 ----
 
 

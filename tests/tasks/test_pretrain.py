@@ -82,6 +82,19 @@ def test_a_directory_is_its_text_files_in_the_order_of_their_names(tmp_path):
         read_samples(tmp_path)
 
 
+def test_the_report_names_the_files_of_a_directory_that_are_not_read(tmp_path, tiny_checkpoint):
+    texts = tmp_path / "texts"
+    (texts / "deep").mkdir(parents=True)
+    (texts / "a.txt").write_text("甲\n", encoding="utf-8")
+    tokenizer = BaichuanTokenizer.from_pretrained(tiny_checkpoint("baichuan2-7b"))
+    assert "没有读" not in load(texts, tokenizer).report()
+    (texts / "deep" / "rows.json").write_text("[]", encoding="utf-8")
+    assert "  目录里只读 .txt，没有读另外的 1 个文件：deep/rows.json\n" in load(texts, tokenizer).report()
+    for name in "bcd":
+        (texts / f"{name}.md").write_text("不读", encoding="utf-8")
+    assert "另外的 4 个文件：b.md、c.md、d.md……\n" in load(texts, tokenizer).report()
+
+
 def test_json_lines_in_a_text_file_are_still_rows(tmp_path):
     path = write(tmp_path / "rows.txt", ROWS)
     assert [sample.format for sample in read_samples(path)] == ["text", "instruction/input/output", "text"]
