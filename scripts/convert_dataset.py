@@ -238,7 +238,7 @@ DATASETS = {
 
 
 def convert_records(path: str, dataset: str, counts: Counter, limit: int | None = None) -> Iterator[Converted]:
-    """逐行转换；有错误时读完全部再抛 ValueError（至多列 20 处）。输入为空白的行跳过，都计入 counts。
+    """逐行转换；有错误时读完全部再抛 ValueError（至多列 20 处）。输入或文案为空白的行跳过，都计入 counts。
 
     limit 不为 None 时，写够 limit 行就停，不再检查后面的行。
     """
@@ -255,7 +255,7 @@ def convert_records(path: str, dataset: str, counts: Counter, limit: int | None 
             problems.add([Problem(path, record.line, *error.args)])
             continue
         counts["dropped_triples"] += converted.num_dropped
-        if not converted.input:
+        if not converted.input or not (converted.output or dataset == "duie"):  # DuIE 的空输出是没有三元组
             counts["blank"] += 1
         elif not problems.total:
             yield converted
@@ -336,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(2) from error
     print(
         f"已写出 {options.output_path}：读入 {counts['read']} 行，写出 {counts['written']} 行，"
-        f"跳过空白输入 {counts['blank']} 行，舍去含下划线、换行或空段的三元组 {counts['dropped_triples']} 个"
+        f"跳过空白的输入或文案 {counts['blank']} 行，舍去含下划线、换行或空段的三元组 {counts['dropped_triples']} 个"
     )
 
 

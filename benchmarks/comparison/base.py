@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.comparison.drills import Encode, drill_rows
 from finetune.checkpoint.base_model import load_config, load_tokenizer
 from finetune.checkpoint.output_dir import iter_checkpoints
+from finetune.checkpoint.run_record import hash_base
 from finetune.comparison.cells import base_path, read_rows_any
 from finetune.comparison.data import write_rows
 from finetune.process.training_process import TrainingProcess
@@ -23,6 +24,8 @@ STAGE_TIMEOUT = 24 * 3600.0
 def build_base(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """计划要求时预训练基座 → 它的说明（data.json 的 base）：权重的 SHA-256、各段的 token 数与步数。已有的不再造。
 
+    计划给的是检查点目录时，说明是各文件的 SHA-256。
+
     Raises:
         ValueError: 计划给的是检查点目录，里面却没有检查点。
         RuntimeError: 一段训练没有走完。
@@ -31,7 +34,7 @@ def build_base(plan: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         config = base_path(plan, output_dir) / "config.json"
         if not config.is_file():
             raise ValueError(f"base({plan['base']}) 里没有 config.json，请给出检查点目录（相对仓库根目录）")
-        return {}
+        return {"hashes": hash_base(base_path(plan, output_dir))}
     recipe, described = plan["base"], output_dir / "base.json"
     if described.is_file() and (output_dir / "base").is_dir():
         return read_json(described)

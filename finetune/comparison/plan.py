@@ -189,10 +189,11 @@ def cell_of(row: Result) -> Cell:
 
 
 def sweep_scores(results: Iterable[Result], task: str, method: str) -> dict[float, float]:
-    """试跑的 {学习率: 越小越好的分数}；没有走完的（损失成了 NaN）是无穷大。"""
+    """试跑的 {学习率: 越小越好的分数}；没有走完的（损失成了 NaN）与分数是 NaN 的是无穷大。"""
     rows = [row for row in results if (row["stage"], row["task"], row["method"]) == ("sweep", task, method)]
     signs = {row["metric"]: 1 if row["metric"] in LOWER_IS_BETTER else -1 for row in rows}
-    return {r["learning_rate"]: math.inf if r["score"] is None else signs[r["metric"]] * r["score"] for r in rows}
+    scores = {r["learning_rate"]: math.nan if r["score"] is None else signs[r["metric"]] * r["score"] for r in rows}
+    return {rate: math.inf if math.isnan(score) else score for rate, score in scores.items()}
 
 
 def sweep_rates(plan: dict[str, Any], results: Iterable[Result], task: str, method: str) -> list[float]:

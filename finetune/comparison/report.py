@@ -184,7 +184,7 @@ def introduction(plan, facts, results, summary) -> list[str]:
 
 def base_part(facts) -> list[str]:
     """基座的哈希与各段预训练。"""
-    if "base" not in facts:
+    if "stages" not in facts.get("base", {}):
         return []
     rows = [[stage["name"], f"{stage['tokens']:,}", stage["steps"], stage["loss"]] for stage in facts["base"]["stages"]]
     return [

@@ -103,6 +103,8 @@ def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, 
     described, data = output_dir / "data.json", output_dir / "data"
     known = read_json(described) if described.is_file() else None
     if known is not None and data.is_dir() and base_path(plan, output_dir).is_dir():
+        if isinstance(plan["base"], str) and "base" in known and known["base"] != build_base(plan, output_dir):
+            raise ValueError(f"基座 {plan['base']} 的文件变了，已有的结果不能接着用；请改回来，或换一个 --output_dir")
         return known
     facts: dict[str, Any] = {"precision": chosen_precision(plan)}
     facts |= {task["name"]: prepare_task(task, plan["split_seed"], data / task["name"]) for task in plan["tasks"]}
@@ -111,8 +113,7 @@ def prepare(plan: dict[str, Any], output_dir: Path, build_base: Callable[[dict, 
     training = without_near([line for line in training if line], tests)
     for name, lines in (("general_train", training), ("general_test", held_out)):
         (data / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    if base := build_base(plan, output_dir):
-        facts["base"] = base
+    facts["base"] = build_base(plan, output_dir)
     for task, chosen in choose_rows(plan, output_dir).items():
         facts[task] |= chosen
     if known is not None and facts != known:

@@ -56,8 +56,9 @@ class _Layout:
         if self.template is not None:
             self.heads = {"assistant": self.encode(self.template["assistant"].partition("{text}")[0])[0]}
 
-    def turn(self, role: str, text: str, is_trained: bool = False) -> Turn:
-        ids, has_control_pieces = self.encode(text if self.template is None else self._fill(role, text))
+    def turn(self, role: str, text: str, is_trained: bool = False, is_open: bool = False) -> Turn:
+        """is_open：还没有说完的回答，不接模板里回答之后的文字。"""
+        ids, has_control_pieces = self.encode(text if self.template is None or is_open else self._fill(role, text))
         return Turn(role, self.heads.get(role, []), ids, text, is_trained, has_control_pieces)
 
     def _fill(self, role: str, text: str) -> str:
@@ -129,7 +130,11 @@ def encode_prompt(
     if not messages:
         raise ValueError("对话为空，至少要有一条用户消息")
     layout = _Layout(tokenizer, prompt_format, user_token_id, assistant_token_id, template)
-    turns = [layout.turn(role, text) for role, text in messages]
+    last = len(messages) - 1
+    turns = [
+        layout.turn(role, text, is_open=place == last and role == "assistant")
+        for place, (role, text) in enumerate(messages)
+    ]
     if not layout.is_chat:
         limits = [limit for limit in (max_src_len, max_input_tokens) if limit is not None]
         turns, _ = _fit_turns(turns, min(limits, default=None), layout)
@@ -139,6 +144,21 @@ def encode_prompt(
         _reject_system(turns, family)
         turns, _ = _fit_turns(turns, max_src_len, layout)
     return _chat_prompt(turns, layout, family, max_input_tokens)
+
+
+def encode_answer(
+    tokenizer,
+    text: str,
+    prompt_format: str,
+    *,
+    user_token_id: int = 195,
+    assistant_token_id: int = 196,
+    template: dict[str, str] | None = None,
+    **_: str,
+) -> list[int]:
+    """一个回答作目标的 id，同训练：连同模板里回答之后的文字与 eos。"""
+    layout = _Layout(tokenizer, prompt_format, user_token_id, assistant_token_id, template)
+    return [*layout.turn("assistant", text).ids, layout.eos]
 
 
 def encode_sample(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -9,6 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from baichuan import BaichuanTokenizer
 from finetune.data.prompting import Prompting
 from finetune.export.tensors import CheckFailed
+from finetune.terminal import note
 from utils import write_json
 
 # 受保护的片段在规范化期间的替身：补充私用区，NFKC 不改它们
@@ -34,8 +36,14 @@ PLAIN_TEMPLATE = """
     {%- if message['role'] == 'assistant' -%}
         {{ raise_exception('这个模型按单轮的 plain 格式训练，不支持带历史回答的对话') }}
     {%- endif -%}
-    {{ message['content'] }}
+    SYSTEM{{ message['content'] }}
 {%- endfor -%}
+"""
+# 一句一句地加空格片段的分词器（第一代）：system 与提问接成一段再编码，就少一个
+SPLIT_SYSTEM = """
+{%- if message['role'] == 'system' -%}
+    {{ raise_exception('这个分词器在每条消息前加一个空格片段，模板写不出 system，请接在提问的开头') }}
+{%- endif -%}
 """
 CHAT_TEMPLATE_V2 = """
 {%- for message in messages -%}
@@ -170,10 +178,19 @@ def role_pieces(tokenizer: BaichuanTokenizer, prompting: Prompting) -> dict[str,
 
 
 def chat_template(tokenizer: BaichuanTokenizer, prompting: Prompting) -> str:
-    """Jinja 对话模板，与 encode_prompt 的拼法相同，不加 bos。"""
+    """Jinja 对话模板，与 encode_prompt 的拼法相同，不加 bos。
+
+    模板接成一整段再编码；第一代的分词器在每条消息前加一个空格片段，自己的模板因此同训练时差几个，提醒一声。
+    """
+    splits = read_model_proto(tokenizer).normalizer_spec.add_dummy_prefix
     if prompting.template is not None:
+        if splits:
+            note(
+                "注意：这个分词器在每条消息前加一个空格片段「▁」，对话模板接成一整段再编码，编号同训练时差几个「▁」；"
+                "要逐个相同请用 predict.py --serve"
+            )
         return own_template(prompting.template)
-    template = PLAIN_TEMPLATE
+    template = PLAIN_TEMPLATE.replace("SYSTEM", SPLIT_SYSTEM if splits else "")
     roles = role_pieces(tokenizer, prompting)
     if roles:
         template = CHAT_TEMPLATE_V1 if prompting.family == "baichuan" else CHAT_TEMPLATE_V2
@@ -189,9 +206,10 @@ def own_template(template: dict[str, str]) -> str:
         if role not in template:
             return f"{{{{ raise_exception('这个模型的提示格式没有 {role}') }}}}"
         before, _, after = template[role].partition("{text}")
-        return f"{{{{ {json.dumps(before)} + message['content'] + {json.dumps(after)} }}}}"
+        return f"{{{{ {quoted(before)} + message['content'] + {quoted(after)} }}}}"
 
-    ending = json.dumps(template["assistant"].partition("{text}")[0])
+    quoted = partial(json.dumps, ensure_ascii=False)  # Jinja 不认 JSON 的代理对
+    ending = quoted(template["assistant"].partition("{text}")[0])
     return (
         "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
         "{{ raise_exception('这个模型按单轮的格式训练，不支持带历史回答的对话') }}"

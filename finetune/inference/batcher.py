@@ -135,7 +135,8 @@ class Row:
     def _send(self, text: str, finish_reason: str | None = None, with_all: bool = False) -> None:
         """送出 text 里还没有送的，连同写出它的各个 token；with_all 时连同余下的全部 token。"""
         end = len(self.choices) if with_all else self.num_choices_sent
-        while end < len(self.choices) and len(self._decoded(end)) < len(text):
+        # 写了一半的字（末尾的 U+FFFD）还不算写出
+        while end < len(self.choices) and len(self._decoded(end).rstrip("\ufffd")) < len(text.rstrip("\ufffd")):
             end += 1
         choices = self.choices[self.num_choices_sent : end]
         self.job.send(Chunk(text[self.num_sent :], choices, len(self.ids), finish_reason))

@@ -29,6 +29,8 @@ from finetune.process.libraries import quiet_libraries
 from finetune.terminal import long_job, note
 from utils import first_free, replacing, try_lock
 
+PREDICTED = ("prediction", "label_scores")  # 输出文件里由预测写的字段
+
 
 def predict_file(
     predictor: Predictor, rows: list[Sample], prompts: list[list[int]], device: torch.device, num_workers: int
@@ -39,7 +41,7 @@ def predict_file(
     """
     args, start = predictor.args, time.monotonic()
     output_path = Path(args.output_path)
-    with Progress(partial_path(output_path), settings_of(predictor, prompts, device)) as progress:
+    with Progress(partial_path(output_path), settings_of(predictor, rows, prompts, device)) as progress:
         num_kept = len(progress.records)
         if num_kept:
             note(f"{progress.path} 里已有 {num_kept} 行，接着做其余 {len(rows) - num_kept} 行")
@@ -69,8 +71,9 @@ def partial_path(output_path: Path) -> Path:
 
 
 def output_row(row: Sample, record: Record) -> dict[str, Any]:
-    """输出文件的一行：输入的全部字段，加上预测。"""
-    return {**row.raw, **{name: record[name] for name in ("prediction", "label_scores") if name in record}}
+    """输出文件的一行：输入的全部字段（以前的预测与得分除外），加上预测。"""
+    given = {name: value for name, value in row.raw.items() if name not in PREDICTED}
+    return {**given, **{name: record[name] for name in PREDICTED if name in record}}
 
 
 def write_metrics(args: GenerationOptions, output_path: Path, rows: list[Sample], records: list[Record]) -> None:
@@ -122,8 +125,14 @@ def set_aside(path: Path, output_path: Path) -> None:
 # 接着做
 
 
-def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.device) -> dict[str, Any]:
-    """决定预测结果的全部设置；提示词（数据、分词器、提示格式、截断）与权重各取摘要。"""
+def settings_of(
+    predictor: Predictor, rows: list[Sample], prompts: list[list[int]], device: torch.device
+) -> dict[str, Any]:
+    """决定预测结果的全部设置；提示词（数据、分词器、提示格式、截断）、--metric nll 的参考与权重各取摘要。"""
+
+    def digest(value: Any) -> str:
+        return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
     args = predictor.args
     names = ["load_in_4bit", "load_in_8bit", "max_new_tokens", "repetition_penalty", "label_scores"]
     if args.do_sample:
@@ -135,10 +144,11 @@ def settings_of(predictor: Predictor, prompts: list[list[int]], device: torch.de
         "--do_sample": args.do_sample,
         "--precision": str(prediction_dtype(args.precision, device)).removeprefix("torch."),
         "--metric nll": args.metric == "nll",
+        **({"参考的摘要": digest([row.references for row in rows])} if args.metric == "nll" else {}),
         **({"预测": "得分最高的标签"} if args.label_scores else {}),
         "检查点": "、".join(str(checkpoint.path.resolve()) for checkpoint in checkpoints),
         "权重的摘要": "-".join(weights_fingerprint(checkpoint) for checkpoint in checkpoints),
-        "提示词的摘要": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+        "提示词的摘要": digest(prompts),
     }
 
 

@@ -12,7 +12,14 @@ from transformers import GenerationConfig
 from baichuan import BaichuanConfig
 from finetune.checkpoint.inspection import Checkpoint, attach_adapter, load_checkpoint_model, load_checkpoint_tokenizer
 from finetune.checkpoint.options import quantization_of
-from finetune.data.prompting import encode_prompt, encode_sample, max_prompt_tokens, prompting_reason
+from finetune.data.prompting import (
+    EncodedSample,
+    encode_answer,
+    encode_prompt,
+    encode_sample,
+    max_prompt_tokens,
+    prompting_reason,
+)
 from finetune.data.samples import Sample
 from finetune.inference.decoding import Decoder, Prompt, plan_prompts
 from finetune.inference.generation import (
@@ -146,10 +153,19 @@ class Predictor:
         """生成的 id → 文字，不含特殊符号，截到停止字符串之前。"""
         return cut_at_stop(self.tokenizer.decode(ids, skip_special_tokens=True), self.stops)[0]
 
+    @property
+    def max_src_len(self) -> int | None:
+        """提示词按训练的规则截到这么长：--max_src_len，没有写时是训练时的。"""
+        return self.args.max_src_len or self.checkpoint.run_config.get("args", {}).get("max_src_len")
+
+    @property
+    def prompt_limits(self) -> list[int]:
+        """提示词至多多长：max_src_len 与上下文留给它的。"""
+        return [limit for limit in (self.max_src_len, self.max_input_tokens) if limit is not None]
+
     def encode_rows(self, rows: list[Sample]) -> list[list[int]]:
         """各行的提示词，截断规则同训练；报告截断了多少行。对话格式不合要求时抛 ValueError，带行号。"""
-        max_src_len = self.args.max_src_len or self.checkpoint.run_config.get("args", {}).get("max_src_len")
-        limits = {"max_src_len": max_src_len, "max_input_tokens": self.max_input_tokens}
+        limits = {"max_src_len": self.max_src_len, "max_input_tokens": self.max_input_tokens}
         prompts, num_cut = [], 0
         if self.checkpoint.prompting.prompt_format == "plain" and any(len(row.messages) > 1 for row in rows):
             note(
@@ -163,9 +179,27 @@ class Predictor:
             except ValueError as error:
                 raise ValueError(f"{row.place}: {error}") from error
         if num_cut:
-            limit = min(value for value in limits.values() if value is not None)
-            note(f"{num_cut} 行的提示词超过 {limit} 个 token，已按训练的规则截断")
+            note(f"{num_cut} 行的提示词超过 {min(self.prompt_limits)} 个 token，已按训练的规则截断")
+        if self.args.metric == "nll":
+            num_cut = sum(any(sample.tgt_truncated for sample in self.encode_references(row)) for row in rows)
+            if num_cut:
+                length = self.checkpoint.context_length
+                note(f"{num_cut} 行的参考连同提示词超过上下文的 {length} 个 token，超出的部分不计入 NLL")
         return prompts
+
+    def encode_references(self, row: Sample) -> list[EncodedSample]:
+        """一行的各条参考，接在它的提示词之后，只有参考是目标；超出上下文长度的部分截去。"""
+        limits = {"max_src_len": min(self.prompt_limits), "max_len": self.checkpoint.context_length}
+        trained = (*[False] * len(row.messages), True)
+        return [
+            encode_sample(
+                row._replace(messages=(*row.messages, ("assistant", reference)), trained=trained),
+                self.tokenizer,
+                **limits,
+                **self.checkpoint.prompting._asdict(),
+            )
+            for reference in row.references
+        ]
 
     # ---- 生成 ----
 
@@ -272,9 +306,8 @@ class Predictor:
     def label_scores(self, prompts: list[list[int]]) -> list[dict[str, dict[str, float]]]:
         """各行各标签的得分，由高到低：log_prob 是回答恰好为这个标签（连同 eos）的对数概率，nat，没有除以长度；
         probability 是它在各标签之间归一化的概率。"""
-        labels = [
-            [*self.tokenizer.encode_plain(label), self.tokenizer.eos_token_id] for label in self.args.label_scores
-        ]
+        prompting = self.checkpoint.prompting._asdict()
+        labels = [encode_answer(self.tokenizer, label, **prompting) for label in self.args.label_scores]
         with self._with_adapter():
             scores = label_log_probs(
                 self.model, prompts, labels, self.args.batch_size, self.generation_config.pad_token_id
@@ -287,19 +320,9 @@ class Predictor:
         return results
 
     def reference_nll(self, row: Sample) -> tuple[float, int]:
-        """参考答案的 NLL 之和与目标数；有多条参考时取平均每 token 最低的一条。"""
-        trained = self.checkpoint.run_config.get("args", {})
-        max_len = trained.get("max_len") or self.checkpoint.context_length
-        max_src_len = min(self.args.max_src_len or trained.get("max_src_len") or self.max_input_tokens, max_len - 1)
-        encoded = [
-            encode_sample(
-                row._replace(messages=(*row.messages, ("assistant", reference))),
-                self.tokenizer, max_len=max_len, max_src_len=max_src_len, **self.checkpoint.prompting._asdict(),
-            )
-            for reference in row.references
-        ]  # fmt: skip
+        """参考答案（不含历史的回答）的 NLL 之和与目标数；有多条参考时取平均每 token 最低的一条。"""
         with self._with_adapter():
-            sums, counts = target_nll(self.model, encoded)
+            sums, counts = target_nll(self.model, self.encode_references(row))
         return min(zip(sums, counts, strict=True), key=lambda pair: pair[0] / max(1, pair[1]))
 
 

@@ -460,7 +460,8 @@ def test_the_range_grows_until_the_best_rate_lies_inside(plan):
     assert extended(plan, lambda rate: rate) == ([1.2e-5, 3.7e-5, 1.1e-4, 3.3e-4, 1e-3, 3e-3, 1e-2], 1.2e-5)
     rates, best = extended(plan, lambda rate: abs(rate - 0.03))
     assert (rates, best) == ([1e-3, 3e-3, 1e-2, 0.033, 0.11], 0.033)
-    # 太大的学习率没有走完：不选它
+    # 太大的学习率没有走完，或分数是 NaN：不选它
+    assert extended(plan, lambda rate: float("nan") if rate > 1e-2 else -rate) == ([1e-3, 3e-3, 1e-2, 0.033], 1e-2)
     assert extended(plan, lambda rate: None if rate > 1e-2 else -rate) == ([1e-3, 3e-3, 1e-2, 0.033], 1e-2)
     assert extended({**plan, "extensions": 0}, lambda rate: rate)[1] == 1e-3
     plan["methods"]["lora"]["learning_rates"] = [1e-3]
@@ -590,6 +591,21 @@ def test_committed_files_go_on_only_with_the_same_data(tiny_checkpoint, tmp_path
         with pytest.raises(ValueError, match=r"重新备出的 classification 与 .*copied/data\.json .*--output_dir"):
             compare_run.prepare(plan, copied, base.build_base)
     assert json.loads((copied / "data.json").read_text(encoding="utf-8")) == facts
+
+
+def test_results_of_another_base_do_not_go_on(tiny_checkpoint, tmp_path):
+    base_dir, output = shutil.copytree(tiny_checkpoint("baichuan2-7b"), tmp_path / "base"), tmp_path / "out"
+    (output / "data").mkdir(parents=True)
+    plan = {"base": str(base_dir)}
+    write_json(output / "plan.json", {**PLAN, **plan})
+    plan = compare_plan.read_plan(output / "plan.json")
+    write_json(output / "data.json", {"base": base.build_base(plan, output)})
+    assert compare_run.prepare(plan, output, base.build_base).keys() == {"base"}
+    with (base_dir / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x01")
+    with pytest.raises(ValueError, match=r"基座 .*的文件变了"):
+        compare_run.prepare(plan, output, base.build_base)
 
 
 def test_directory_in_use(tmp_path):

@@ -303,10 +303,12 @@ def test_full_disk_leaves_nothing_behind(tool, tmp_path):
 
 def test_command_line(tool, tmp_path, capsys):
     source, target = tmp_path / "a.json", tmp_path / "b.json"
-    source.write_text('{"content": "甲", "summary": "乙"}\n{"content": " ", "summary": "丙"}\n', encoding="utf-8")
+    rows = [("甲", "乙"), (" ", "丙"), ("丁", " ")]
+    lines = (json.dumps({"content": given, "summary": wanted}) for given, wanted in rows)
+    source.write_text("\n".join(lines), encoding="utf-8")
     arguments = ["--dataset", "advertisegen", "--input_path", str(source), "--output_path", str(target)]
     tool.main(arguments)
-    assert "读入 2 行，写出 1 行，跳过空白输入 1 行" in capsys.readouterr().out
+    assert "读入 3 行，写出 1 行，跳过空白的输入或文案 2 行" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^2$"):
         tool.main([*arguments, "--limit", "-1"])
     assert "错误：--limit" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from baichuan import BaichuanTokenizer
 from finetune.data.prompting import (
     IGNORE_INDEX,
     Prompting,
+    encode_answer,
     encode_prompt,
     encode_sample,
     max_prompt_tokens,
@@ -314,6 +315,11 @@ def test_a_template_is_plain_text_around_the_messages():
     prompt = encode_prompt(LetterTokenizer(), messages[:-1], "template", template=TEMPLATE)
     assert prompt == item.input_ids[: item.num_src_tokens]
     assert spelled(prompt).endswith("三\nAssistant: ")
+    # 接着写的回答：后面没有模板的文字
+    prompt = encode_prompt(LetterTokenizer(), messages, "template", template=TEMPLATE)
+    assert spelled(prompt).endswith("三\nAssistant: 四")
+    answer = encode_answer(LetterTokenizer(), "四", "template", template=TEMPLATE)
+    assert spelled(answer) == "四\n$" and answer == item.input_ids[item.num_src_tokens :]
 
 
 @pytest.mark.parametrize("limit", range(18, 60))

@@ -440,6 +440,29 @@ def test_real_chat_template_gives_the_recorded_prompts(real_tokenizer, real_fast
         assert ids == encode_prompt(tokenizer, chat, **prompting._asdict())
 
 
+def test_a_template_of_ones_own_is_rendered_as_trained(real_tokenizer, tmp_path, capsys):
+    """第二代逐个 id 相同，四个字节的字也是；第一代说差在哪里，plain 的 system 不给写。"""
+    from transformers import AutoTokenizer
+
+    _, tokenizer, chat = real_tokenizer
+    template = {"user": "👤：{text}\n", "assistant": "🤖：{text}"}
+    for prompting in (chat._replace(prompt_format="template", template=template), chat._replace(prompt_format="plain")):
+        fast_tokenizer_module.write_fast_tokenizer(tokenizer, prompting, tmp_path, 4096)
+        fast = AutoTokenizer.from_pretrained(tmp_path)
+        is_plain, warned = prompting.template is None, "差几个「▁」" in capsys.readouterr().err
+        assert warned == (chat.family == "baichuan" and not is_plain)
+        for messages in ([("user", "你好")], [("system", "规矩。"), ("user", "你好")]):
+            rows = [{"role": role, "content": text} for role, text in messages]
+            if messages[0][0] == "system" and (not is_plain or chat.family == "baichuan"):
+                with pytest.raises(Exception, match=r"没有 system|写不出 system"):
+                    fast.apply_chat_template(rows)
+                continue
+            ids = fast.apply_chat_template(rows, add_generation_prompt=True, return_dict=False)
+            expected = encode_prompt(tokenizer, messages, **prompting._asdict())
+            texts = [fast.decode(found).replace(" ", "") for found in (ids, expected)]
+            assert texts[0] == texts[1] and (ids == expected) == (not warned)
+
+
 def test_real_tokenizer_on_random_text(real_tokenizer, real_fast_tokenizer):
     _, tokenizer, _ = real_tokenizer
     generator = random.Random(0)

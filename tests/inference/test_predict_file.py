@@ -123,6 +123,30 @@ def test_everything_that_is_scored_is_resumed(flags, tmp_path, monkeypatch):
     assert [(tmp_path / name).read_bytes() for name in ("out.jsonl", "out.metrics.json")] == expected
 
 
+def test_changed_references_are_refused_when_they_are_scored(flags, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "test.json"
+    changed = [{**row, "output": "别的"} if "output" in row else row for row in ROWS]
+    for extra, code in (["--metric", "nll"], 2), ([], 0):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1)
+            assert run(flags, *extra) == 130
+        text = path.read_text(encoding="utf-8")
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in changed), encoding="utf-8")
+        assert run(flags, *extra) == code
+        assert ("参考的摘要：当时" in capsys.readouterr().err) == (code == 2)
+        path.write_text(text, encoding="utf-8")
+        (tmp_path / "out.jsonl.partial").unlink(missing_ok=True)
+
+
+def test_the_predictions_of_an_earlier_file_are_not_kept(flags, tmp_path):
+    path = tmp_path / "test.json"
+    earlier = [{**ROWS[0], "prediction": "旧", "label_scores": {"旧": 1.0}}]
+    path.write_text(json.dumps(earlier, ensure_ascii=False), encoding="utf-8")
+    assert run(flags) == 0
+    [row] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert row.pop("prediction") != "旧" and row == ROWS[0]
+
+
 def test_a_finished_result_of_other_settings_is_kept(flags, tmp_path, monkeypatch, capsys):
     """内容不同的旧结果与它的评测结果改名，同一个号；相同的不动。标准错误不是终端时没有进度条。"""
 

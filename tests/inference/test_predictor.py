@@ -10,6 +10,7 @@ from peft import PeftModel
 import predict
 from baichuan import BaichuanForCausalLM, BaichuanTokenizer
 from finetune.checkpoint.base_model import load_config
+from finetune.data.samples import read_samples
 from finetune.inference.predictor import rows_at_once, short_names
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -121,6 +122,43 @@ def test_label_scores_of_one_sample(tiny_checkpoint, capsys):
     for row, (_, log_prob, share) in zip(table, ranked, strict=True):
         assert float(row[1]) == pytest.approx(log_prob, abs=2e-4)
         assert float(row[2]) == pytest.approx(share, abs=2e-4)
+
+
+def test_nll_counts_the_reference_alone_up_to_the_context(tiny_checkpoint, tmp_path, capsys):
+    base = tiny_checkpoint("baichuan2-7b", model_max_length=64)
+    rows = tmp_path / "rows.json"
+    history = [("user", "你好"), ("assistant", "您好，很高兴认识您，今天天气不错"), ("user", "再见")]
+    messages = [{"role": role, "content": text} for role, text in history]
+    lines = [{"messages": [*messages, {"role": "assistant", "content": answer}]} for answer in ("再见", "长" * 99)]
+    rows.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    predictor = make_predictor("--model_path", base, "--prompt_format", "chat")
+    predictor.args.metric = "nll"
+    samples = read_samples(rows, "predict")
+    prompts = predictor.encode_rows(samples)
+    assert "1 行的参考连同提示词超过上下文的 64 个 token" in capsys.readouterr().err
+    target = [*predictor.tokenizer.encode_plain("再见"), predictor.tokenizer.eos_token_id]
+    with torch.no_grad():
+        log_probs = predictor.model(torch.tensor([[*prompts[0], *target]])).logits[0].log_softmax(-1)
+    expected = -sum(float(log_probs[len(prompts[0]) - 1 + k, token]) for k, token in enumerate(target))
+    assert predictor.reference_nll(samples[0]) == (pytest.approx(expected, abs=1e-4), len(target))
+    assert predictor.reference_nll(samples[1])[1] == 64 - len(prompts[1])
+    # 训练时的 --max_len 不限制评测：同样的权重，同样的数
+    predictor.checkpoint.run_config["args"] = {"max_len": 16, "max_src_len": 60}
+    assert predictor.reference_nll(samples[0]) == (pytest.approx(expected, abs=1e-4), len(target))
+
+
+def test_label_scores_are_of_the_whole_answer_of_a_template(tiny_checkpoint, tmp_path):
+    template = {"user": "问：{text}\n", "assistant": "答：{text}\n"}
+    path = tmp_path / "template.json"
+    path.write_text(json.dumps(template, ensure_ascii=False), encoding="utf-8")
+    base = tiny_checkpoint("baichuan2-7b")
+    predictor = make_predictor("--model_path", base, "--prompt_format", path)
+    predictor.args.label_scores = ["正面", "负面"]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"prompt": "很好", "response": "正面"}, ensure_ascii=False), encoding="utf-8")
+    [sample] = read_samples(rows, "predict")
+    [scores] = predictor.label_scores([predictor.encode(sample.messages)])
+    assert -scores["正面"]["log_prob"] == pytest.approx(predictor.reference_nll(sample)[0], abs=1e-4)
 
 
 def test_how_many_rows_at_once(tiny_checkpoint):

@@ -21,10 +21,11 @@ import torch
 from generating import make_adapter, make_predictor
 from paths import ROOT
 
+from baichuan import BaichuanTokenizer
 from finetune.cli.predict_checks import prepare
 from finetune.cli.predict_flags import parse_args
 from finetune.inference import serve as module
-from finetune.inference.batcher import Batcher, Job, QueueFull
+from finetune.inference.batcher import Batcher, Job, QueueFull, Row
 from finetune.inference.generation import make_generation_config
 from finetune.inference.predictor import Predictor
 
@@ -242,6 +243,29 @@ def test_log_probabilities_are_the_models(base):
             assert [entry["logprob"] for entry in top[index]["top_logprobs"]] == pytest.approx(
                 best.values.tolist(), abs=1e-4
             )
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("stops", [[], ["END"]])
+def test_log_probabilities_go_with_the_characters_they_write(base, is_streamed, stops):
+    """一个字由几个字节片段写成：最后一个到了才算写出；它们都在，次序不乱。"""
+    tokenizer = BaichuanTokenizer.from_pretrained(base)
+    pieces = ["好", *(f"<0x{byte:02X}>" for byte in "😀".encode()), *(f"<0x{byte:02X}>" for byte in b"END"), "的"]
+    ids = [tokenizer.convert_tokens_to_ids(piece) for piece in pieces]
+    assert tokenizer.unk_token_id not in ids
+    chunks: list = []
+    job = Job(None, [5], len(ids), chunks.append, stops=tuple(stops), top_logprobs=0, is_streamed=is_streamed)
+    row = Row(job, tokenizer, tokenizer.eos_token_id, torch.device("cpu"))
+    for token in ids:
+        if not job.is_done:
+            row._log_probs = torch.zeros(len(tokenizer)).log_softmax(-1)
+            row.take(token)
+    text, found = "", []
+    for chunk in chunks:
+        text += chunk.text
+        found += [choice.token for choice in chunk.choices]
+        assert text.startswith(tokenizer.decode(found).rstrip("\ufffd")) and "\ufffd" not in tokenizer.decode(found)
+    assert (text, found) == (("好😀", ids[:5]) if stops else ("好😀END的", ids))
 
 
 def test_sampling_depends_on_the_seed_alone(address, base):
