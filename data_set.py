@@ -194,11 +194,13 @@ class BaichuanDataSet:
     @property
     def statistics(self) -> dict[str, Any]:
         """各项统计：行数、空输出、重复、截断、跳过、含控制符号的行数，token 长度的分位数，目标 token 的份额。"""
-        flags, lengths = self.columns["flags"], self.columns["lengths"]
+        lengths = self.columns["lengths"]
+        flags = self.columns["flags"][np.diff(self.rows, prepend=-1) != 0]  # 一行的几个样本的相同，只数一次
         num_tokens, num_targets = int(lengths.sum()), int(self.columns["num_targets"].sum())
         return {
             **self.counts,
             "num_samples": len(self),
+            "num_kept_rows": len(flags),
             "num_empty_outputs": int((flags & EMPTY_OUTPUT > 0).sum()),
             "num_src_truncated": int((flags & SRC_CUT > 0).sum()),
             "num_tgt_truncated": int((flags & TGT_CUT > 0).sum()),
@@ -214,11 +216,12 @@ class BaichuanDataSet:
         """中文的数据报告，几行文字。"""
         found = self.statistics
         duplicates = f"重复 {found['num_duplicates']}（{'已丢弃' if found['duplicates_dropped'] else '保留'}）"
+        kept = f"（{found['num_kept_rows']} 行的）" if found["num_kept_rows"] != len(self) else ""
         skipped = f"，因超长跳过 {found['num_skipped']} 行" if found["num_skipped"] else ""
         p50, p90, p95, p99, longest = found["length_percentiles"].values()
         lines = [
             f"数据报告：{self.path}",
-            f"  文件 {found['num_rows']} 行，样本 {len(self)} 条{skipped}",
+            f"  文件 {found['num_rows']} 行，样本 {len(self)} 条{kept}{skipped}",
             f"  写法：{_listing(found['formats'])}",
             f"  空输出 {found['num_empty_outputs']}（目标只有 eos），{duplicates}",
             f"  截断：src {found['num_src_truncated']} 条，tgt {found['num_tgt_truncated']} 条（截短的 tgt 没有 eos）",

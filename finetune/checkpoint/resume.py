@@ -134,6 +134,8 @@ def check_same_run(directory: Path, args, run_config: dict):
             differences.append(f"{what} {getattr(args, f'{name}_path')} 的内容变了")
     if saved["base_model"]["hashes"] != run_config["base_model"]["hashes"]:
         differences.append(f"基座 {args.model_name_or_path} 的文件变了")
+    if "adapter" in saved and saved["adapter"] != run_config["adapter"]:
+        differences.append(f"起点的适配器 {args.adapter_path} 的文件变了")
     if saved["ds_file"] != run_config["ds_file"]:
         differences.append(f"DeepSpeed 配置 {args.ds_file} 的内容变了")
     if saved["precision"] != run_config["precision"]:

@@ -52,6 +52,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size(),
         "world_size": world_size(),
         "base_model": {"path": args.model_name_or_path, "absolute_path": str(base.resolve()), "hashes": hashes},
+        "adapter": {} if args.adapter_path is None else hash_base(Path(args.adapter_path)),
         "data": data,
         "versions": {module.__name__: module.__version__ for module in (torch, deepspeed, transformers, peft)},
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -59,7 +60,7 @@ def describe_run(args, prompting: Prompting, ds_config: dict, precision: str, pr
 
 
 def hash_base(base: Path, is_hidden: bool = False) -> dict[str, str]:
-    """基座各文件的 SHA-256，几个文件并行计算。"""
+    """基座（或适配器）各文件的 SHA-256，几个文件并行计算。"""
     hashed = [path for path in sorted(base.iterdir()) if path.suffix in HASHED_SUFFIXES and path.is_file()]
     return dict(zip([path.name for path in hashed], hash_files(hashed, is_hidden), strict=True))
 

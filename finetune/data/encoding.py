@@ -18,7 +18,7 @@ from finetune.data.samples import DESIRABLE, RowOptions, parse_row
 from finetune.terminal import long_job
 
 # 编码规则改变时加一，旧缓存随之作废
-ENCODING_VERSION = 3
+ENCODING_VERSION = 4
 PROGRESS_ROWS_BYTES = 2**20
 SRC_CUT, TGT_CUT, CONTROL, EMPTY_OUTPUT, SEVERAL_TURNS = 1, 2, 4, 8, 16
 # labels 只有三种取值，每个 token 存一字节：不作目标、就是 input_ids 本身、eos（chat 的用户标记处）
@@ -79,13 +79,13 @@ def encode_chunk(
         encoded += items
         places += [place] * len(items)
         content = repr(sample.messages if sample.trained is None else (sample.messages, sample.trained))
-        content += "" if sample.rejected is None else repr(sample.rejected)
+        content += "".join(repr(value) for value in (sample.rejected, sample.label) if value is not None)
         digests += [_digest(content if index == 0 else f"{content}{index}") for index in range(len(items))]
         flags += [
             SRC_CUT * any(item.src_truncated for item in items)
             + TGT_CUT * any(item.tgt_truncated for item in items)
             + CONTROL * items[0].has_control_pieces
-            + EMPTY_OUTPUT * (sample.messages[-1][1] == "")
+            + EMPTY_OUTPUT * ("" in (sample.messages[-1][1], sample.rejected))
             + SEVERAL_TURNS * (len(sample.messages) > 2)
             + DESIRABLE * bool(sample.label)
         ] * len(items)

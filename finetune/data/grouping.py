@@ -22,6 +22,7 @@ class GroupedDataSet:
         self.lengths, self.num_targets = (
             np.add.reduceat(data_set.columns[name], starts[:-1], dtype=np.int32) for name in ("lengths", "num_targets")
         )
+        self.whole_lengths = self.lengths.copy()  # 不并排时算的
         self.lengths -= num_shared
         self.reference = None  # 参考模型的对数概率，见 finetune/tasks/preference.py
         self.is_desirable: np.ndarray | None = None  # kto：各组的标注
@@ -36,9 +37,9 @@ class GroupedDataSet:
         """一组的各样本的下标。"""
         return range(int(self.starts[index]), int(self.starts[index + 1]))
 
-    def place(self, index: int) -> tuple[str, int]:
-        """一组开头的 (文件, 行号)。"""
-        return self.data_set.place(int(self.starts[index]))
+    def places(self, index: int) -> list[tuple[str, int]]:
+        """一组里各样本的 (文件, 行号)，相同的只写一次。"""
+        return list(dict.fromkeys(self.data_set.place(member) for member in self.members(index)))
 
 
 def singles(data_set) -> GroupedDataSet:

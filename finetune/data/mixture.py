@@ -79,7 +79,7 @@ def mix(
     """各文件的 BaichuanDataSet → (训练集, 留出的评估集或 None)；份量只作用于训练的一边，width 见 weighted_indices。
 
     Raises:
-        ValueError: 一边没有样本。
+        ValueError: 一边没有样本，或一个文件没有取到一行。
     """
     parts, held_parts = [], []
     for number, (data_set, source) in enumerate(zip(data_sets, sources, strict=True)):
@@ -88,11 +88,15 @@ def mix(
             held_parts.append(data_set.take(np.flatnonzero(is_held)))
             data_set = data_set.take(np.flatnonzero(~is_held))
         if source.weight != 1:
-            data_set = data_set.take(weighted_indices(len(data_set), source.weight, seed, number, width))
+            chosen = weighted_indices(len(data_set), source.weight, seed, number, width)
+            if not len(chosen):
+                what = f"{source.path}*{source.weight:g} 的份量太小，{len(data_set) // width} 行里没有取到一行"
+                raise ValueError(f"--train_path {what}，请调大份量，或去掉这个文件")
+            data_set = data_set.take(chosen)
         parts.append(data_set)
     train_set = type(parts[0]).join(parts)
     if not len(train_set):
-        raise ValueError("--train_path 的份量太小，没有留下一条训练样本，请调大份量")
+        raise ValueError("--train_path 留下的训练样本是空的：全部被 --val_ratio 留出，请调小它")
     if held is None:
         return train_set, None
     eval_set = type(parts[0]).join(held_parts)

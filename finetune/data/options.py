@@ -52,7 +52,7 @@ class DataOptions:
     max_len: int = flag(1024, "一个样本的最大长度，token", check=at_least(1))
     max_src_len: int = flag(768, "提示部分的最大长度，token，须小于 max_len", check=at_least(1))
     is_skip: bool = flag(False, "超长的样本丢弃；缺省截断")
-    drop_duplicates: bool = flag(False, "内容完全相同的样本只留一个；缺省都保留")
+    drop_duplicates: bool = flag(False, "同一个文件里内容完全相同的行只留一个（不同的文件之间不比）；缺省都保留")
     cache_dir: str | None = flag(
         None, "分词结果的缓存目录，按内容、分词器与设置区分（缺省不缓存）", changes_training=False
     )

@@ -51,6 +51,10 @@ def replay_pieces(path: str, tokenizer, max_len: int, seed: int, num_samples: in
     Raises:
         ValueError: 见 read_texts。
     """
+    if num_samples == 0:
+        raise ValueError(
+            "--replay_ratio 太小，相对于训练样本的条数取不到一条重放的文字，请调大它，或去掉 --replay_path"
+        )
     pieces = list(islice(encode_pieces(read_texts(path), tokenizer, max_len, seed), num_samples))
     if not pieces:
         raise ValueError(f"--replay_path {path} 的每一行都只有一个 token，没有可训练的目标，请换一个文件")

@@ -290,7 +290,7 @@ class _Draft:
             return
         last = len(self.messages) - 1
         chosen = [
-            options.train_on_prompt or (role == "assistant" and (options.loss_turns == "all" or index == last))
+            options.loss_turns == "all" or index == last if role == "assistant" else options.train_on_prompt
             for index, (role, _) in enumerate(self.messages)
         ]
         for index, flag in self.flags.items():

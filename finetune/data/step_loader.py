@@ -83,9 +83,9 @@ class StepLoader:
         for micro in dealt:
             samples = []
             for i in micro:
-                item, (path, line) = self.dataset[i], self.dataset.place(i)
+                item = self.dataset[i]
                 samples += item if isinstance(item, list) else [item]
-                rows += [(path, sample.line) for sample in item] if isinstance(item, list) else [(path, line)]
+                rows += self.dataset.places(i) if isinstance(item, list) else [self.dataset.place(i)]
             batch = collate(samples, self.pad_token_id, self.packing)
             if self.with_offsets:
                 batch["document_offsets"] = [int(self.dataset.offsets[i]) for i in micro]
@@ -97,11 +97,16 @@ class StepLoader:
         return StepBatch(
             micro_batches=micro_batches,
             num_target_tokens=num_targets,
-            num_tokens=sum(lengths.values()),
+            num_tokens=sum(lengths.values()) if self.packing else self._num_tokens_unpacked(indices),
             rows=rows,
             num_items=len(indices) if self.with_samples else num_targets,
             partners=[] if self.partners is None else self._partner_batches(indices, dealt),
         )
+
+    def _num_tokens_unpacked(self, indices: Sequence[int]) -> int:
+        """不并排时各样本自成一行：共用的提示各算一次。"""
+        lengths = getattr(self.dataset, "whole_lengths", self.dataset.lengths)
+        return sum(int(lengths[i]) for i in indices)
 
     def _partner_batches(self, indices: Sequence[int], dealt: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
         found, batches = self.partners(self.dataset, indices), []

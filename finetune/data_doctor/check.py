@@ -131,7 +131,11 @@ def _file_findings(path: str) -> Iterator[Problem]:
 # ---- 跨行 ----
 
 _CROSS_ROW = {
-    "duplicate": ("warning", "与 {} 完全相同（共 {} 行相同）", "加 --drop_duplicates 只留一行，或从文件中删去"),
+    "duplicate": (
+        "warning",
+        "与 {} 完全相同（共 {} 行相同）",
+        "加 --drop_duplicates 只留一行（只在同一个文件里），或从文件中删去",
+    ),
     "conflict": (
         "note",
         "与 {} 的输入相同，回答不同（共 {} 种回答）",

@@ -74,10 +74,15 @@ def examine_rows(
         prompt = sample.messages if split == "predict" else sample.messages[:-1]
         answer = sample.messages[-1][1] if split != "predict" else (sample.references or (None,))[0]
         findings += _field_findings(fields, sample, answer, is_plain)
-        whole = Sample((*prompt, ("assistant", answer or "")), sample.line, path, trained=sample.trained)
-        lengths.append(_measure(whole, answer is not None, split, encoding, findings))
+        measured = []
+        for field, text in (("output", answer), ("rejected", sample.rejected))[: 1 if sample.rejected is None else 2]:
+            whole = sample._replace(messages=(*prompt, ("assistant", text or "")), rejected=None)
+            measured.append(_measure(whole, text is not None, split, encoding, findings, field))
+        lengths.append(max(measured, key=sum))
         # 没有提示的是一段文字，以它自己为输入：不同的文字不是同一个输入的不同回答
-        digests.append((digest(repr(prompt or answer)), digest(answer or ""), digest(_document(sample))))
+        marks = [repr(value) for value in (sample.rejected, sample.label) if value is not None]  # 不同的不是同样的行
+        answered = digest("".join([answer or "", *marks]))
+        digests.append((digest(repr(prompt or answer)), answered, digest(_document(sample))))
         lines.append(sample.line)
         answers.append(answer if answer is not None and len(answer) <= MAX_LABEL_CHARS else None)
     return ChunkReport(
@@ -160,9 +165,12 @@ def _odd_name(char: str) -> str:
 
 
 def _measure(
-    whole: Sample, has_answer: bool, split: str, encoding: Encoding | None, findings: list[Problem]
+    whole: Sample, has_answer: bool, split: str, encoding: Encoding | None, findings: list[Problem], field: str
 ) -> tuple[int, int]:
-    """截断之前的 (src, tgt) 长度；超长、没有目标、提示词不合法记入 findings。没有分词器时按字符数。"""
+    """截断之前的 (src, tgt) 长度；超长、没有目标、提示词不合法记入 findings。没有分词器时按字符数。
+
+    一段文字（继续预训练）切成几段，不截断。
+    """
     *prompt, (_, answer) = whole.messages
     if encoding is None:
         return sum(len(text) for _, text in prompt), len(answer)
@@ -175,7 +183,7 @@ def _measure(
         item = encode_sample(whole, encoding.tokenizer, max_len=_UNLIMITED + 1, max_src_len=_UNLIMITED, **options)
         src, total = item.num_src_tokens, len(item.input_ids)
         kept = item
-        if src > max_src_len or (has_answer and total > max_len):
+        if whole.format != "text" and (src > max_src_len or (has_answer and total > max_len)):
             kept = encode_sample(whole, encoding.tokenizer, max_len=max_len, max_src_len=max_src_len, **options)
     except ValueError as error:
         add("error", "prompt", "提示词", str(error), "请改这一行，或换 --prompt_format、调大 --max_src_len")
@@ -192,10 +200,10 @@ def _measure(
         )
         what = f"全长 {total} token，超过 --max_len({max_len})，回答 {total - src} token 截去 {tgt_cut}"
         place = f"（从「{start}」起，连同结束符）" if start else "（只截去结束符）"
-        add("warning", "tgt_cut", "output", what + place, f"请调大 --max_len（这一行要 {total}），或拆分这一行")
+        add("warning", "tgt_cut", field, what + place, f"请调大 --max_len（这一行要 {total}），或拆分这一行")
     if kept.num_targets == 0 and split != "predict":
         what = f"截断之后没有任何目标 token（src {kept.num_src_tokens} 个 token）"
-        add("error", "no_target", "output", what, "请检查这一行的内容是否全是空白")
+        add("error", "no_target", field, what, "请检查这一行的内容是否全是空白")
     if not has_answer:
         return src, 0
     return src, total - src

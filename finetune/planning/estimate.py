@@ -101,9 +101,9 @@ def sample_data(args: TrainOptions, tokenizer, prompting) -> DataSample:
         num_read=len(rows),
         lengths=items.lengths.tolist(),
         num_targets=items.num_targets.tolist(),
-        num_src_cut=int((flags[keep] & SRC_CUT > 0).sum()),
-        num_tgt_cut=int((flags[keep] & TGT_CUT > 0).sum()),
-        num_skipped=int((~keep).sum()),
+        num_src_cut=int((flags[keep] & SRC_CUT > 0).sum()) // TASKS[args.task].width,
+        num_tgt_cut=int((flags[keep] & TGT_CUT > 0).sum()) // TASKS[args.task].width,
+        num_skipped=int((~keep).sum()) // TASKS[args.task].width,
         max_len=items.max_len,
     )
 

@@ -30,6 +30,7 @@ def describe(
         f"tgt {sample.num_tgt_cut * sample.scale:.0f} 条，超长丢弃 {sample.num_skipped * sample.scale:.0f} 条",
         f"步数：每轮 {outcome.steps_per_epoch}，共 {outcome.num_steps}；最大的 micro batch {sum(batch.lengths)} token"
         f"（上限 {args.per_device_train_batch_size * sample.max_len}），其中目标 {batch.num_targets}",
+        *uncounted(args),
         f"模型：{model.num_total:,} 个参数，可训练 {model.num_trained:,}；{args.train_type}，{setup.precision}，"
         f"{args.optimizer}，梯度按 {setup.grad_accum_dtype} 相加，"
         f"ZeRO-{setup.stage}{offload}，{setup.cards} 个进程，--gradient_checkpointing {args.gradient_checkpointing}",
@@ -53,6 +54,16 @@ def describe(
             + (f"放得进 {sizes}" if sizes else f"一张卡都放不进（到 {CARD_SIZES[-1]} GB）")
         )
     return lines
+
+
+def uncounted(args: TrainOptions) -> list[str]:
+    """推算没有计入的数据：要读完全部才知道的。"""
+    notes = []
+    if args.replay_path is not None:
+        notes.append(f"重放的文字（--replay_ratio {args.replay_ratio:g}，步数与时间会多）")
+    if args.drop_duplicates:
+        notes.append("--drop_duplicates 丢弃的行（会少）")
+    return [f"没有计入：{'、'.join(notes)}"] if notes else []
 
 
 def gib(number: float) -> str:

@@ -1,12 +1,11 @@
 """偏好的各阶段共用的：参数，两个回答的对数概率，参考模型，一步的损失与评估。
 
 参考模型是这次训练第一步时的模型，内存里从没有第二个模型：新的 LoRA 关掉就是它；其余的（freeze、full、ptuning、
-接着 --adapter_path 的）在第一步之前把全部回答的对数概率算好。续训时同样从基座算起，所以得到同样的参考。
+接着 --adapter_path 的、加了新词的）在第一步之前把全部回答的对数概率算好。续训时同样从基座算起，所以得到同样的参考。
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,7 +96,9 @@ class PreferenceLoss(TokenLoss):
         super().__init__()
         self.with_samples = True
         self.options, self.pair_loss, self.uses_reference, self.width = options, pair_loss, uses_reference, width
-        self.is_live = options.train_type == "lora" and options.adapter_path is None
+        # 新词的行关不掉，也在训练
+        is_new = options.train_type == "lora" and options.adapter_path is None
+        self.is_live = is_new and options.add_tokens is None
         self._sums: dict[str, Tensor] = {}
 
     def extra_passes(self, num_epochs: float) -> float:
@@ -191,15 +192,20 @@ class PreferenceLoss(TokenLoss):
         sums, self._sums = self._sums, {}
         return _over_ranks(sums, engine.device)
 
+    def begin_evaluation(self, engine, loader: StepLoader, should_stop: Callable[[], bool]) -> bool:
+        """评估的各批之前要算的；放弃时为假。集合操作。"""
+        return True
+
     def evaluate(self, engine, loader: StepLoader, should_stop: Callable[[], bool], progress) -> dict | None:
-        """各对的平均损失与各项，另有好的回答每个 token 的 nll；放弃时为 None。在评估模式里调用，集合操作。"""
+        """各对的平均损失与各项，另有好的回答（有的话）每个 token 的 nll；放弃时为 None。在评估模式里调用，集合操作。"""
         from finetune.data.step_loader import batch_to_device
 
         self._sums = {}
+        if not self.begin_evaluation(engine, loader, should_stop):
+            return None
         for step in loader.epoch(0):
             if should_stop():
                 return None
-            self.prepare(engine, step)
             for batch in step.micro_batches:
                 answers = self.answers(engine, batch_to_device(batch, engine.device))
                 losses, figures = self.measure(answers)
@@ -208,9 +214,9 @@ class PreferenceLoss(TokenLoss):
                 self._add({"loss": losses, "nll": nll, "tokens": lengths, **figures})
             progress.update(step.num_items)
         sums, self._sums = _over_ranks(self._sums, engine.device), {}
-        tokens, _ = sums.pop("tokens")
-        means = {name: total / count if count else math.nan for name, (total, count) in sums.items()}
-        return {**means, "nll": sums["nll"][0] / tokens if tokens else math.nan}
+        (total, _), (tokens, _) = sums.pop("nll"), sums.pop("tokens")
+        means = {name: total / count for name, (total, count) in sums.items() if count}
+        return {**means, "nll": total / tokens} if tokens else means
 
 
 def _over_ranks(sums: dict[str, tuple[Tensor, int]], device) -> dict[str, tuple[float, int]]:

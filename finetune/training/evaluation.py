@@ -99,7 +99,7 @@ class Evaluation:
             return False
         self.is_owed = False
         log.write({"step": step, "epoch": epoch, **{f"eval/{name}": value for name, value in scores.items()}}, step)
-        found = {"metric": metric, "score": scores[metric], "nll": scores["nll"]}
+        found = {"metric": metric, "score": scores[metric], "nll": scores.get("nll", math.inf)}
         is_better = self._is_better(found)
         if is_better:
             self.best, self.num_worse = {"checkpoint": checkpoint, "step": step, **found}, 0
@@ -118,7 +118,8 @@ class Evaluation:
 
     def _print(self, step: int, scores: dict[str, float], is_better: bool, seconds: float):
         metric = self.options.eval_metric
-        text = f"评估 {self.data_set.path}：步 {step}，目标 token 的平均损失 {scores['nll']:.4f}"
+        text = f"评估 {self.data_set.path}：步 {step}"
+        text += f"，目标 token 的平均损失 {scores['nll']:.4f}" if "nll" in scores else ""
         text += "".join(f"，{name} {scores[name]:.4f}" for name in ("loss", "accuracy", "margin") if name in scores)
         if "perplexity" in scores:
             text += f"，困惑度 {scores['perplexity']:.2f}"

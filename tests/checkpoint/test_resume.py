@@ -294,6 +294,7 @@ def fake_checkpoint(directory: Path, **changes) -> tuple[Path, dict]:
         "args": {"lora_dim": 8, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 2, "output_dir": "a"},
         "data": {"train": "aa"},
         "base_model": {"hashes": {"config.json": "bb"}},
+        "adapter": {},
         "ds_file": {"zero_optimization": {"stage": 2}},
         "precision": "fp32",
         "global_batch_size": 8,
@@ -312,6 +313,7 @@ def args_of(run_config: dict) -> TrainOptions:
     [
         ({"data": {"train": "xx"}}, "训练数据 rows.json 的内容变了"),
         ({"base_model": {"hashes": {}}}, "基座 base 的文件变了"),
+        ({"adapter": {"adapter_model.safetensors": "xx"}}, "起点的适配器 None 的文件变了"),
         ({"ds_file": {}}, "DeepSpeed 配置 ds.json 的内容变了"),
         ({"precision": "bf16"}, "精度：检查点是 fp32，现在是 bf16"),
     ],

@@ -48,6 +48,19 @@ def findings(*paths: str, test_path: str | None = None, limit: int = 20) -> list
     return [(f"{finding.severity}:{finding.code}", str(finding).replace(strip, "")) for finding in listed]
 
 
+def test_long_documents_are_not_truncated_and_both_answers_of_a_pair_are(write, base, capsys):
+    """继续预训练的长文切成几段，不是截断；偏好对的两个回答都量；标注或坏回答不同的不是重复。"""
+    flags = ["--model_name_or_path", str(base), "--max_len", "96", "--max_src_len", "64"]
+    assert main(["check", write([{"text": "字句" * 400}]), "--task", "pretrain", *flags]) == 0
+    pair = {"prompt": "问", "chosen": "好", "rejected": "坏"}
+    assert main(["check", write([pair, {**pair, "rejected": "差"}]), "--task", "dpo", *flags]) == 0
+    vote = {"prompt": "问", "completion": "答", "label": True}
+    assert main(["check", write([vote, {**vote, "label": False}]), "--task", "kto", *flags]) == 0
+    capsys.readouterr()
+    assert main(["check", write([{**pair, "rejected": "龘" * 60}]), "--task", "dpo", *flags]) == 1
+    assert "rejected: 全长 " in capsys.readouterr().out
+
+
 # ---- 一行 ----
 
 

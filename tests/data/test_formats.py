@@ -190,6 +190,8 @@ def flagged(**flags) -> dict:
         (flagged(), {"loss_turns": "last"}, (0, 0, 0, 0, 0, 1)),
         (flagged(m3={"loss": True}), {"loss_turns": "last"}, (0, 0, 0, 0, 0, 1)),
         (flagged(), {"train_on_prompt": True}, (1, 1, 1, 1, 1, 1)),
+        (flagged(), {"train_on_prompt": True, "loss_turns": "last"}, (1, 0, 1, 0, 1, 1)),
+        (flagged(m3={"loss": True}), {"train_on_prompt": True, "loss_turns": "last"}, (1, 0, 1, 0, 1, 1)),
         (flagged(m2={"loss": False}, m3={"weight": 0}), {"train_on_prompt": True}, (1, 1, 0, 0, 1, 1)),
     ],
 )

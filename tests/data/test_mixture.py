@@ -114,8 +114,9 @@ def test_a_mixture_holds_the_samples_of_its_files(tmp_path, tokenizer):
         assert mixed.num_targets[index] == original.num_targets
     alone, _ = mix(parts[:1], [Source(paths[0])], seed=1)
     assert alone is parts[0]
-    with pytest.raises(ValueError, match="份量太小"):
-        mix(parts[:1], [Source(paths[0], 0.01)], seed=1)
+    tiny = [Source(paths[0]), Source(paths[1], 0.01)]
+    with pytest.raises(ValueError, match=re.escape(f"{paths[1]}*0.01 的份量太小，") + r"\d+ 行里没有取到一行"):
+        mix(parts, tiny, seed=1)
 
 
 # ---- 留出 ----

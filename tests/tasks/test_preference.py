@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +26,9 @@ from finetune.data.grouping import pairs, singles
 from finetune.data.packing import collate, epoch_steps
 from finetune.data.prompting import IGNORE_INDEX
 from finetune.data.samples import RowOptions, read_samples
+from finetune.data.step_loader import StepLoader
 from finetune.tasks import kto
+from finetune.tasks.registry import TASKS
 from model_factory import build_model
 from utils import seed_everything
 
@@ -246,11 +249,94 @@ def test_kto_partners_are_a_function_of_the_step(tmp_path, tiny_checkpoint):
     assert grouped.is_desirable.tolist() == [False, True, True, False, True, True]
     found = kto.partners(grouped, [4, 0, 3])
     assert {row: key for row, (key, _) in found.items()} == {4: (4, 3), 0: (0, 4), 3: (3, 0)}
+    assert [key for key, _ in kto.partners(grouped, [0]).values()] == [(0, 5)]  # 一步只有一行：不配自己的
     answers = [row[0] for row in encoded_answers(tmp_path / "rows.json", base, "kto")]
     for row, ((_, other), sample) in found.items():
         src, tgt = answers[row].input_ids[: answers[row].num_src_tokens], answers[other].input_ids
         assert sample.input_ids.tolist() == [*src, *tgt[answers[other].num_src_tokens :]]
         assert sample.num_targets == int(np.sum(sample.labels != IGNORE_INDEX)) == len(sample.input_ids) - len(src)
+
+
+def test_drop_duplicates_keeps_rows_that_differ_in_rejected_or_label(tmp_path, tiny_checkpoint):
+    base, rows = tiny_checkpoint(ARCH["lora"], **SIZES), tmp_path / "rows.json"
+    votes = [{"prompt": "问", "completion": "答", "label": label} for label in (False, True, True)]
+    pairs_ = [{"prompt": "问", "chosen": "好", "rejected": bad} for bad in ("坏", "差", "差")]
+    for stage, lines, expected in (("kto", votes, [1, 2]), ("dpo", pairs_, [1, 1, 2, 2])):
+        rows.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+        assert load(rows, base, stage, drop_duplicates=True).lines == expected
+
+
+def test_the_report_counts_rows_of_pairs(tmp_path, tiny_checkpoint):
+    rows = tmp_path / "rows.json"
+    lines = [("好" * 99, "坏"), ("好", ""), ("", "坏")]
+    lines = [{"prompt": "问", "chosen": chosen, "rejected": rejected} for chosen, rejected in lines]
+    rows.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    report = load(rows, tiny_checkpoint(ARCH["lora"], **SIZES), "dpo").report()
+    counts = ("文件 3 行，样本 6 条（3 行的）", "空输出 2（", "src 0 条，tgt 1 条")
+    assert [expected for expected in counts if expected not in report] == []
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_tokens_and_places_of_a_step_of_pairs(tmp_path, tiny_checkpoint, packing):
+    base, prompt = tiny_checkpoint(ARCH["lora"], **SIZES), "提示很长" * 6
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path in files:
+        line = {"prompt": prompt, "chosen": "好的", "rejected": "坏"}
+        path.write_text(json.dumps(line, ensure_ascii=False), encoding="utf-8")
+    grouped = pairs(BaichuanDataSet.join([load(path, base, "dpo") for path in files]))
+    loader = StepLoader(
+        grouped, batch_size=2, max_len=grouped.max_len, seed=None, pad_token_id=0, packing=packing, with_samples=True
+    )
+    [step] = loader.epoch(0)
+    assert step.rows == [(str(path), 1) for path in files]
+    whole = sum(len(sample.input_ids) for index in range(2) for sample in grouped[index])
+    shared = sum(sample.num_src_tokens - 1 for index in range(2) for sample in grouped[index][:1])
+    assert step.num_tokens == whole - shared * packing > 0
+
+
+class Bare:
+    """没有 DeepSpeed 的引擎：模型本身。"""
+
+    def __init__(self, model):
+        self.module, self.device = model, torch.device("cpu")
+
+    def __call__(self, **batch):
+        return self.module(**batch)
+
+
+def test_the_loss_of_a_kto_evaluation_does_not_depend_on_the_batches(tmp_path, tiny_checkpoint):
+    base = tiny_checkpoint(ARCH["lora"], **SIZES)
+    rows = write_stage_rows(tmp_path / "rows.json", "kto", 7)
+    grouped = singles(load(rows, base, "kto"))
+    args = parse_args(stage_flags("kto", rows, base, tmp_path / "out", "full"))
+    model = build_model(args, load_config(base), "fp32", {}).eval()
+    objective, found = kto.KtoLoss(args), []
+    every = [(row, other) for row in range(7) for other in range(7)]
+    grouped.reference = {key: -30.0 - 3 * index for index, key in enumerate([*range(7), *every])}
+    for batch_size in (1, 3, 7):
+        loader = StepLoader(
+            grouped, batch_size=batch_size, max_len=96, seed=None, pad_token_id=0, packing=True, with_samples=True,
+            partners=objective.eval_partners,
+        )  # fmt: skip
+        with torch.no_grad():
+            found.append(objective.evaluate(Bare(model), loader, lambda: False, Mock()))
+    assert found[0]["kl"] > 0
+    assert found[1] == pytest.approx(found[0], abs=1e-5) and found[2] == pytest.approx(found[0], abs=1e-5)
+    bad = [json.dumps({"prompt": "问", "completion": "答", "label": False})] * 2
+    rows.write_text("\n".join(bad), encoding="utf-8")
+    args.eval_metric = "nll"
+    with pytest.raises(ValueError, match="评估数据没有 label 是 true 的行"):
+        kto.KtoLoss(args).start(None, [grouped, singles(load(rows, base, "kto"))], 0)
+
+
+def test_added_words_keep_the_reference_of_the_first_step(tmp_path, tiny_checkpoint):
+    """新词的行也在训练，关掉 LoRA 不是起点的模型：参考的对数概率先算好。"""
+    rows, base = tmp_path / "rows.json", tiny_checkpoint(ARCH["lora"], **SIZES)
+    words = tmp_path / "words.txt"
+    words.write_text("新词\n", encoding="utf-8")
+    flags = stage_flags("dpo", rows, base, tmp_path / "out", "lora")
+    assert TASKS["dpo"].open(parse_args(flags)).is_live
+    assert not TASKS["dpo"].open(parse_args([*flags, "--add_tokens", str(words)])).is_live
 
 
 @pytest.mark.parametrize(("label", "missing"), [(True, "没有不好的回答可比"), (False, "没有好的回答可比")])

@@ -81,6 +81,8 @@ def test_pieces_are_every_token_once(general, tokenizer):
 
 
 def test_replay_repeats_when_there_is_too_little(general, tokenizer):
+    with pytest.raises(ValueError, match="--replay_ratio 太小"):
+        replay_pieces(general, tokenizer, 512, seed=1, num_samples=0)
     few = replay_pieces(general, tokenizer, 512, seed=1, num_samples=4)
     many = replay_pieces(general, tokenizer, 512, seed=1, num_samples=13)
     assert few == many[:4]
