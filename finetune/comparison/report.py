@@ -116,15 +116,16 @@ def answer_part(plan, summary) -> str:
     def order(method: str) -> tuple[int, float]:
         return -sum(method in level[name] for name in tasks), mean(cell["rise"] for cell in cells[method])
 
-    start = min(general, key=order)
+    start, *others = sorted(general, key=order)
     times, rise = -order(start)[0], order(start)[1]
+    following = f"其次是 {others[0]}：{-order(others[0])[0]} 个，上升 {order(others[0])[1]:.2f}。" if others else ""
     is_tied = sum(order(method)[0] == order(start)[0] for method in general) > 1
     rates = "、".join(dict.fromkeys(f"{cell['learning_rate']:g}" for cell in cells[start]))
     return (
         f"> 分数最高的，{'；'.join(found)}。\n"
         f"> 从 **{start}** 开始（这个模型上学习率 {rates}）：{len(tasks)} 个任务里有 {times} 个"
         f"它最好或与最好的没有显著差别{'，这样的方法里它忘得最少' if is_tied else ''}；"
-        f"通用文字的 NLL 平均上升 {rise:.2f}。"
+        f"通用文字的 NLL 平均上升 {rise:.2f}。{following}"
     )
 
 
