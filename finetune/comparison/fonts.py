@@ -30,12 +30,22 @@ def find_font(path: Path | None = None) -> Path | None:
     return path
 
 
+def simplified(path: Path) -> int:
+    """字体合集（.ttc）里简体的一个是第几个；不是合集，或没有写明的，是第一个。"""
+    from fontTools.ttLib import TTCollection
+
+    if path.suffix.lower() not in (".ttc", ".otc"):
+        return 0
+    names = [font["name"].getDebugName(4) or "" for font in TTCollection(str(path), lazy=True)]
+    return next((index for index, name in enumerate(names) if " SC" in f" {name} ".replace("-", " ")), 0)
+
+
 def font_subset(path: Path, text: str) -> bytes:
     """字体里 text 用到的字；同样的文字得到同样的字节。"""
     from fontTools import subset
 
     logging.getLogger("fontTools.subset").setLevel(logging.ERROR)  # 不认识的表略去，不必说
-    options = subset.Options(notdef_outline=True, hinting=False, layout_features=[], font_number=0)
+    options = subset.Options(notdef_outline=True, hinting=False, layout_features=[], font_number=simplified(path))
     font = subset.load_font(str(path), options)
     font["head"].modified = font["head"].created
     font.recalcTimestamp = False

@@ -24,6 +24,7 @@ TASK_REQUIRED = ("name", "path", "metric", "test", "dev", "max_new_tokens")
 TASK_OPTIONAL = {"pretrain": 0, "other": 50, "max_input_chars": None, "max_output_chars": None}
 TASK_OPTIONAL |= {"max_train_chars": None}  # 训练行的输入至多几个字：同样的 token 里行数更多
 TASK_OPTIONAL |= {"select": "nll"}  # 按验证部分的什么选学习率：nll（目标 token 的），或 metric（任务自己的指标）
+COUNTS = ("test", "dev", "max_new_tokens", "other", "epochs", "train_tokens")  # 应是正整数的
 TASK_OWN = ("epochs", "train_tokens", "sweep_share")  # 任务没有写的，取总的
 
 Result = dict[str, Any]
@@ -65,6 +66,14 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     plan = read_json(path)
     if not isinstance(plan, dict):
         raise ValueError(f"{path} 应是一个 JSON 对象")
+    try:
+        return _checked(plan, path)
+    except (TypeError, AttributeError, KeyError) as error:
+        how = "写法见 benchmarks/comparison/README.md"
+        raise ValueError(f"计划 {path} 里有值的类型不对（{type(error).__name__}：{error}），{how}") from error
+
+
+def _checked(plan: dict[str, Any], path: str | Path) -> dict[str, Any]:
     problems = [f"缺少 {name}" for name in REQUIRED if name not in plan]
     problems += [f"不认识 {name}" for name in plan if name not in (*REQUIRED, *OPTIONAL)]
     plan = {**OPTIONAL, **plan}
@@ -79,11 +88,20 @@ def read_plan(path: str | Path) -> dict[str, Any]:
             problems.append(f"{place}：metric {task.get('metric')} 应为 {'、'.join(METRIC_NAMES)} 之一")
         if task.get("select", "nll") not in ("nll", "metric"):
             problems.append(f"{place}：select {task['select']} 应为 nll 或 metric")
+        for name in COUNTS:
+            value = task.get(name, plan.get(name, 1))
+            if not isinstance(value, int) or value < 1:
+                problems.append(f"{place}：{name}({value!r}) 应是正整数")
+    problems += [f"{name} 是空的，至少要有一个" for name in ("tasks", "methods") if name in plan and not plan[name]]
     names = [task.get("name") for task in tasks]
     problems += [f"任务 {name} 写了 {names.count(name)} 次" for name in dict.fromkeys(names) if names.count(name) > 1]
     ratio = 1 if plan["replay"] is None else plan["replay"].get("ratio")
     if not isinstance(ratio, (int, float)) or ratio <= 0:
         problems.append(f'replay 的 ratio({ratio}) 应是正数，例如 {{"ratio": 0.25}}')
+    replay = plan["replay"] or {}
+    problems += [f"replay 不认识 {name}" for name in replay if name not in ("ratio", "by")]
+    if replay.get("by", "rows") not in ("rows", "tokens"):
+        problems.append(f"replay 的 by({replay['by']}) 应为 rows 或 tokens")
     shared = {name: plan.get(name) for name in TASK_OWN}
     plan["tasks"] = [{**TASK_OPTIONAL, **shared, **task} for task in tasks]
     for method, entry in (plan.get("methods") or {}).items():

@@ -161,11 +161,12 @@ def draw_forgetting(pyplot, plan, tasks, cells):
             places = [p for p, task in enumerate(tasks) if (task["name"], method) in cells]
             heights = [cells[tasks[p]["name"], method][key] for p in places]
             left = [p + (index - (len(plan["methods"]) - 1) / 2) * width for p in places]
-            bars = axis.bar(left, heights, width * 0.92, color=style_of(plan, method)[0], label=method)
-            axis.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8, padding=2)
+            axis.bar(left, heights, width * 0.92, color=style_of(plan, method)[0], label=method)
         axis.set_xticks(range(len(tasks)), [TASK_NAMES[task["name"]] for task in tasks])
         axis.set_ylabel(label)
-        axis.axhline(0, color="black", linewidth=0.8)
-        axis.margins(y=0.15)
+        if min(cell[key] for cell in cells.values()) > 0:
+            axis.set_yscale("log")  # 各任务差着数量级
+        else:
+            axis.axhline(0, color="black", linewidth=0.8)
     axes[0].legend(frameon=False, fontsize=10)
     return figure

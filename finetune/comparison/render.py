@@ -1,7 +1,7 @@
 """比较的报告由 Markdown 变成自成一体的 HTML：图与字体的子集都以 data: 内嵌，不连网。
 
 只认报告自己写出来的几种段落：# 与 ## 标题、> 结论、- 列表、| 表、![说明](figures/名字) 与下一行的说明是图；其余是正文，
-** 之间是粗体。深色时图反色（图的底是透明的），窄的屏幕上表与图各自左右滑动。
+** 之间是粗体，` 之间是代码。深色时图有浅的底（图自己的底是透明的），窄的屏幕上表与图各自左右滑动。
 """
 
 import base64
@@ -12,7 +12,7 @@ from pathlib import Path
 from finetune.comparison.fonts import font_subset
 
 STYLE = """
-body { font: 16px/1.7 "compare", system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
+body { overflow-wrap: anywhere; font: 16px/1.7 "compare", system-ui, "PingFang SC", "Microsoft YaHei", sans-serif;
   max-width: 1000px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; background: #fff; }
 h1 { font-size: 1.5em; line-height: 1.35; } h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #ddd; }
 blockquote { margin: 1.2em 0; padding: 0.6em 1em; border-left: 4px solid #0072b2; background: #f2f7fb;
@@ -27,7 +27,7 @@ figcaption { color: #555; font-size: 0.92em; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #181818; } figcaption { color: #aaa; }
   th:first-child, td:first-child { background: #181818; } th, td, h2 { border-color: #444; }
-  blockquote { background: #1d2730; } figure img { filter: invert(0.88) hue-rotate(180deg); } }
+  blockquote { background: #1d2730; } figure img { background: #eee; border-radius: 6px; } }
 """
 FACE = """@font-face { font-family: "compare"; src: url(data:font/otf;base64,@FONT@); font-display: block;
   unicode-range: U+2E80-9FFF, U+FF00-FFEF; }
@@ -71,5 +71,6 @@ def paragraph(text: str, directory: Path) -> str:
 
 
 def inline(text: str) -> str:
-    """转义，并把成对的 ** 变成 <b>。"""
-    return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", html.escape(text))
+    """转义，并把成对的 ** 变成 <b>，成对的 ` 变成 <code>。"""
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text))
+    return re.sub(r"\*\*(.*?)\*\*", r"<b>\1</b>", text)

@@ -8,9 +8,11 @@ from finetune.comparison.plan import (
     METRIC_NAMES,
     TASK_NAMES,
     best_rate,
+    cell_of,
     list_cells,
     methods_of,
     read_plan,
+    replay_cell,
     seeds_of,
     sweep_metric,
     sweep_rates,
@@ -18,7 +20,7 @@ from finetune.comparison.plan import (
 from finetune.comparison.plots import FIGURES, draw_all
 from finetune.comparison.render import to_html
 from finetune.comparison.run import load_results
-from finetune.comparison.statistics import NUM_RESAMPLES, mean, summarize
+from finetune.comparison.statistics import NUM_RESAMPLES, holm, mean, summarize
 from finetune.terminal import markdown_table
 from utils import read_json
 
@@ -35,6 +37,8 @@ def write_report(directory: Path, font: Path | None = None):
     """
     font = find_font(font)
     own, outer = directory / "plan.json", directory.resolve().parent / "plan.json"
+    if not own.is_file() and not outer.is_file():
+        raise ValueError(f"{directory} 里没有 plan.json，--report 要的是一个比较的输出目录")
     plan = read_plan(outer if outer.is_file() and not own.is_file() else own)
     results = load_results(directory)
     facts = read_json(directory / "data.json") if (directory / "data.json").is_file() else {}
@@ -58,6 +62,8 @@ def lay_out(plan, facts, results, summary, base) -> list[str]:
     parts = [f"# 各种微调方法的比较：{'、'.join(plan['methods'])}"]
     if done < num_finals:
         parts.append(f"**还没有做完**：正式的格子做完 {done} / {num_finals}，下面只含已做完的。")
+    elif missing := missing_cells(plan, results):
+        parts.append(f"**还没有做完**：正式的格子都在，还差 {'、'.join(missing)}。")
     how = ["## 怎样比的", *introduction(plan, facts, results, summary)]
     if not done:
         return [*parts, *how]
@@ -78,24 +84,34 @@ def lay_out(plan, facts, results, summary, base) -> list[str]:
     ]
 
 
+def missing_cells(plan, results) -> list[str]:
+    """还没有做的格子的名字。"""
+    cells = [*list_cells(plan, results), *filter(None, [replay_cell(plan, results)])]
+    done = {cell_of(row) for row in results}
+    return [cell.name for cell in cells if cell not in done]
+
+
 def ranked(summary, task: str) -> list[tuple[str, dict[str, Any]]]:
     """一个任务做完了的方法，从好到坏。"""
     found = [(method, cell) for (name, method), cell in summary["cells"].items() if name == task]
     return sorted(found, key=lambda item: -item[1]["score"])
 
 
-def not_worse(summary, task: str) -> set[str]:
-    """一个任务上最好的，与（校正之后）同它没有显著差别的方法。"""
-    best = ranked(summary, task)[0][0]
+def not_worse(summary, task: str, methods: list[str]) -> set[str]:
+    """一个任务上 methods 里最好的，与（在 methods 之间校正之后）同它没有显著差别的；没有超过碰运气的不算。"""
+    best = next(method for method, _ in ranked(summary, task) if method in methods)
+    pairs = [pair for pair in summary["pairs"][task] if {pair["first"], pair["second"]} <= {*methods}]
+    adjusted = holm([pair["p_value"] for pair in pairs])
     level = {best}
-    for pair in summary["pairs"][task]:
-        if best in (pair["first"], pair["second"]) and pair["p_holm"] >= 0.05:
+    for pair, p_value in zip(pairs, adjusted, strict=True):
+        if best in (pair["first"], pair["second"]) and p_value >= 0.05:
             level |= {pair["first"], pair["second"]}
-    return level
+    guess = summary["chance"][task]
+    return {method for method in level if guess is None or summary["cells"][task, method]["ci_low"] > guess}
 
 
 def answer_part(plan, summary) -> str:
-    """两句话：各任务谁最好、与最差的差多少；从哪一种开始。"""
+    """几句话：各任务谁最好、与最差的差多少；从哪一种开始，忘多少。"""
     tasks = [task["name"] for task in plan["tasks"] if ranked(summary, task["name"])]
     found = []
     for name in tasks:
@@ -106,27 +122,28 @@ def answer_part(plan, summary) -> str:
             verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}，"
             verdict += "显著" if pair["p_holm"] < 0.05 else "不显著"
         found.append(f"{TASK_NAMES[name]}是 **{best}**（{with_interval(top)}{verdict}）")
-    level = {name: not_worse(summary, name) for name in tasks}
-    general = [method for method in plan["methods"] if all(method in methods_of(plan, name) for name in tasks)]
-    cells = {m: [summary["cells"][n, m] for n in tasks if (n, m) in summary["cells"]] for m in general}
-    general = [method for method in general if len(cells[method]) == len(tasks)]
+    general = [method for method in plan["methods"] if all((name, method) in summary["cells"] for name in tasks)]
     if not general:
         return f"> 分数最高的，{'；'.join(found)}。"
+    level = {name: not_worse(summary, name, general) for name in tasks}
 
     def order(method: str) -> tuple[int, float]:
-        return -sum(method in level[name] for name in tasks), mean(cell["rise"] for cell in cells[method])
+        rises = (summary["cells"][name, method]["rise"] for name in tasks)
+        return -sum(method in level[name] for name in tasks), mean(rises)
+
+    def told(method: str) -> str:
+        own = {TASK_NAMES[name]: summary["cells"][name, method] for name in tasks}
+        rates = "，".join(f"{name} {cell['learning_rate']:g}" for name, cell in own.items())
+        rises = "，".join(f"{name} {cell['rise']:+.2f}" for name, cell in own.items())
+        return f"{-order(method)[0]}/{len(tasks)} 个任务上它最好或差得不显著；学习率：{rates}；通用文字的 NLL：{rises}"
 
     start, *others = sorted(general, key=order)
-    times, rise = -order(start)[0], order(start)[1]
-    following = f"其次是 {others[0]}：{-order(others[0])[0]} 个，上升 {order(others[0])[1]:.2f}。" if others else ""
-    is_tied = sum(order(method)[0] == order(start)[0] for method in general) > 1
-    rates = "、".join(dict.fromkeys(f"{cell['learning_rate']:g}" for cell in cells[start]))
+    following = f"> 其次是 **{others[0]}**：{told(others[0])}。" if others else ""
     return (
         f"> 分数最高的，{'；'.join(found)}。\n"
-        f"> 从 **{start}** 开始（这个模型上学习率 {rates}）：{len(tasks)} 个任务里有 {times} 个"
-        f"它最好或与最好的没有显著差别{'，这样的方法里它忘得最少' if is_tied else ''}；"
-        f"通用文字的 NLL 平均上升 {rise:.2f}。{following}"
-    )
+        f"> 只对这个基座：从 **{start}** 开始，{told(start)}。\n"
+        f"{following}"
+    ).strip()
 
 
 def introduction(plan, facts, results, summary) -> list[str]:
@@ -135,10 +152,14 @@ def introduction(plan, facts, results, summary) -> list[str]:
     is_built = not isinstance(plan["base"], str)
     origin = "由随机的权重用 `--task pretrain` 练成的" if is_built else f"检查点 {plan['base']} 的"
     budgets, shares = (
-        "、".join(dict.fromkeys(form.format(task[name]) for task in plan["tasks"]))
-        for name, form in (("train_tokens", "{:,}"), ("sweep_share", "{:.0%}"))
+        "，".join(f"{TASK_NAMES[task['name']]} {task[name]:{form}}" for task in plan["tasks"])
+        for name, form in (("train_tokens", ","), ("sweep_share", ".0%"))
     )
-    jobs = "、".join(map(str, sorted({row["jobs"] for row in results if row["tokens"]})))
+    jobs: dict[str, set[int]] = {}
+    for row in results:
+        if row["tokens"]:
+            jobs.setdefault(TASK_NAMES[row["task"]], set()).add(row["jobs"])
+    jobs_text = "，".join(f"{name} {'、'.join(map(str, sorted(counts)))} 个" for name, counts in jobs.items())
     flags = [
         (method, [*(["--train_type", entry["train_type"]] if "train_type" in entry else []), *entry.get("flags", [])])
         for method, entry in plan["methods"].items()
@@ -158,7 +179,7 @@ def introduction(plan, facts, results, summary) -> list[str]:
         "能搬的是做法：每种方法自己试学习率、同样多的训练 token、几个种子、留出的测试文档与区间。",
         *base_part(facts),
         f"种子 {'、'.join(map(str, plan['seeds']))}{own_seeds}；同一任务的各方法用同样的行与遍数，训练的 token 见下表"
-        f"（预算 {budgets}）；试跑是它的 {shares}。时间与速度是 {jobs} 个格子并行、各一个线程时测的。",
+        f"（预算 {budgets}）；试跑占它的 {shares}。格子各一个线程，时间与速度是几个格子并行时测的：{jobs_text}。",
         "各方法在缺省之外的参数（交给 train.py 的）：",
         "\n".join(flags),
     ]
@@ -171,7 +192,7 @@ def introduction(plan, facts, results, summary) -> list[str]:
             ),
             "测试、验证、预训练与训练的行按文档分开，相近的文档（较短的一篇有一半以上的 12 字片段也在另一篇里）"
             "算作一个；工具核对过，没有相同或相近的文档出现在两份里。"
-            + ("基座只见过训练与预训练部分的输入的文字，没有见过任何回答。" if is_built else ""),
+            + ("任务的文字里，基座只见过训练与预训练部分的输入，没有见过任何回答。" if is_built else ""),
         ]
     if summary["cells"]:
         tokens: dict[str, set[int]] = {}
@@ -237,7 +258,8 @@ def scores_part(plan, summary, base) -> list[str]:
         "各种子的平均分与 95% 区间；区间由两层自助法得到：先重抽测试行，再重抽种子。"
         "种子只有几个，它们之间的差别因此估得偏小。",
         markdown_table(["方法", *("{}（{}）".format(*names_of(task)) for task in tasks)], rows),
-        "测试部分目标 token 的 NLL（nat，越低越好；分数很低时也分得出高下）：",
+        "测试部分目标 token 的 NLL（nat，越低越好）：分数很低时它也分得出高下；回答只有几种标签时不行，"
+        "答得太有把握的几处错就使它变高。",
         markdown_table(["方法", *(TASK_NAMES[task["name"]] for task in tasks)], nlls),
     ]
 
@@ -246,7 +268,7 @@ def significance_part(plan, summary) -> list[str]:
     """两两之差的配对自助法，与同基座之差。"""
     rows = [
         [
-            *(TASK_NAMES[name], f"{pair['first']} − {pair['second']}", difference(pair)),
+            *(f"{TASK_NAMES[name]} {pair['first']} − {pair['second']}", difference(pair)),
             *(p_text(pair["p_value"]), p_text(pair["p_holm"]), "显著" if pair["p_holm"] < 0.05 else "不显著"),
         ]
         for name, pairs in summary["pairs"].items()
@@ -256,16 +278,16 @@ def significance_part(plan, summary) -> list[str]:
         "## 差别是否显著",
         f"配对自助法，重抽 {NUM_RESAMPLES:,} 次：同样重抽的测试行与种子上比较两种方法。"
         "p 值在每个任务内按 Holm 校正，小于 0.05 记为显著；区间没有校正。",
-        markdown_table(["任务", "比较", "差与 95% 区间", "p", "p（Holm）", "结论"], rows),
+        markdown_table(["任务与比较", "差与 95% 区间", "p", "p（Holm）", "结论"], rows),
     ]
     against = [
-        [TASK_NAMES[name], method, difference(cell["vs_base"]), p_text(cell["vs_base"]["p_value"])]
+        [f"{TASK_NAMES[name]} {method}", difference(cell["vs_base"]), p_text(cell["vs_base"]["p_value"])]
         for (name, method), cell in summary["cells"].items()
         if cell["vs_base"] is not None
     ]
     if against:
         parts.append("与没有微调的基座之差（p 没有校正；基座不按格式回答时是 0 分，比它高不等于比碰运气好）：")
-        parts.append(markdown_table(["任务", "方法", "差与 95% 区间", "p"], against))
+        parts.append(markdown_table(["任务与方法", "差与 95% 区间", "p"], against))
     return parts
 
 
@@ -276,7 +298,8 @@ def costs_part(summary) -> list[str]:
 
     rows = [
         [
-            *(TASK_NAMES[name], method, f"{cell['trainable_parameters']:,.0f}", f"{cell['peak_memory_mb']:.0f}"),
+            *(f"{TASK_NAMES[name]} {method}", f"{cell['trainable_parameters']:,.0f}"),
+            f"{cell['peak_memory_mb']:.0f}",
             *(ranged(cell, "seconds"), ranged(cell, "tokens_per_second")),
             *(f"{cell['checkpoint_bytes'] / 1e6:.2f}", f"{cell['learning_rate']:g}"),
         ]
@@ -288,7 +311,7 @@ def costs_part(summary) -> list[str]:
         "（含几百 MB 的程序库，小模型上方法之间的差别被它盖过），在 GPU 上是分配过的显存；"
         "时间从启动到结束，含读模型、测遗忘与保存；token/s 只算训练步；检查点不含续训用的优化器状态。",
         markdown_table(
-            ["任务", "方法", "可训练的参数", "峰值内存 MB", "时间 秒", "token/s", "检查点 MB", "学习率"], rows
+            ["任务与方法", "可训练的参数", "峰值内存 MB", "时间 秒", "token/s", "检查点 MB", "学习率"], rows
         ),
     ]
 
@@ -301,13 +324,13 @@ def forgetting_part(plan, summary, base) -> list[str]:
     )
     rows = [
         [
-            *(TASK_NAMES[name], method, f"{cell['general_nll_before']:.3f} → {cell['general_nll_after']:.3f}"),
+            *(f"{TASK_NAMES[name]} {method}", f"{cell['general_nll_before']:.3f} → {cell['general_nll_after']:.3f}"),
             *(f"{cell['rise']:+.3f}", f"{cell['kl']:.3f}"),
             *(f"{cell['other'][other]:.3f}{own.get(other, '')}" if other in cell["other"] else "—" for other in names),
         ]
         for (name, method), cell in summary["cells"].items()
     ]
-    header = ["训练的任务", "方法", "通用 NLL", "上升", "KL", *(f"{TASK_NAMES[name]}分数（基座）" for name in names)]
+    header = ["训练的任务与方法", "通用 NLL", "上升", "KL", *(f"{TASK_NAMES[name]}分数（基座）" for name in names)]
     return [
         "## 遗忘",
         "在训练与预训练都没有见过的通用文字上，训练前后每个 token 的 NLL 与基座的 KL 散度（nat）；"
@@ -350,8 +373,12 @@ def curve_part(plan, results) -> list[str]:
         return []
     final = same_final(rows[0], results)
     rows = sorted([*rows, *([final] if final else [])], key=lambda row: row["tokens"])
-    last, before = rows[-1]["score"], rows[-2]["score"] if len(rows) > 1 else 0.0
-    verdict = "末了一段还在上升：分数受训练的 token 限制。" if last > before else "末了一段不再上升。"
+    verdict = ""
+    if len(rows) > 2:
+        before, last = rows[-2:]
+        is_apart = last["ci_low"] > before["ci_high"] or last["ci_high"] < before["ci_low"]
+        trend = "还在上升：分数受训练的 token 限制" if last["score"] > before["score"] else "在下降"
+        verdict = f"末了一段{trend}。" if is_apart else "末了两个的区间相叠，看不出还升不升。"
     return [
         "## 分数与训练的 token",
         f"{TASK_NAMES[rows[0]['task']]}、{rows[0]['method']}、种子 {rows[0]['seed']}，"

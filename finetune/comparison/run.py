@@ -43,6 +43,8 @@ def load_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: 不是合法的 JSON（{error}），请删去这一行再运行") from error
+        if not isinstance(rows[-1], dict) or not rows[-1].keys() >= {"stage", "task", "method", "seed"}:
+            raise ValueError(f"{path}:{number}: 不是一个格子的结果（缺 stage、task 等），请删去这一行再运行")
     return rows
 
 

@@ -340,6 +340,20 @@ def test_plan_problems_are_listed_together(tmp_path):
     assert [text for text in texts if text not in str(error.value)] == []
 
 
+def test_values_of_the_wrong_kind_are_named(tmp_path):
+    for change, message in (
+        ({"epochs": 0}, r"任务 extraction：epochs\(0\) 应是正整数"),
+        ({"train_tokens": "200k"}, r"train_tokens\('200k'\) 应是正整数"),
+        ({"replay": {"ratio": 0.5, "by": "token"}}, r"replay 的 by\(token\) 应为 rows 或 tokens"),
+        ({"replay": {"ratio": 0.5, "bye": 1}}, "replay 不认识 bye"),
+        ({"tasks": [], "checks": []}, "tasks 是空的"),
+        ({"tasks": {"a": 1}}, "有值的类型不对"),
+        ({"replay": 0.5}, "有值的类型不对"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, **change}))
+
+
 def test_a_task_may_have_its_own_budget(tmp_path):
     extraction, classification = PLAN["tasks"]
     own = [extraction, {**classification, "train_tokens": 2000, "sweep_share": 0.5, "epochs": 3}]
@@ -552,7 +566,11 @@ def test_resuming_gives_the_same_cells(plan, tmp_path):
 
 
 def test_broken_result_line_is_an_error(tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"a": 1}\n{broken\n', encoding="utf-8")
+    (tmp_path / "results.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.jsonl:1: 不是一个格子的结果"):
+        compare_run.load_results(tmp_path)
+    row_ = json.dumps(result(Cell("sweep", "extraction", "lora", 1, 1e-3)))
+    (tmp_path / "results.jsonl").write_text(f"{row_}\n{{broken\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"results\.jsonl:2: "):
         compare_run.load_results(tmp_path)
 
@@ -677,7 +695,7 @@ def test_report_contents(finished):
     assert compare_methods.main(["--report", str(finished)]) == 0
     text = (finished / "report.md").read_text(encoding="utf-8")
     for expected in (
-        " 2 个格子并行",
+        "几个格子并行时测的：抽取 2 个，分类 2 个。",
         "| 抽取 | 三元组 F1 | 50 | 4 | 2 | 0 | 9 | 990 | 240 |",
         "| lora | 0.250 [",
         "| full | 0.750 [",
@@ -685,16 +703,18 @@ def test_report_contents(finished):
         "| 方法 | 抽取 | 分类 |",
         "| lora | 1.250 | 1.250 |",
         "| 没有微调的基座 | 4.500 | 4.500 |",
-        "| 抽取 | lora − full | -0.500 [",
+        "| 抽取 lora − full | -0.500 [",
         "完全相等",
-        "| 抽取 | lora | 1,000 | 500 | 10（10–10） | 100（100–100） | 0.00 | 0.001 |",
+        "| 抽取 lora | 1,000 | 500 | 10（10–10） | 100（100–100） | 0.00 | 0.001 |",
         "| 碰运气（各标签机会相等） | — | 0.467 |",
         " 20,000 ",
-        "| 抽取 | lora | 3.000 → 3.100 | +0.100 | 0.050 | — | 0.200（0.200） |",
+        "| 抽取 lora | 3.000 → 3.100 | +0.100 | 0.050 | — | 0.200（0.200） |",
         "| 重放 0.25 | 0.500 [0.400, 0.600] | +0.100 | 0.050 | 0.200 | 990 | 10 |",
         "| 抽取 | **2.0000** | 2.0000 |",
         "> 分数最高的，抽取是 **full**（0.750 [",
-        "> 从 **lora** 开始（这个模型上学习率 0.001）：2 个任务里有 2 个",
+        "> 只对这个基座：从 **lora** 开始，1/2 个任务上它最好或差得不显著；学习率：抽取 0.001，分类 0.001；",
+        "通用文字的 NLL：抽取 +0.10，分类 +0.10。",
+        "> 其次是 **full**：1/2 个任务上",
         "- lora：从 0.001 开始（2/2 个任务选中它）。",
         "选中的学习率在试过的范围的边上的：lora 的抽取（0.001）、lora 的分类（0.001）、full 的抽取（0.0001）",
         "种子 1 再做一次，分数 0.500000 与 0.500000，相同",
@@ -759,7 +779,7 @@ def test_unfinished_report_says_so(finished):
 
 def test_report_without_a_plan(tmp_path, capsys):
     assert compare_methods.main(["--report", str(tmp_path)]) == 2
-    assert str(tmp_path / "plan.json") in capsys.readouterr().err
+    assert f"{tmp_path} 里没有 plan.json，--report 要的是" in capsys.readouterr().err
 
 
 def test_command_line_needs_a_plan_or_a_report(capsys):

@@ -206,7 +206,7 @@ def test_duplicates_conflicts_and_rows_shared_with_the_test_file(write):
     train = write([ROW, {**ROW, "output": "别的"}, {**ROW, "input": "Ａ b c"}, ROW, ROW], "train.json")
     other = write([ROW, {**ROW, "input": "独有"}], "other.json")
     test = write([{**ROW, "output": "x"}, {"input": "ab C"}, {"input": "新"}], "test.json")
-    same = "与 train.json:1 完全相同（共 4 行相同）: 加 --drop_duplicates 只留一行，或从文件中删去"
+    same = "与 train.json:1 完全相同（共 4 行相同）: 加 --drop_duplicates 只留一行（只在同一个文件里），或从文件中删去"
     assert findings(train, other, test_path=test) == [
         ("warning:duplicate", f"train.json:4: 行: {same}"),
         ("warning:duplicate", f"train.json:5: 行: {same}"),

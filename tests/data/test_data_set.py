@@ -89,6 +89,7 @@ def test_statistics_and_report(rows_file, tokenizer):
     assert {name: found[name] for name in found if name.startswith("num_") and not name.endswith("tokens")} == {
         "num_rows": 6,
         "num_samples": 6,
+        "num_kept_rows": 6,
         "num_duplicates": 1,
         "num_skipped": 0,
         "num_empty_outputs": 1,
