@@ -140,9 +140,7 @@ def answer_part(plan, summary) -> str:
     start, *others = sorted(general, key=order)
     following = f"> 其次是 **{others[0]}**：{told(others[0])}。" if others else ""
     return (
-        f"> 分数最高的，{'；'.join(found)}。\n"
-        f"> 只对这个基座：从 **{start}** 开始，{told(start)}。\n"
-        f"{following}"
+        f"> 分数最高的，{'；'.join(found)}。\n> 只对这个基座：从 **{start}** 开始，{told(start)}。\n{following}"
     ).strip()
 
 
