@@ -74,8 +74,10 @@ def examine_rows(
         prompt = sample.messages if split == "predict" else sample.messages[:-1]
         answer = sample.messages[-1][1] if split != "predict" else (sample.references or (None,))[0]
         findings += _field_findings(fields, sample, answer, is_plain)
-        measured = []
-        for field, text in (("output", answer), ("rejected", sample.rejected))[: 1 if sample.rejected is None else 2]:
+        measured, texts = [], {"output": answer}
+        if sample.rejected is not None:
+            texts["rejected"] = sample.rejected
+        for field, text in texts.items():
             whole = sample._replace(messages=(*prompt, ("assistant", text or "")), rejected=None)
             measured.append(_measure(whole, text is not None, split, encoding, findings, field))
         lengths.append(max(measured, key=sum))
