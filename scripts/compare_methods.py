@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 from finetune.options import ScriptParser
+from finetune.process.libraries import quiet_libraries
 from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
     begin_loading()
+    quiet_libraries("info")
 
 from benchmarks.comparison.base import build_base
 from finetune.comparison.plan import read_plan

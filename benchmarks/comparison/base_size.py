@@ -7,8 +7,17 @@ output-comparison 是做完的比较，计划与原来的宽度的一行取自�
 
 import argparse
 import copy
+import sys
 from pathlib import Path
 from typing import Any
+
+from finetune.options import ScriptParser
+from finetune.process.libraries import quiet_libraries
+from finetune.process.threads import begin_loading
+
+if __name__ == "__main__":
+    begin_loading()
+    quiet_libraries("info")
 
 from benchmarks.comparison.base import build_base
 from finetune.comparison.plan import METRIC_NAMES, read_plan
@@ -66,8 +75,8 @@ def write_table(rows: list[dict[str, Any]], out: Path):
     out.with_suffix(".md").write_text(markdown_table(header, table) + "\n", encoding="utf-8")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, help="做完的比较的目录")
     parser.add_argument("--hidden_sizes", type=int, nargs="+", required=True, help="另外的几个宽度，要能被头数整除")
     parser.add_argument("--work", type=Path, required=True, help="各个宽度的目录放在哪里")
@@ -76,20 +85,45 @@ def main():
         "--out", type=Path, default=RESULTS, help="结果写在哪里，.json 与 .md（缺省 results/base_size）"
     )
     parser.add_argument("--jobs", type=int, default=1, help="并行几个格子（缺省 %(default)s）")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def check(plan: dict[str, Any], results: list[dict[str, Any]], args: argparse.Namespace):
+    """做得成才开始：基座是配方，任务上有做完的格子，宽度合适；抛 ValueError。"""
+    if isinstance(plan["base"], str):
+        raise ValueError(f"计划的 base 是检查点目录 {plan['base']}，换不了宽度：要的是配方")
+    done = {row["task"] for row in results if row["stage"] == "final" and row["method"] == METHOD}
+    if args.task not in done or not any(row["stage"] == "base" for row in results):
+        known = f"做完的有 {'、'.join(sorted(done))}" if done else "请先做完比较"
+        raise ValueError(f"{args.comparison} 里没有 {args.task} 上做完的 {METHOD} 与基座；{known}")
+    heads = plan["base"]["model"]["heads"]
+    if wrong := [size for size in args.hidden_sizes if size < 1 or size % (2 * heads)]:
+        raise ValueError(
+            f"--hidden_sizes {wrong} 应是 {2 * heads} 的倍数：{heads} 个头，每个头的宽度是偶数（旋转位置）"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
     import predict
 
-    whole = read_plan(args.comparison / "plan.json")
-    rows = [row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)]
-    for hidden_size in args.hidden_sizes:
-        plan, directory = narrowed(whole, args.task, hidden_size), args.work / str(hidden_size)
-        directory.mkdir(parents=True, exist_ok=True)
-        with held(directory):
-            prepare(plan, directory, build_base)
-            compare(plan, directory, args.jobs, predict.main)
-        rows.append(row_of(plan, directory))
-        write_table(rows, args.out)
+    try:
+        whole = read_plan(args.comparison / "plan.json")
+        check(whole, load_results(args.comparison), args)
+        rows = [row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)]
+        for hidden_size in args.hidden_sizes:
+            plan, directory = narrowed(whole, args.task, hidden_size), args.work / str(hidden_size)
+            directory.mkdir(parents=True, exist_ok=True)
+            with held(directory):
+                prepare(plan, directory, build_base)
+                compare(plan, directory, args.jobs, predict.main)
+            rows.append(row_of(plan, directory))
+            write_table(rows, args.out)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"错误：{error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from finetune.comparison.cells import read_rows_any
 from finetune.metrics.triples import parse_triples, triple_f1
+from finetune.options import ScriptParser
 
 MOST_GAP = 6
 
@@ -54,9 +55,12 @@ def read_dictionary(outputs: list[str]) -> tuple[set[str], dict[str, str]]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="比较的输出目录")
     data = parser.parse_args().directory / "data" / "extraction"
+    if not (data / "final.json").is_file():
+        how = "要的是做过的比较的输出目录；提交的 results/ 里没有数据，复制成输出目录再运行一次比较就有"
+        parser.error(f"没有 {data / 'final.json'}：{how}")
     heads, relations = read_dictionary([row["output"] for row in read_rows_any(data / "final.json")])
     test = read_rows_any(data / "test.json")
     scored = triple_f1([extract(row["input"], heads, relations) for row in test], [row["output"] for row in test])

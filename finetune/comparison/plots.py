@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from finetune.comparison.fonts import simplified
 from finetune.comparison.plan import METRIC_NAMES, TASK_NAMES
 
 # 颜色（Okabe–Ito，色盲可辨）与记号，依计划里的次序
@@ -43,7 +44,10 @@ def set_up(font: Path | None):
     families, kind = ["DejaVu Sans"], "none"
     if font is not None:
         font_manager.fontManager.addfont(str(font))
-        families, kind = [*families, font_manager.FontProperties(fname=str(font)).get_name()], "path"
+        faces = [entry for entry in font_manager.fontManager.ttflist if entry.fname == str(font)]
+        chosen = simplified(font)  # 3.11 起的 matplotlib 认得合集里的各个，以前的只有第一个
+        face = next((entry for entry in faces if getattr(entry, "index", 0) == chosen), faces[0])
+        families, kind = [*families, face.name], "path"
     # 字体里没有的字，由看图的机器显示
     warnings.filterwarnings("ignore", message="Glyph .* missing from font")
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)

@@ -33,7 +33,7 @@ def write_report(directory: Path, font: Path | None = None):
     font 是中文字体的文件，没有给时用系统里的，见 fonts.py。
 
     Raises:
-        ValueError: 没有计划，或 font 不是字体。
+        ValueError: 没有计划，没有一个做完的格子，或 font 不是字体。
     """
     font = find_font(font)
     own, outer = directory / "plan.json", directory.resolve().parent / "plan.json"
@@ -41,6 +41,8 @@ def write_report(directory: Path, font: Path | None = None):
         raise ValueError(f"{directory} 里没有 plan.json，--report 要的是一个比较的输出目录")
     plan = read_plan(outer if outer.is_file() and not own.is_file() else own)
     results = load_results(directory)
+    if not results:
+        raise ValueError(f"{directory} 里没有做完的格子（results.jsonl 与 extras.jsonl 没有，或是空的），报告没有写")
     facts = read_json(directory / "data.json") if (directory / "data.json").is_file() else {}
     base = find(results, stage="base")
     summary = summarize(plan, results, base)

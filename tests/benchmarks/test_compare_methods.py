@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fontTools.ttLib import TTFont
+from fontTools.ttLib import TTCollection, TTFont
 from paths import ROOT
 
-from benchmarks.comparison import base, dictionary, drills, phrases
+from benchmarks.comparison import base, base_size, dictionary, drills, phrases
 from finetune.comparison import cells as compare_cells
 from finetune.comparison import data as compare_data
 from finetune.comparison import fonts
@@ -751,6 +751,29 @@ def test_a_font_is_embedded_as_a_subset(finished, font, capsys):
     assert "--font" in capsys.readouterr().err
 
 
+def test_a_collection_gives_its_simplified_face(font, tmp_path):
+    import matplotlib
+
+    faces = [TTFont(font), TTFont(font)]
+    for face, name in zip(faces, ("Probe CJK JP", "Probe CJK SC"), strict=True):
+        for record in [record for record in face["name"].names if record.nameID in (1, 4, 16, 21)]:
+            record.string = name
+    collection = TTCollection()
+    collection.fonts = faces
+    collection.save(tmp_path / "probe.ttc")
+    assert fonts.simplified(tmp_path / "probe.ttc") == 1 and fonts.simplified(font) == 0
+    set_up(tmp_path / "probe.ttc")
+    knows_faces = tuple(map(int, matplotlib.__version__.split(".")[:2])) >= (3, 11)
+    assert matplotlib.rcParams["font.family"][-1] == ("Probe CJK SC" if knows_faces else "Probe CJK JP")
+    with fonts_embedded(tmp_path / "probe.ttc") as embedded:
+        assert embedded["name"].getDebugName(4) == "Probe CJK SC"
+
+
+def fonts_embedded(path):
+    """网页里嵌的那个子集。"""
+    return TTFont(BytesIO(fonts.font_subset(path, "freeze")))
+
+
 def test_without_a_font_the_reader_has_one(finished, monkeypatch):
     monkeypatch.setattr(fonts, "NAMES", ())
     compare_report.write_report(finished)
@@ -821,6 +844,34 @@ def test_the_dictionary_pairs_each_tail_with_the_nearest_head_before_it():
     assert dictionary.extract(text, heads, relations).split("\n") == [
         *("火花塞间隙_性能故障_过大", "水温_性能故障_高", "火花塞_部件故障_损坏")
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--hidden_sizes", "50", "96"], r"[50] 应是 6 的倍数"),
+        (["--hidden_sizes", "96", "--task", "foo"], "没有 foo 上做完的 full"),
+    ],
+)
+def test_another_base_size_is_refused_before_any_work(tmp_path, capsys, words, told):
+    kept = ROOT / "benchmarks" / "comparison" / "results"
+    assert base_size.main([str(kept), "--work", str(tmp_path / "work"), *words]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "work").exists()
+
+
+def test_a_missing_directory_is_said_in_a_line(tmp_path, capsys, monkeypatch):
+    plan = ROOT / "benchmarks" / "comparison" / "results" / "plan.json"
+    (tmp_path / "plan.json").write_bytes(plan.read_bytes())
+    (tmp_path / "report.md").write_text("以前的", encoding="utf-8")
+    assert base_size.main([str(tmp_path / "none"), "--hidden_sizes", "96", "--work", str(tmp_path)]) == 2
+    assert "plan.json" in capsys.readouterr().err
+    assert compare_methods.main(["--report", str(tmp_path)]) == 2
+    assert "没有做完的格子" in capsys.readouterr().err
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == "以前的"  # 空的报告不盖过它
+    monkeypatch.setattr(sys, "argv", ["dictionary.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        dictionary.main()
+    assert stopped.value.code == 2 and "final.json" in capsys.readouterr().err
 
 
 # ---- 真的做一遍 ----
