@@ -233,7 +233,8 @@ def plan_memory(
         {"激活": kept.working, "梯度": gradients + lingering, "通信桶": bucket},
         {"梯度": gradients, "更新时的 fp32 梯度": update, "通信桶": bucket if setup.stage == 3 else 0},
     ]
-    device = states | max(moments, key=lambda parts: sum(parts.values()))
+    peak = max(moments, key=lambda parts: sum(parts.values()))
+    device = states | peak
     device["前缀"] = prefix_bytes(model, size)
     steady = device["权重"] if on_cpu else 0
     device["碎片"] = int(FRAGMENTATION[setup.device] * (sum(device.values()) - steady))
@@ -242,7 +243,9 @@ def plan_memory(
     processes = min(setup.cards, setup.cards_per_node)
     host["各进程的程序与数据"] = int(LAUNCHERS + processes * (HOST_RUNTIME[setup.device] + 5 * num_data_tokens))
     host["保存检查点"] = min(checkpoint_bytes(model, size, True), size * model.largest_module)  # 一次一个张量
-    if on_cpu:
+    if on_cpu:  # 保存时激活、通信桶与（除了 ZeRO-3 的）梯度已经释放，只计超出训练的峰值的
+        released = sum(peak.values()) - (gradients if setup.stage == 3 else 0)
+        host["保存检查点"] = max(0, host["保存检查点"] - processes * released)
         host["训练（各进程）"] = processes * sum(device.values())
     return Plan({name: value for name, value in device.items() if value}, {k: v for k, v in host.items() if v})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-STEPS_PER_TRIM = 16
+STEPS_PER_TRIM = 4
 _malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # 只有 glibc 有
 
 
