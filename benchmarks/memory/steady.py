@@ -3,10 +3,12 @@
     git worktree add --detach OLD d90914c
     python benchmarks/memory/steady.py --old OLD --work_dir 目录 --train_path ../shared/data/spo_0.json
 
-模型 4 层 × 256，LoRA，每步 8 条，各步的长度不同。每 20 毫秒看一次；第 100、500 步的是其前 20 步里各次的中位数。
+模型 4 层 × 256，LoRA，每步 8 条，各步的长度不同。每 5 毫秒看一次；第 100、500 步的是其前 20 步里各次的中位数（算着的，
+随那几步的长短）与最小（两步之间，激活已经释放），旁边是那几步平均的 token 数。
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -41,19 +43,22 @@ def train(tree: Path, flags: list[str], output: Path, num_threads: int, marks: l
             own = process_memory_mb("RssAnon", "RssShmem", pid=process.pid)
             peak = max(peak, own)
             if log.is_file():
-                step = log.read_bytes().count(b"\n") * WINDOW // 2  # 每半个窗口一行
+                step = (log.read_bytes().count(b"\n") - 1) * WINDOW // 2  # 第 1 步一行，之后每半个窗口一行
             for mark, found in seen.items():
                 if mark - WINDOW <= step < mark and own:
                     found.append(own)
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
-            time.sleep(0.02)
+            time.sleep(0.005)
     if status:
         raise RuntimeError(f"train.py 没有做完，见 {output.with_suffix('.log')}")
-    last = [line for line in log.read_text(encoding="utf-8").splitlines() if line][-1]
-    at = {f"step_{mark}": statistics.median(found) for mark, found in seen.items()}
-    return {**at, "peak": peak, "cpu_seconds": usage.ru_utime + usage.ru_stime, "last": last}
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    measured = {"peak": peak, "cpu_seconds": usage.ru_utime + usage.ru_stime, "last": records[-1]}
+    for mark, found in seen.items():
+        tokens = sum(record["tokens"] for record in records if mark - WINDOW < record["step"] <= mark) / WINDOW
+        measured |= {f"busy_{mark}": statistics.median(found), f"rest_{mark}": min(found), f"tokens_{mark}": tokens}
+    return measured
 
 
 def main() -> int:
@@ -85,21 +90,31 @@ def main() -> int:
             output.mkdir(exist_ok=True)
             runs[name].append({"load": os.getloadavg()[0], **train(tree, flags, output, args.threads, marks)})
             print(name, runs[name][-1], flush=True)
-    table, keys = [], [*(f"step_{mark}" for mark in marks), "peak", "cpu_seconds"]
-    middle = {name: {key: statistics.median(run[key] for run in found) for key in keys} for name, found in runs.items()}
+    first, last = marks
+    keys = [f"{name}_{mark}" for name in ("rest", "busy", "tokens") for mark in marks]
+    middle = {
+        name: {key: statistics.median(run[key] for run in found) for key in [*keys, "peak", "cpu_seconds"]}
+        for name, found in runs.items()
+    }
+    table = []
     for name, values in middle.items():
-        growth = values[keys[1]] / values[keys[0]] - 1
-        table.append([name, *(f"{values[key]:.0f}" for key in keys), f"{growth:+.1%}"])
+        cells = []
+        for key in ("rest", "busy"):
+            before, after = values[f"{key}_{first}"], values[f"{key}_{last}"]
+            cells.append(f"{before:.0f} → {after:.0f}（{after / before - 1:+.1%}）")
+        tokens = " → ".join(f"{values[f'tokens_{mark}']:,.0f}" for mark in marks)
+        table.append([name, *cells, tokens, f"{values['peak']:.0f}", f"{values['cpu_seconds']:.0f}"])
     before, now = middle.values()
     ratio = now["peak"] / before["peak"]
-    header = ["", *(f"第 {mark} 步，MB" for mark in marks), "峰值，MB", "CPU 秒", "增长"]
+    header = ["", "两步之间，MB", "算着的，MB", "那几步的 token", "峰值，MB", "CPU 秒"]
     print(format_table(header, table))
     print(f"峰值之比 {ratio:.2f}")
     result = {"machine": machine(), "flags": flags[4:], "threads": args.threads, "runs": runs, "peak_ratio": ratio}
     write_json(RESULTS / f"{args.name}.json", result)
     (RESULTS / f"{args.name}.md").write_text(
         f"# 训练 {args.steps} 步的内存\n\n4 层 × 256，LoRA，每步 8 条，{args.precision}，{args.threads} 线程，"
-        f"{machine()['cpu']}，{args.repeats} 遍。进程自己的内存（匿名与共享）。峰值之比 {ratio:.2f}。\n\n"
+        f"{machine()['cpu']}，{args.repeats} 遍。进程自己的内存（匿名与共享），第 {first} → {last} 步："
+        f"前 {WINDOW} 步里的最小（两步之间）与中位数（算着的，随那几步的长短）。峰值之比 {ratio:.2f}。\n\n"
         f"{markdown_table(header, table)}\n",
         encoding="utf-8",
     )
