@@ -60,6 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.output_path is not None and not args.output_path.resolve().parent.is_dir():
+        raise ValueError(f"--output_path 的目录 {args.output_path.resolve().parent} 不存在，请先建好")
     subjects = read_questions(args.questions)
     dev = args.dev or examples_beside(args.questions)
     shots = {} if dev is None else read_questions(dev)
@@ -79,9 +81,9 @@ def run(args: argparse.Namespace) -> None:
         precision=args.precision, batch_size=args.batch_size,
         description=args.description.replace(r"\n", "\n"), names=subject_names(args.questions),
     )  # fmt: skip
+    print(result_tables(result))
     if args.output_path is not None:
         write_json(args.output_path, result)
-    print(result_tables(result))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ output-comparison 是做完的比较，计划与原来的宽度的一行取自�
 
 import argparse
 import copy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,14 @@ def row_of(plan: dict[str, Any], directory: Path) -> dict[str, Any]:
     base = next(row for row in results if row["stage"] == "base")
     finals = [row for row in results if row["stage"] != "final" or row["seed"] in plan["seeds"]]
     cell = summarize(plan, finals, base)["cells"][task, METHOD]
+    built = read_json(directory / "data.json")["base"]
     return {
         "task": task,
         "metric": next(row["metric"] for row in finals if row["stage"] == "final" and row["task"] == task),
         "hidden_size": plan["base"]["model"]["hidden_size"],
         "parameters": round(cell["trainable_parameters"]),
-        "base_sha256": read_json(directory / "data.json")["base"]["sha256"],
+        "base_sha256": built["sha256"],
+        "stages": [{name: stage[name] for name in ("name", "tokens", "loss")} for stage in built["stages"]],
         **{name: cell[name] for name in ("score", "ci_low", "ci_high", "test_nll", "learning_rate", "seeds")},
         "base_test_nll": base["forgetting"]["other_tasks"][task]["test_nll"],
         "base_general_nll": cell["general_nll_before"],
@@ -85,7 +88,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=RESULTS, help="结果写在哪里，.json 与 .md（缺省 results/base_size）"
     )
     parser.add_argument("--jobs", type=int, default=1, help="并行几个格子（缺省 %(default)s）")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs({args.jobs}) 必须至少为 1")
+    return args
 
 
 def check(plan: dict[str, Any], results: list[dict[str, Any]], args: argparse.Namespace):
@@ -97,20 +103,31 @@ def check(plan: dict[str, Any], results: list[dict[str, Any]], args: argparse.Na
         known = f"做完的有 {'、'.join(sorted(done))}" if done else "请先做完比较"
         raise ValueError(f"{args.comparison} 里没有 {args.task} 上做完的 {METHOD} 与基座；{known}")
     heads = plan["base"]["model"]["heads"]
+    width = plan["base"]["model"]["hidden_size"]
+    if width in args.hidden_sizes:
+        raise ValueError(f"--hidden_sizes 里的 {width} 就是这个比较的宽度，它的一行已经在内，请去掉它")
     if wrong := [size for size in args.hidden_sizes if size < 1 or size % (2 * heads)]:
         raise ValueError(
             f"--hidden_sizes {wrong} 应是 {2 * heads} 的倍数：{heads} 个头，每个头的宽度是偶数（旋转位置）"
         )
 
 
+def kept_rows(path: Path, task: str, again: set[int]) -> list[dict[str, Any]]:
+    """上一次写出的、同一个任务的别的宽度。"""
+    rows = read_json(path) if path.is_file() else []
+    return [row for row in rows if row["task"] == task and row["hidden_size"] not in again]
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # 带走拉起的训练
     import predict
 
     try:
         whole = read_plan(args.comparison / "plan.json")
         check(whole, load_results(args.comparison), args)
-        rows = [row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)]
+        own = row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)
+        rows = [own, *kept_rows(args.out.with_suffix(".json"), args.task, {own["hidden_size"], *args.hidden_sizes})]
         for hidden_size in args.hidden_sizes:
             plan, directory = narrowed(whole, args.task, hidden_size), args.work / str(hidden_size)
             directory.mkdir(parents=True, exist_ok=True)
@@ -122,6 +139,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         print(f"错误：{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print("已停下；再次运行同样的命令，接着没有做完的", file=sys.stderr)
+        return 130
     return 0
 
 

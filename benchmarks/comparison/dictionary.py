@@ -2,6 +2,8 @@
 
     python benchmarks/comparison/dictionary.py output-comparison      # 比较的目录，用它的 data/extraction
 
+结果另写成这个目录里的 dictionary.json，报告的表里就有它的一行。
+
 输入里出现的、训练的回答里见过的头与尾（长的盖过短的），每个尾配上它前面 MOST_GAP 个字以内最近的头，
 关系取这个尾最常有的。
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 from finetune.comparison.cells import read_rows_any
 from finetune.metrics.triples import parse_triples, triple_f1
 from finetune.options import ScriptParser
+from utils import write_json
 
 MOST_GAP = 6
 
@@ -57,7 +60,8 @@ def read_dictionary(outputs: list[str]) -> tuple[set[str], dict[str, str]]:
 def main():
     parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="比较的输出目录")
-    data = parser.parse_args().directory / "data" / "extraction"
+    directory = parser.parse_args().directory
+    data = directory / "data" / "extraction"
     if not (data / "final.json").is_file():
         how = "要的是做过的比较的输出目录；提交的 results/ 里没有数据，复制成输出目录再运行一次比较就有"
         parser.error(f"没有 {data / 'final.json'}：{how}")
@@ -65,6 +69,8 @@ def main():
     test = read_rows_any(data / "test.json")
     scored = triple_f1([extract(row["input"], heads, relations) for row in test], [row["output"] for row in test])
     precision, recall = (scored["details"][name]["score"] for name in ("precision", "recall"))
+    found = {"task": "extraction", **{name: scored[name] for name in ("score", "ci_low", "ci_high")}}
+    write_json(directory / "dictionary.json", found | {"precision": precision, "recall": recall})
     print(
         f"词典：头 {len(heads)} 个、尾 {len(relations)} 个；F1 {scored['score']:.3f}"
         f"［{scored['ci_low']:.3f}，{scored['ci_high']:.3f}］，精确率 {precision:.3f}，召回率 {recall:.3f}"

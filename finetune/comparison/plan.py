@@ -116,8 +116,20 @@ def _checked(plan: dict[str, Any], path: str | Path) -> dict[str, Any]:
         if not rates or len(set(rates)) < len(rates) or not all(isinstance(r, (int, float)) and r > 0 for r in rates):
             problems.append(f"方法 {method} 的 learning_rates({rates}) 应是一个或几个不同的正数")
     seeds = plan.get("seeds") or []
-    if not seeds or len(set(seeds)) < len(seeds):
-        problems.append(f"seeds({seeds}) 应是一个或几个不同的整数")
+    if not seeds or len(set(seeds)) < len(seeds) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        problems.append(f"seeds({seeds}) 应是一个或几个不同的非负整数")
+    if type(plan["extensions"]) is not int or plan["extensions"] < 0:
+        problems.append(f"extensions({plan['extensions']!r}) 应是非负整数")
+    if type(plan.get("held_out_chars", 1)) is not int or plan.get("held_out_chars", 1) < 1:
+        problems.append(f"held_out_chars({plan['held_out_chars']!r}) 应是正整数")
+    if not isinstance(plan.get("general_path", ""), str):
+        problems.append(f"general_path({plan['general_path']!r}) 应是一个文件")
+    if "base" in plan and not isinstance(plan["base"], str):
+        missing = [key for key in ("model", "stages") if not (plan["base"] or {}).get(key)]
+        problems += [f"base 缺少 {key}（应是检查点目录，或一个配方）" for key in missing]
+    for owner, entry in [("共同", {"flags": plan["train_flags"]}), *(plan.get("methods") or {}).items()]:
+        if not isinstance(entry.get("flags", []), list):
+            problems.append(f'{owner}的参数({entry["flags"]!r}) 应是列表，如 ["--lora_dropout", 0]')
     problems += [f"checks 里的 {name} 应为 {'、'.join(CHECKS)} 之一" for name in plan["checks"] if name not in CHECKS]
     if curve := plan["curve"]:
         shares = curve.get("shares") or []

@@ -115,7 +115,7 @@ def draw_scores(pyplot, plan, tasks, cells, base, chance):
             axis.axhline(chance[task["name"]], label="碰运气", **CHANCE_STYLE)
         axis.set_xticks(range(len(methods)), methods, rotation=25 if len(methods) > 4 else 0)
         axis.set_xlim(-0.5, len(methods) - 0.5)
-        axis.set_ylim(bottom=-0.02)  # 基座是 0 分时，虚线不与横轴重合
+        axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # 基座是 0 分时，虚线不与横轴重合
     labels = {}
     for axis, _, _ in found:
         labels.update({label: handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)})
@@ -167,8 +167,9 @@ def draw_forgetting(pyplot, plan, tasks, cells):
             left = [p + (index - (len(plan["methods"]) - 1) / 2) * width for p in places]
             axis.bar(left, heights, width * 0.92, color=style_of(plan, method)[0], label=method)
         axis.set_xticks(range(len(tasks)), [TASK_NAMES[task["name"]] for task in tasks])
-        axis.set_ylabel(label)
-        if min(cell[key] for cell in cells.values()) > 0:
+        is_log = min(cell[key] for cell in cells.values()) > 0
+        axis.set_ylabel(f"{label}，对数" if is_log else label)
+        if is_log:
             axis.set_yscale("log")  # 各任务差着数量级
         else:
             axis.axhline(0, color="black", linewidth=0.8)

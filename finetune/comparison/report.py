@@ -1,5 +1,6 @@
 """比较的报告：由一个目录里的结果写出 report.md、report.html 与 figures/*.svg；不运行任何训练。"""
 
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from finetune.comparison.statistics import NUM_RESAMPLES, holm, mean, summarize
 from finetune.terminal import markdown_table
 from utils import read_json
 
+BESIDE = ("dictionary", "base_size")  # 另外量的，放在结果旁边就写进报告
 DATA_COLUMNS = ("documents", "test", "dev", "pretrain", "final_rows", "final", "sweep")
 
 
@@ -43,13 +45,20 @@ def write_report(directory: Path, font: Path | None = None):
     results = load_results(directory)
     if not results:
         raise ValueError(f"{directory} 里没有做完的格子（results.jsonl 与 extras.jsonl 没有，或是空的），报告没有写")
-    facts = read_json(directory / "data.json") if (directory / "data.json").is_file() else {}
+    facts = read_facts(directory)
     base = find(results, stage="base")
     summary = summarize(plan, results, base)
     draw_all(plan, summary, base, directory / "figures", font)
     text = "\n\n".join(lay_out(plan, facts, results, summary, base)) + "\n"
     (directory / "report.md").write_text(text, encoding="utf-8")
     (directory / "report.html").write_text(to_html(text, directory, font), encoding="utf-8")
+
+
+def read_facts(directory: Path) -> dict[str, Any]:
+    """数据与基座的说明（data.json），与放在旁边的 BESIDE。"""
+    files = {name: directory / f"{name}.json" for name in ("data", *BESIDE)}
+    found = {name: read_json(path) for name, path in files.items() if path.is_file()}
+    return found.pop("data", {}) | found
 
 
 def find(results: list[dict], **wanted: Any) -> dict | None:
@@ -73,12 +82,13 @@ def lay_out(plan, facts, results, summary, base) -> list[str]:
         f"![{text}](figures/{name})\n*{text}*" for name, text in FIGURES.items()
     )
     return [
-        *(*parts, answer_part(plan, summary), *scores_part(plan, summary, base), score),
+        *(*parts, answer_part(plan, facts, summary, results), *scores_part(plan, facts, summary, base), score),
         *(*costs_part(summary), memory, time, rise, losses),
         *(*forgetting_part(plan, summary, base), forgetting, *replay_part(plan, results)),
         *(
             *significance_part(plan, summary),
             *curve_part(plan, results),
+            *size_part(facts),
             *sweep_part(plan, results),
             *checks_part(plan, results, base),
             *how,
@@ -112,7 +122,7 @@ def not_worse(summary, task: str, methods: list[str]) -> set[str]:
     return {method for method in level if guess is None or summary["cells"][task, method]["ci_low"] > guess}
 
 
-def answer_part(plan, summary) -> str:
+def answer_part(plan, facts, summary, results) -> str:
     """几句话：各任务谁最好、与最差的差多少；从哪一种开始，忘多少。"""
     tasks = [task["name"] for task in plan["tasks"] if ranked(summary, task["name"])]
     found = []
@@ -123,6 +133,9 @@ def answer_part(plan, summary) -> str:
         if pair is not None:
             verdict = f"，比最差的 {worst} 高 {top['score'] - low['score']:.3f}，"
             verdict += "显著" if pair["p_holm"] < 0.05 else "不显著"
+        own = facts.get("dictionary", {})
+        if own.get("task") == name and own["score"] > top["score"]:
+            verdict += f"，低于不用模型的词典的 {own['score']:.3f}"
         found.append(f"{TASK_NAMES[name]}是 **{best}**（{with_interval(top)}{verdict}）")
     general = [method for method in plan["methods"] if all((name, method) in summary["cells"] for name in tasks)]
     if not general:
@@ -137,13 +150,45 @@ def answer_part(plan, summary) -> str:
         own = {TASK_NAMES[name]: summary["cells"][name, method] for name in tasks}
         rates = "，".join(f"{name} {cell['learning_rate']:g}" for name, cell in own.items())
         rises = "，".join(f"{name} {cell['rise']:+.2f}" for name, cell in own.items())
-        return f"{-order(method)[0]}/{len(tasks)} 个任务上它最好或差得不显著；学习率：{rates}；通用文字的 NLL：{rises}"
+        share = f"{-order(method)[0]}/{len(tasks)} 个任务上它最好或差得不显著"
+        return f"{share}；学习率：{rates}；通用文字的 NLL 上升：{rises}"
 
     start, *others = sorted(general, key=order)
-    following = f"> 其次是 **{others[0]}**：{told(others[0])}。" if others else ""
-    return (
-        f"> 分数最高的，{'；'.join(found)}。\n> 只对这个基座：从 **{start}** 开始，{told(start)}。\n{following}"
-    ).strip()
+    lines = [
+        f"分数最高的，{'；'.join(found)}。",
+        f"只对这个基座：从 **{start}** 开始，{told(start)}。",
+        *(f"其次是 **{method}**：{told(method)}。" for method in others[:1]),
+        *(f"没有超过碰运气：{no_better}。" for no_better in [no_better_than_chance(summary)] if no_better),
+        *forgetting_line(plan, results),
+        f"「差得不显著」在 {'、'.join(general)} 之间按 Holm 校正，下面「差别是否显著」的表在全部的比较之间。",
+    ]
+    return "\n".join(f"> {line}" for line in lines)
+
+
+def no_better_than_chance(summary) -> str:
+    """区间的下端不高于碰运气的方法，按任务。"""
+    found: dict[str, list[str]] = {}
+    for (name, method), cell in summary["cells"].items():
+        guess = summary["chance"][name]
+        if guess is not None and cell["ci_low"] <= guess:
+            found.setdefault(name, []).append(method)
+    return "；".join(f"{TASK_NAMES[name]}的 {'、'.join(methods)}" for name, methods in found.items())
+
+
+def forgetting_line(plan, results) -> list[str]:
+    """遗忘最多的一格加上重放之后：一句话；没有做重放时没有。"""
+    row = find(results, stage="replay")
+    if row is None:
+        return []
+    without = same_final(row, results)
+    (before, after) = (
+        part["general_nll_after"] - part["general_nll_before"] for part in (without["forgetting"], row["forgetting"])
+    )
+    return [
+        f"忘得最多的是{TASK_NAMES[row['task']]}的 {row['method']}；种子 {row['seed']} 加上重放 "
+        f"{plan['replay']['ratio']:g}，通用文字的 NLL 上升 {before:+.2f} → {after:+.2f}，"
+        f"分数 {without['score']:.3f} → {row['score']:.3f}。"
+    ]
 
 
 def introduction(plan, facts, results, summary) -> list[str]:
@@ -234,8 +279,8 @@ def p_text(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def scores_part(plan, summary, base) -> list[str]:
-    """方法 × 任务：平均分与区间；末两行是基座与碰运气。"""
+def scores_part(plan, facts, summary, base) -> list[str]:
+    """方法 × 任务：平均分与区间；末几行是基座、碰运气与词典。"""
     tasks = [task for task in plan["tasks"] if any(name == task["name"] for name, _ in summary["cells"])]
     cells = [[summary["cells"].get((task["name"], method)) for task in tasks] for method in plan["methods"]]
     rows = [
@@ -253,6 +298,10 @@ def scores_part(plan, summary, base) -> list[str]:
     guesses = [summary["chance"][task["name"]] for task in tasks]
     if any(guess is not None for guess in guesses):
         rows.append(["碰运气（各标签机会相等）", *("—" if guess is None else f"{guess:.3f}" for guess in guesses)])
+    if "dictionary" in facts:
+        own = facts["dictionary"]
+        cells = [with_interval(own) if task["name"] == own["task"] else "—" for task in tasks]
+        rows.append(["词典（不用模型，只用训练的回答）", *cells])
     return [
         "## 分数",
         "各种子的平均分与 95% 区间；区间由两层自助法得到：先重抽测试行，再重抽种子。"
@@ -331,9 +380,12 @@ def forgetting_part(plan, summary, base) -> list[str]:
         for (name, method), cell in summary["cells"].items()
     ]
     header = ["训练的任务与方法", "通用 NLL", "上升", "KL", *(f"{TASK_NAMES[name]}分数（基座）" for name in names)]
+    recipe = plan["base"] if isinstance(plan["base"], dict) else {}
+    vocab_size = recipe.get("model", {}).get("vocab_size")
+    uniform = f"在 {vocab_size:,} 个片段里均匀地猜是 {log(vocab_size):.2f}；" if vocab_size else ""
     return [
         "## 遗忘",
-        "在训练与预训练都没有见过的通用文字上，训练前后每个 token 的 NLL 与基座的 KL 散度（nat）；"
+        f"在训练与预训练都没有见过的通用文字上，训练前后每个 token 的 NLL 与基座的 KL 散度（nat）；{uniform}"
         "右边是训练之后别的任务的分数，括号里是基座自己在同样的行上的分数。",
         markdown_table(header, rows),
     ]
@@ -386,6 +438,27 @@ def curve_part(plan, results) -> list[str]:
         markdown_table(
             ["训练 token", "分数", "测试的 NLL"],
             [[f"{row['tokens']:,}", with_interval(row), f"{row['test_nll']:.3f}"] for row in rows],
+        ),
+    ]
+
+
+def size_part(facts) -> list[str]:
+    """分数与基座的大小，base_size.py 量的。"""
+    if "base_size" not in facts:
+        return []
+    rows = facts["base_size"]
+    return [
+        "## 分数与基座的大小",
+        f"{TASK_NAMES[rows[0]['task']]}、full：同样的配方与文字，只换宽度，各造一个基座，各自试学习率。",
+        markdown_table(
+            ["宽", "参数", "分数", "测试的 NLL", "微调之前的"],
+            [
+                [
+                    *(row["hidden_size"], f"{row['parameters']:,}", with_interval(row)),
+                    *(f"{row[name]:.3f}" for name in ("test_nll", "base_test_nll")),
+                ]
+                for row in rows
+            ],
         ),
     ]
 

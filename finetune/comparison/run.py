@@ -22,6 +22,8 @@ from utils import read_json, replacing, try_lock, write_json
 ROOT = Path(__file__).resolve().parents[2]
 # 试跑与正式的格子在前一个文件里，基座、重放与核对在后一个里
 RESULTS, EXTRAS = "results.jsonl", "extras.jsonl"
+KEYS = {"stage", "task", "method", "seed"}
+FINAL_KEYS = {"score", "ci_low", "ci_high", "learning_rate", "tokens", "losses", "per_row", "forgetting"}
 
 
 def load_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
@@ -43,8 +45,12 @@ def load_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}:{number}: 不是合法的 JSON（{error}），请删去这一行再运行") from error
-        if not isinstance(rows[-1], dict) or not rows[-1].keys() >= {"stage", "task", "method", "seed"}:
-            raise ValueError(f"{path}:{number}: 不是一个格子的结果（缺 stage、task 等），请删去这一行再运行")
+        missing = KEYS - rows[-1].keys() if isinstance(rows[-1], dict) else KEYS
+        if not missing and rows[-1]["stage"] == "final":
+            missing = FINAL_KEYS - rows[-1].keys()
+        if missing:
+            named = "、".join(sorted(missing))
+            raise ValueError(f"{path}:{number}: 不是一个格子的结果（缺 {named}），请删去这一行再运行")
     return rows
 
 

@@ -349,6 +349,15 @@ def test_values_of_the_wrong_kind_are_named(tmp_path):
         ({"tasks": [], "checks": []}, "tasks 是空的"),
         ({"tasks": {"a": 1}}, "有值的类型不对"),
         ({"replay": 0.5}, "有值的类型不对"),
+        ({"seeds": ["a"]}, r"seeds\(\['a'\]\) 应是一个或几个不同的非负整数"),
+        ({"seeds": [1.5, -1]}, r"seeds\(\[1.5, -1\]\)"),
+        ({"extensions": -1}, r"extensions\(-1\) 应是非负整数"),
+        ({"held_out_chars": -5}, r"held_out_chars\(-5\) 应是正整数"),
+        ({"general_path": 3}, r"general_path\(3\) 应是一个文件"),
+        ({"base": None}, "base 缺少 model"),
+        ({"base": {"model": {"layers": 1}, "stages": []}}, "base 缺少 stages"),
+        ({"train_flags": "--x 1"}, "共同的参数.* 应是列表"),
+        ({"methods": {"full": {"learning_rates": [0.1], "flags": "--x 1"}}}, "full的参数.* 应是列表"),
     ):
         with pytest.raises(ValueError, match=message):
             compare_plan.read_plan(write_json(tmp_path / "wrong.json", {**PLAN, **change}))
@@ -713,7 +722,7 @@ def test_report_contents(finished):
         "| 抽取 | **2.0000** | 2.0000 |",
         "> 分数最高的，抽取是 **full**（0.750 [",
         "> 只对这个基座：从 **lora** 开始，1/2 个任务上它最好或差得不显著；学习率：抽取 0.001，分类 0.001；",
-        "通用文字的 NLL：抽取 +0.10，分类 +0.10。",
+        "通用文字的 NLL 上升：抽取 +0.10，分类 +0.10。",
         "> 其次是 **full**：1/2 个任务上",
         "- lora：从 0.001 开始（2/2 个任务选中它）。",
         "选中的学习率在试过的范围的边上的：lora 的抽取（0.001）、lora 的分类（0.001）、full 的抽取（0.0001）",
@@ -828,7 +837,7 @@ def test_the_committed_results_give_the_committed_report():
     kept = ROOT / "benchmarks" / "comparison" / "results"
     plan, results = compare_plan.read_plan(kept / "plan.json"), compare_run.load_results(kept)
     base_ = compare_report.find(results, stage="base")
-    facts = json.loads((kept / "data.json").read_text(encoding="utf-8"))
+    facts = compare_report.read_facts(kept)
     parts = compare_report.lay_out(plan, facts, results, compare_stats.summarize(plan, results, base_), base_)
     assert "\n\n".join(parts) + "\n" == (kept / "report.md").read_text(encoding="utf-8")
 
@@ -851,12 +860,40 @@ def test_the_dictionary_pairs_each_tail_with_the_nearest_head_before_it():
     [
         (["--hidden_sizes", "50", "96"], r"[50] 应是 6 的倍数"),
         (["--hidden_sizes", "96", "--task", "foo"], "没有 foo 上做完的 full"),
+        (["--hidden_sizes", "96", "192"], "192 就是这个比较的宽度"),
     ],
 )
 def test_another_base_size_is_refused_before_any_work(tmp_path, capsys, words, told):
     kept = ROOT / "benchmarks" / "comparison" / "results"
     assert base_size.main([str(kept), "--work", str(tmp_path / "work"), *words]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "work").exists()
+
+
+def test_other_base_sizes_of_before_are_kept(tmp_path):
+    rows = [{"task": task, "hidden_size": size} for task, size in (("extraction", 48), ("extraction", 96), ("cls", 72))]
+    path = write_json(tmp_path / "base_size.json", rows)
+    assert base_size.kept_rows(path, "extraction", {96, 192}) == rows[:1]
+    assert base_size.kept_rows(tmp_path / "none.json", "extraction", {96}) == []
+    with pytest.raises(SystemExit):
+        base_size.parse_args(["d", "--hidden_sizes", "96", "--work", "w", "--jobs", "0"])
+
+
+def test_the_answer_says_what_is_not_reached():
+    kept = ROOT / "benchmarks" / "comparison" / "results"
+    text = (kept / "report.md").read_text(encoding="utf-8")
+    answer = "\n".join(line for line in text.splitlines() if line.startswith("> "))
+    assert "低于不用模型的词典的 0.247）；生成是" in answer  # 只在词典的任务上
+    assert "没有超过碰运气：分类的 freeze、ptuning。" in answer
+    assert "加上重放 0.5，通用文字的 NLL 上升 +15.55 → +0.46，分数 0.658 → 0.678" in answer
+    assert "| 96 | 1,981,536 | 0.075 [0.052, 0.101] |" in text and "在 8,000 个片段里均匀地猜是 8.99" in text
+
+
+def test_a_result_that_lacks_something_is_named(tmp_path):
+    cell = {"stage": "final", "task": "extraction", "method": "full", "seed": 1}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({**cell, "stage": "sweep"}) + "\n" + json.dumps(cell) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"results\.jsonl:2: 不是一个格子的结果（缺 ci_high、.*per_row"):
+        compare_run.load_rows(path)
 
 
 def test_a_missing_directory_is_said_in_a_line(tmp_path, capsys, monkeypatch):

@@ -145,6 +145,9 @@ def test_two_checkpoints_side_by_side(tiny_checkpoint, tmp_path, capsys):
     )
     assert evaluate_choices.main([str(tmp_path), "--checkpoint", str(paths[0])]) == 2
     assert str(tmp_path) in capsys.readouterr().err
+    words[words.index("--output_path") + 1] = str(tmp_path / "none" / "out.json")  # 评测之前就说
+    assert evaluate_choices.main(words) == 2
+    assert f"--output_path 的目录 {tmp_path / 'none'} 不存在" in capsys.readouterr().err
 
 
 @torch.no_grad()
