@@ -38,6 +38,8 @@ def write_report(directory: Path, font: Path | None = None):
         ValueError: 没有计划，没有一个做完的格子，或 font 不是字体。
     """
     font = find_font(font)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} 不是目录，--report 要的是一个比较的输出目录")
     own, outer = directory / "plan.json", directory.resolve().parent / "plan.json"
     if not own.is_file() and not outer.is_file():
         raise ValueError(f"{directory} 里没有 plan.json，--report 要的是一个比较的输出目录")

@@ -878,6 +878,28 @@ def test_other_base_sizes_of_before_are_kept(tmp_path):
         base_size.parse_args(["d", "--hidden_sizes", "96", "--work", "w", "--jobs", "0"])
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
+def test_the_table_in_the_docs_is_that_of_the_report(page):
+    def scores(text: str) -> dict[str, list[str]]:
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+        found = {
+            row[0].partition("，")[0]: [cell for cell in row if re.fullmatch(r"\S+ \[.*\]|—", cell)] for row in rows
+        }
+        return {name: cells for name, cells in found.items() if any("[" in cell for cell in cells)}
+
+    report = (ROOT / "benchmarks" / "comparison" / "results" / "report.md").read_text(encoding="utf-8")
+    expected = scores(report.partition("## 分数\n")[2].partition("测试部分目标")[0])
+    table = (
+        (ROOT / page)
+        .read_text(encoding="utf-8")
+        .partition("在小模型上比过\n" if "docs" in page else "小模型上比过（")[2]
+    )
+    found = scores(table.partition("\n## ")[0])
+    assert {"freeze", "lora", "ptuning", "full", "没有微调的基座"} <= found.keys()
+    for name, cells in found.items():
+        assert [cell for cell in cells if "[" in cell] == [cell for cell in expected[name] if "[" in cell]
+
+
 def test_the_answer_says_what_is_not_reached():
     kept = ROOT / "benchmarks" / "comparison" / "results"
     text = (kept / "report.md").read_text(encoding="utf-8")
