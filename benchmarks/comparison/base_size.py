@@ -18,6 +18,7 @@ from finetune.process.threads import begin_loading
 
 if __name__ == "__main__":
     begin_loading()
+if __name__ in ("__main__", "__mp_main__"):  # 后一个是并行的格子的进程
     quiet_libraries("info")
 
 from benchmarks.comparison.base import build_base
