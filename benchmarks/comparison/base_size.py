@@ -2,7 +2,8 @@
 
     python benchmarks/comparison/base_size.py output-comparison --hidden_sizes 48 96 --work output-base-size --jobs 2
 
-output-comparison 是做完的比较，计划与原来的宽度的一行取自它。写 results/base_size.json 与 .md；可以打断再接着做。
+output-comparison 是做完的比较，计划与原来的宽度的一行取自它。写 results/base_size.json，报告里
+就有它的表；可以打断再接着做。
 """
 
 import argparse
@@ -22,13 +23,12 @@ if __name__ in ("__main__", "__mp_main__"):  # 后一个是并行的格子的进
     quiet_libraries("info")
 
 from benchmarks.comparison.base import build_base
-from finetune.comparison.plan import METRIC_NAMES, read_plan
+from finetune.comparison.plan import read_plan
 from finetune.comparison.run import compare, held, load_results, prepare
 from finetune.comparison.statistics import summarize
-from finetune.terminal import markdown_table
 from utils import read_json, write_json
 
-RESULTS = Path(__file__).resolve().parent / "results" / "base_size"
+RESULTS = Path(__file__).resolve().parent / "results" / "base_size.json"
 METHOD, NUM_SEEDS = "full", 3
 
 
@@ -61,33 +61,13 @@ def row_of(plan: dict[str, Any], directory: Path) -> dict[str, Any]:
     }
 
 
-def write_table(rows: list[dict[str, Any]], out: Path):
-    """OUT.json 与 OUT.md。"""
-    rows.sort(key=lambda row: row["hidden_size"])
-    write_json(out.with_suffix(".json"), rows)
-    metric = METRIC_NAMES[rows[0]["metric"]]
-    header = ["宽", "参数", metric, "测试的 NLL", "微调之前的", "通用文字的 NLL（微调之前）", "学习率"]
-    table = [
-        [
-            *(row["hidden_size"], f"{row['parameters']:,}"),
-            f"{row['score']:.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]",
-            *(f"{row[name]:.3f}" for name in ("test_nll", "base_test_nll", "base_general_nll")),
-            f"{row['learning_rate']:g}",
-        ]
-        for row in rows
-    ]
-    out.with_suffix(".md").write_text(markdown_table(header, table) + "\n", encoding="utf-8")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ScriptParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("comparison", type=Path, help="做完的比较的目录")
     parser.add_argument("--hidden_sizes", type=int, nargs="+", required=True, help="另外的几个宽度，要能被头数整除")
     parser.add_argument("--work", type=Path, required=True, help="各个宽度的目录放在哪里")
     parser.add_argument("--task", default="extraction", help="比哪个任务（缺省 %(default)s）")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="结果写在哪里，.json 与 .md（缺省 results/base_size）"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="结果写在哪里（缺省 results/base_size.json）")
     parser.add_argument("--jobs", type=int, default=1, help="并行几个格子（缺省 %(default)s）")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -128,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         whole = read_plan(args.comparison / "plan.json")
         check(whole, load_results(args.comparison), args)
         own = row_of(narrowed(whole, args.task, whole["base"]["model"]["hidden_size"]), args.comparison)
-        rows = [own, *kept_rows(args.out.with_suffix(".json"), args.task, {own["hidden_size"], *args.hidden_sizes})]
+        rows = [own, *kept_rows(args.out, args.task, {own["hidden_size"], *args.hidden_sizes})]
         for hidden_size in args.hidden_sizes:
             plan, directory = narrowed(whole, args.task, hidden_size), args.work / str(hidden_size)
             directory.mkdir(parents=True, exist_ok=True)
@@ -136,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
                 prepare(plan, directory, build_base)
                 compare(plan, directory, args.jobs, predict.main)
             rows.append(row_of(plan, directory))
-            write_table(rows, args.out)
+            write_json(args.out, sorted(rows, key=lambda row: row["hidden_size"]))
     except (ValueError, RuntimeError, OSError) as error:
         print(f"错误：{error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
