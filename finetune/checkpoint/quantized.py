@@ -4,6 +4,7 @@
 """
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,43 @@ def quantize_in_chunks(tensor: Tensor, dtype: torch.dtype, quantization: str) ->
     packed = torch.empty(-(-len(flat) // 2), 1, dtype=torch.uint8)
     scales = torch.empty(-(-len(flat) // BLOCK))
     for start in range(0, len(flat), CHUNK):
-        part = functional.quantize_4bit(flat[start : start + CHUNK].to(dtype), blocksize=BLOCK, quant_type="nf4")
-        packed[start // 2 : (start + CHUNK) // 2] = part[0]
-        scales[start // BLOCK : (start + CHUNK) // BLOCK] = part[1].absmax
+        values = flat[start : start + CHUNK].to(dtype)
+        if len(values) % BLOCK:  # 末尾不足一块
+            part, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
+            part_scales = state.absmax
+        else:
+            part, part_scales = quantize_nf4(values)
+        packed[start // 2 : (start + CHUNK) // 2] = part
+        scales[start // BLOCK : (start + CHUNK) // BLOCK] = part_scales
     return packed, scales
+
+
+def quantize_nf4(values: Tensor) -> tuple[Tensor, Tensor]:
+    """整块的一段 [N] → (每字节两个码 [N/2, 1], 各块的尺度 [N/BLOCK])，与 bitsandbytes 的 quantize_4bit 逐位相同。
+
+    它对每个数做一次二分查找；这里查表，快五倍。
+    """
+    blocks = values.float().view(-1, BLOCK)
+    scales = blocks.abs().amax(-1)
+    scaled = (blocks * (1 / scales.clamp(min=1e-38)).view(-1, 1)).clamp_(-1, 1).view(-1)
+    lowest, bound = nf4_tables()
+    top_bits = (scaled.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
+    codes = lowest.index_select(0, top_bits).add_(scaled > bound.index_select(0, top_bits))
+    return (codes[::2] << 4).bitwise_or_(codes[1::2]).view(-1, 1), scales
+
+
+@cache
+def nf4_tables() -> tuple[Tensor, Tensor]:
+    """fp32 的高 16 位 → 这样的数里最小的码 [65536]，与大于它就是下一个码的界 [65536]（没有为 inf）。"""
+    from bitsandbytes import functional
+
+    code = functional.get_4bit_type("nf4", device="cpu")
+    bounds = (code[:-1] + code[1:]) / 2
+    bits = torch.arange(2**16, dtype=torch.int32) << 16
+    ends = torch.stack((bits, bits | 0xFFFF)).view(torch.float32)  # 负数的次序相反
+    lowest, highest = torch.bucketize(ends.amin(0), bounds), torch.bucketize(ends.amax(0), bounds)
+    assert int((highest - lowest).max()) == 1
+    return lowest.to(torch.uint8), torch.where(highest > lowest, bounds[lowest.clamp(max=len(bounds) - 1)], torch.inf)
 
 
 def set_quantized(layer: nn.Module, packed: Tensor, scales: Tensor, dtype: torch.dtype):

@@ -23,6 +23,7 @@ from finetune.checkpoint.quantized import (
     empty_layer,
     quantize_in_chunks,
     quantize_into,
+    quantize_nf4,
     set_quantized,
 )
 from finetune.cli.train_checks import validate_args
@@ -145,6 +146,29 @@ def test_a_weight_in_chunks_has_the_bits_of_the_whole(quantization, dtype):
         assert torch.equal(chunks.weight.CB, whole.weight.CB) and torch.equal(chunks.weight.SCB, whole.weight.SCB)
     x = torch.randn(3, 300, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(chunks(x), whole(x))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_codes_at_the_bounds(dtype):
+    """正在两个码的界上的、差一位的，零、负零、很小与很大的、不是数的：与 bitsandbytes 的逐位相同。"""
+    from bitsandbytes import functional
+
+    code = functional.get_4bit_type("nf4", device="cpu")
+    bounds = (code[:-1] + code[1:]) / 2
+    near = [bounds, *(torch.nextafter(bounds, torch.tensor(end)) for end in (-2.0, 2.0)), code]
+    special = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 1e-30, -1e-30, 1.0])
+    row = torch.cat([*near, special])
+    row = torch.cat([row, torch.ones(2 * 64 - len(row))])
+    rows = [row, -row, row * 0.0313, row * 6e4, torch.zeros(128), torch.full((128,), torch.inf)]
+    rows.append(torch.cat([torch.tensor([torch.nan]), row[1:]]))
+    rows.append(torch.randn(128 * 500, generator=torch.Generator().manual_seed(0)))
+    values = torch.cat(rows).to(dtype)
+    packed, scales = quantize_nf4(values)
+    expected, state = functional.quantize_4bit(values, blocksize=64, quant_type="nf4")
+    assert len(set(packed.flatten().tolist())) > 200  # 各种码都出现
+    assert torch.equal(packed, expected)
+    assert torch.equal(scales.nan_to_num(-1), state.absmax.nan_to_num(-1))
 
 
 # ---- 训练、续训、合并、预测 ----
