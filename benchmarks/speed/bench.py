@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.speed import work as bench_work
-from benchmarks.speed.programs import GROUPS, TRAINED_LAYERS, Program, ours_spec, peer_spec
+from benchmarks.speed.programs import GROUPS, TRAINED_LAYERS, Program, old_program, ours_spec, peer_spec
 from benchmarks.speed.protocol import Worker, WorkerFailed, available_memory_gb, busy_cpu_seconds
 from benchmarks.speed.report import check_losses, judge, summarize, table, write_report
 from finetune.planning.flops import step_flops
@@ -54,6 +54,18 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def old_worker(tree: Path) -> Path:
+    """另一份代码里的工人；早先它在 scripts/ 里。
+
+    Raises:
+        ValueError: 两处都没有。
+    """
+    for place in ("benchmarks/speed/ours.py", "scripts/bench_ours.py"):
+        if (tree / place).is_file():
+            return tree / place
+    raise ValueError(f"--old({tree}) 里没有 benchmarks/speed/ours.py 与 scripts/bench_ours.py：请给本项目的一份代码")
 
 
 def idle_share(seconds: float = 3.0) -> float:
@@ -108,7 +120,8 @@ class Bench:
             if "rows" in program.options:
                 files = {**files, "data": bench_work.write_data(self.scratch, program.options["rows"])}
             spec = ours_spec(program, layers, baichuan, files, self.precision, threads, self.scratch)
-            return [sys.executable, str(here / "ours.py"), json.dumps(spec)]
+            worker = here / "ours.py" if program.name != "old" else old_worker(self.args.old)
+            return [sys.executable, str(worker), json.dumps(spec)]
         python = self.pythons[program.kind]
         if not python:
             return "没有给出它的 python，见 --trl_python、--llamafactory_python"
@@ -117,11 +130,15 @@ class Bench:
         spec = peer_spec(program, llama, files, self.precision, threads)
         return [python, str(here / "peers.py"), json.dumps(spec)]
 
+    def programs(self, stage: str) -> list[Program]:
+        """这一组的程序；有 --old 时另有那份代码的。"""
+        old = [old_program(stage)] if self.args.old else []
+        wanted = self.args.programs
+        return [program for program in [*GROUPS[stage], *old] if not wanted or program.name in wanted]
+
     def batches(self, stage: str, vocab: int) -> list[list[str]]:
         """这一组要量的程序；内存装不下全部时分成几批，每批都有第一个程序，各自交替、各自成表。"""
-        names = [
-            program.name for program in GROUPS[stage] if not self.args.programs or program.name in self.args.programs
-        ]
+        names = [program.name for program in self.programs(stage)]
         if stage != "lora" or vocab < 64000 or machine()["memory_gb"] > ALL_AT_ONCE_GB:
             return [names]
         first, others = names[:1], names[1:]
@@ -145,7 +162,7 @@ class Bench:
             probe_spec = json.dumps({**probe, "precision": self.precision})
             workers["gemm"] = Worker("gemm", [*probe_command, probe_spec], env, self.scratch / "log-gemm.txt")
             workers["gemm"].wait_ready()
-            for program in GROUPS[stage]:
+            for program in self.programs(stage):
                 if program.name in names:
                     records.append(self.load(program, workers, (shape.layers, baichuan, llama, files), env))
             rates, clean, rounds = self.measure(records, workers)
@@ -199,6 +216,8 @@ class Bench:
         elif available_memory_gb() < NEEDED_MEMORY_GB:
             record["reason"] = f"空闲内存只有 {available_memory_gb():.1f} GB，没有载入"
         else:
+            if program.name == "old":
+                env = {**env, "PYTHONPATH": str(self.args.old)}
             worker = Worker(program.name, command, env, self.scratch / f"log-{program.name}.txt")
             workers[program.name] = worker
             try:
@@ -292,6 +311,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="每个程序的线程数（缺省 %(default)s）")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="各程序的计算精度；auto 看 CPU")
     add("--programs", nargs="+", help="只量这些名字（缺省全部）")
+    add("--old", type=lambda path: Path(path).resolve(), help="本项目另一份代码的目录：各组多一个程序 old")
     add("--trl_python", help="装有 TRL 的环境的 python；不给则跳过并写明")
     add("--llamafactory_python", help="装有 LLaMA-Factory 的环境的 python；不给则跳过并写明")
     add("--max_foreign", type=float, default=0.1, help="别的进程占 CPU 超过这个份额的一轮作废（缺省 %(default)s）")
@@ -303,7 +323,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--toy", action="store_true", help="极小的模型，只看能不能走通")
     add("--max_minutes", type=float, default=8.0, help="GPU 各组的时限，分钟（缺省 %(default)s）")
     add("--cases", nargs="+", help="GPU 各组只跑这些情形（缺省全部）")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.old:
+        try:
+            old_worker(args.old)
+        except ValueError as error:
+            parser.error(str(error))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,6 +138,12 @@ GROUPS = {
 }
 
 
+def old_program(stage: str) -> Program:
+    """另一份代码（bench.py --old）的一个程序，设置同这一组的第一个。"""
+    first = GROUPS[stage][0]
+    return Program("old", "本项目的另一份代码", "ours", first.method, first.options)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 规格：交给工人的 JSON
 
@@ -226,6 +232,8 @@ TARGETS = [
     Target("lora", 8000, "bf16", "TRL 缺省", "ours", ("trl_bs8",), 3.0, 4.0),
     Target("lora", 8000, "bf16", "对方的并排", "ours", ("lf_packing", "trl_packing"), 2.3, 2.8),
     Target("lora", None, "bf16", "任何对方最强的设置", "ours", PEERS, 1.5, 2.0),
+    Target("lora", None, "bf16", "另一份代码", "ours", ("old",), 1.0, 1.5),
+    Target("lora", None, "fp32", "另一份代码", "ours", ("old",), 1.0, 1.0),
     Target("lora", None, "fp32", "各家缺省（没有直接计算 bf16 的 CPU）", "ours", ("hf_bs8", "lf_bs8"), 2.0, 2.0),
     Target("lora", None, "fp32", "任何对方最强的设置（同上）", "ours", PEERS, 1.0, 1.0),
     Target("freeze", None, None, "自己按 ChatGLM-Finetuning 的做法", "ours_freeze",
@@ -233,6 +241,8 @@ TARGETS = [
     Target("freeze", None, None, "transformers 按 ChatGLM-Finetuning 的做法", "ours_freeze",
            ("hf_freeze_ancestor_bs8", "hf_freeze_ancestor_bs1"), 2.8, 2.8),
     Target("freeze", None, None, "任何对方最强的设置", "ours_freeze", FREEZE_PEERS, 1.0, 1.0),
+    Target("freeze", None, None, "另一份代码", "ours_freeze", ("old",), 1.0, 1.3),
+    Target("full", None, None, "另一份代码", "ours_full", ("old",), 1.0, 1.3),
     Target("full", None, None, "transformers 缺省", "ours_full", ("hf_full_bs8",), 2.0, 2.0),
     Target("full", None, None, "任何对方最强的设置", "ours_full", FULL_PEERS, 1.3, 1.5),
     Target("full", None, None, "不用 DeepSpeed 的循环（份额 5% 以内）", "ours_full", ("ours_full_bare",), 0.0, 0.95),
