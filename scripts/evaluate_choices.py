@@ -6,6 +6,7 @@ python scripts/evaluate_choices.py data/choices/val --checkpoint baichuan2-7B/ o
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -62,7 +63,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.output_path is not None and not args.output_path.resolve().parent.is_dir():
         raise ValueError(f"--output_path 的目录 {args.output_path.resolve().parent} 不存在，请先建好")
-    subjects = read_questions(args.questions)
+    unknown = sorted(set(re.findall(r"\{\w+\}", args.description)) - {"{subject}"})
+    if unknown:
+        raise ValueError(f"--description 里的 {'、'.join(unknown)} 没有意义，只认得 {{subject}}（科目）")
+    subjects, names = read_questions(args.questions), subject_names(args.questions)
     dev = args.dev or examples_beside(args.questions)
     shots = {} if dev is None else read_questions(dev)
     shots = {subject: shots.get(subject, [])[: args.shots] for subject in subjects}
@@ -79,9 +83,9 @@ def run(args: argparse.Namespace) -> None:
     result = evaluate_choices(
         subjects, shots, checkpoints, device,
         precision=args.precision, batch_size=args.batch_size,
-        description=args.description.replace(r"\n", "\n"), names=subject_names(args.questions),
+        description=args.description.replace(r"\n", "\n"), names=names,
     )  # fmt: skip
-    print(result_tables(result))
+    print(result_tables(result, names))
     if args.output_path is not None:
         write_json(args.output_path, result)
 

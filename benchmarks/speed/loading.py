@@ -4,7 +4,8 @@
     python benchmarks/speed/loading.py --old OLD --work_dir 目录 --layers 3 --quantization 4bit
 
 检查点是 Baichuan2-7B 的宽度（4096、11008）、几层、小的词表，bf16，写在 --work_dir，量完删去。各是一个新的进程，
-导入不计；文件都在页缓存里。「只读文件」是把各文件逐块读一遍（同样多的线程）的时间。
+导入不计。「只读文件」是把各文件逐块读一遍（每核一个线程）的时间。文件都在页缓存里；--cold 每次之前把它们移出页缓存，
+由磁盘读起，如同第一次载入。
 """
 
 import argparse
@@ -88,6 +89,14 @@ def make(directory: Path, layers: int, vocab_size: int) -> Path:
     return build_tiny_model("baichuan2-7b", directory, dtype="bfloat16", format="bin", max_shard_size="500MB", **sizes)
 
 
+def forget(directory: Path):
+    """把权重文件移出页缓存。"""
+    for path in directory.glob("*.bin"):
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def read_files(directory: Path, num_threads: int) -> float:
     """只把权重文件读一遍的秒数。"""
 
@@ -121,6 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--quantization", nargs="+", default=["4bit", ""], help="4bit、8bit，空的是普通（缺省 4bit 与普通）"
     )
     parser.add_argument("--repeats", type=int, default=3, help="交替几遍（缺省 %(default)s）")
+    parser.add_argument("--cold", action="store_true", help="每次都由磁盘读起")
     parser.add_argument("--name", default="loading", help="结果的名字（缺省 %(default)s）")
     return parser.parse_args(argv)
 
@@ -139,8 +149,12 @@ def main() -> int:
         reading = []
         for _ in range(args.repeats):
             for name, tree in names.items():
+                if args.cold:
+                    forget(directory)
                 runs[name].append({"load": os.getloadavg()[0], **load(tree, directory, quantization)})
                 print(quantization or "普通", name, runs[name][-1], flush=True)
+            if args.cold:
+                forget(directory)
             reading.append(read_files(directory, num_cores))
         is_same = len({run["sha256"] for found in runs.values() for run in found}) == 1
         all_same &= is_same
@@ -162,12 +176,14 @@ def main() -> int:
     header = ["", "", "秒", "CPU 秒", "峰值，MB", "留下，MB", "各位相同"]
     print(format_table(header, rows))
     result = {"machine": machine(), "layers": args.layers, "vocab_size": args.vocab_size, "bytes": num_bytes}
+    result["is_cold"] = args.cold
     write_json(RESULTS / f"{args.name}.json", {**result, "groups": groups})
+    cache = "每次都由磁盘读起" if args.cold else "文件在页缓存里"
     notes = [f"{group['quantization'] or '普通'}的时间是只读文件的 {group['over_reading']:.2f} 倍" for group in groups]
     (RESULTS / f"{args.name}.md").write_text(
         f"# 载入的时间与内存\n\n{args.layers} 层 Baichuan2-7B 的宽度，{num_bytes / 1e9:.2f} GB 的 .bin，bf16，"
         f"{machine()['cpu']}，{num_cores} 个核，交替 {args.repeats} 遍取中位数，比是逐对的中位数；含 SHA-256，"
-        f"文件在页缓存里。{'；'.join(notes)}。\n\n{markdown_table(header, rows)}\n",
+        f"{cache}。{'；'.join(notes)}。\n\n{markdown_table(header, rows)}\n",
         encoding="utf-8",
     )
     return 0 if all_same else 1

@@ -22,7 +22,7 @@ from finetune.comparison.plots import FIGURES, draw_all
 from finetune.comparison.render import to_html
 from finetune.comparison.run import load_results
 from finetune.comparison.statistics import NUM_RESAMPLES, holm, mean, summarize
-from finetune.terminal import markdown_table
+from finetune.terminal import markdown_table, note
 from utils import read_json
 
 BESIDE = ("dictionary", "base_size")  # 另外量的，放在结果旁边就写进报告
@@ -47,6 +47,12 @@ def write_report(directory: Path, font: Path | None = None):
     results = load_results(directory)
     if not results:
         raise ValueError(f"{directory} 里没有做完的格子（results.jsonl 与 extras.jsonl 没有，或是空的），报告没有写")
+    known = {task["name"] for task in plan["tasks"]}, set(plan["methods"])
+    strays = {f"{row['task']} {row['method']}" for row in results if row["stage"] == "final"
+              and (row["task"] not in known[0] or row["method"] not in known[1])}  # fmt: skip
+    if strays:
+        note(f"结果里的 {'、'.join(sorted(strays))} 不在计划里，报告不用")
+    note(f"由 {len(results)} 行结果写报告，要半分钟上下……")
     facts = read_facts(directory)
     base = find(results, stage="base")
     summary = summarize(plan, results, base)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from finetune.comparison.cells import base_path, choose_rows, read_rows_any, run_cell, start_worker
 from finetune.comparison.data import prepare_task, split_text, without_near
 from finetune.comparison.plan import Cell, cell_of, list_cells, next_cell, read_plan, replay_cell
+from finetune.terminal import note
 from utils import read_json, replacing, try_lock, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,9 +37,11 @@ def load_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         return []
     content = path.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
-    if repair and len(complete) < len(content):
-        with replacing(path, "wb") as stream:
-            stream.write(complete)
+    if len(complete) < len(content):
+        note(f"{path} 的末行只写了一半（当时被杀），不算，它的格子要重做")
+        if repair:
+            with replacing(path, "wb") as stream:
+                stream.write(complete)
     rows = []
     for number, line in enumerate(complete.decode("utf-8").splitlines(), start=1):
         try:

@@ -212,10 +212,10 @@ def evaluate_choices(
     return {"num_questions": {subject: len(part) for subject, part in answers.items()}, "checkpoints": results}
 
 
-def result_tables(result: dict[str, Any]) -> str:
-    """evaluate_choices 的结果 → 终端的表：各科的准确率；两个以上检查点时，另有与第一个之差。"""
+def result_tables(result: dict[str, Any], names: dict[str, str] | None = None) -> str:
+    """evaluate_choices 的结果 → 终端的表：各科（names 里有的写中文名）的准确率；两个以上检查点时，另有与第一个之差。"""
     numbers, found = result["num_questions"], result["checkpoints"]
-    titles = {**{subject: subject for subject in numbers}, MEAN: "各科平均", ALL: "全部题"}
+    titles = {**{subject: (names or {}).get(subject, subject) for subject in numbers}, MEAN: "各科平均", ALL: "全部题"}
     counts = {**numbers, MEAN: len(numbers), ALL: sum(numbers.values())}
 
     def table(key: str, entries: list[dict], sign: str) -> str:

@@ -557,7 +557,7 @@ def test_a_cell_that_waits_for_its_sweep_does_not_hold_up_others(plan):
 # ---- 结果文件与续做 ----
 
 
-def test_resuming_gives_the_same_cells(plan, tmp_path):
+def test_resuming_gives_the_same_cells(plan, tmp_path, capsys):
     whole = []
     order = run_to_the_end(plan, whole)
     for row_ in whole[:7]:
@@ -565,6 +565,7 @@ def test_resuming_gives_the_same_cells(plan, tmp_path):
     with (tmp_path / "results.jsonl").open("a", encoding="utf-8") as stream:
         stream.write('{"stage": "final", "ta')  # 写到一半被杀
     compare_run.load_results(tmp_path)
+    assert "results.jsonl 的末行只写了一半" in capsys.readouterr().err
     assert not (tmp_path / "results.jsonl").read_bytes().endswith(b"}\n")  # 只读的一方不动别人正在写的文件
     results = compare_run.load_results(tmp_path, repair=True)
     names = {compare_plan.cell_of(row_).name for row_ in results}
@@ -807,6 +808,15 @@ def test_unfinished_report_says_so(finished):
     (finished / "extras.jsonl").unlink()
     compare_report.write_report(finished)
     assert "2 / 8" in (finished / "report.md").read_text(encoding="utf-8")
+
+
+def test_results_outside_the_plan_are_named(finished, capsys):
+    lines = (finished / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    final = next(row_ for row_ in map(json.loads, lines) if row_["stage"] == "final")
+    compare_run.record(finished, {**final, "method": "prompt"})
+    compare_report.write_report(finished)
+    assert f"结果里的 {final['task']} prompt 不在计划里，报告不用" in capsys.readouterr().err
+    assert "prompt" not in (finished / "report.md").read_text(encoding="utf-8")
 
 
 def test_report_without_a_plan(tmp_path, capsys):

@@ -138,6 +138,7 @@ def test_two_checkpoints_side_by_side(tiny_checkpoint, tmp_path, capsys):
             share = sum(row["chosen"] == row["answer"] for row in part) / 8
             assert math.isclose(entry["accuracy"][subject]["score"], share)
         mean = entry["accuracy"]["mean"]
+        assert all(f"\n{name} " in printed for name in choices.subject_names(OWN / "val").values())
         assert "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * mean[k] for k in ("score", "ci_low", "ci_high"))) in printed
     first, second = result["checkpoints"]
     assert second["change"]["all"]["score"] == pytest.approx(
@@ -148,6 +149,9 @@ def test_two_checkpoints_side_by_side(tiny_checkpoint, tmp_path, capsys):
     words[words.index("--output_path") + 1] = str(tmp_path / "none" / "out.json")  # 评测之前就说
     assert evaluate_choices.main(words) == 2
     assert f"--output_path 的目录 {tmp_path / 'none'} 不存在" in capsys.readouterr().err
+    words[words.index("--output_path") + 1] = str(output)
+    assert evaluate_choices.main([*words, "--description", "{subject}：{topic}"]) == 2
+    assert "--description 里的 {topic} 没有意义" in capsys.readouterr().err
 
 
 @torch.no_grad()
