@@ -76,7 +76,8 @@ def draw_all(plan: dict[str, Any], summary: dict[str, Any], base: dict | None, d
         draw_forgetting(*shared),
     ]
     for (file, caption), figure in zip(FIGURES.items(), figures, strict=True):
-        figure.savefig(directory / file, transparent=True, metadata={"Date": None, "Title": caption})
+        metadata = {"Date": None, "Title": caption}
+        figure.savefig(directory / file, transparent=True, bbox_inches="tight", metadata=metadata)
         pyplot.close(figure)
 
 

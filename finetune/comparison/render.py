@@ -23,7 +23,10 @@ th:first-child, td:first-child { text-align: left; position: sticky; left: 0; ba
 thead th { border-bottom: 2px solid #999; }
 figure { margin: 1.2em 0; overflow-x: auto; } figure img { max-width: 100%; min-width: 520px; height: auto; }
 figcaption { color: #555; font-size: 0.92em; }
-@media (max-width: 600px) { body { margin: 0.8em auto; font-size: 15px; } }
+@media (max-width: 600px) {
+  body { margin: 0.8em auto; font-size: 15px; }
+  th, td { padding: 0.35em 0.4em; white-space: normal; overflow-wrap: normal; }
+}
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #181818; } figcaption { color: #aaa; }
   th:first-child, td:first-child { background: #181818; } th, td, h2 { border-color: #444; }
