@@ -4,7 +4,7 @@
     python benchmarks/speed/loading.py --old OLD --work_dir 目录 --layers 3 --quantization 4bit
 
 检查点是 Baichuan2-7B 的宽度（4096、11008）、几层、小的词表，bf16，写在 --work_dir，量完删去。各是一个新的进程，
-导入不计。「只读文件」是把各文件逐块读一遍（每核一个线程）的时间。文件都在页缓存里；--cold 每次之前把它们移出页缓存，
+导入不计。「只读文件」是把各文件逐块读一遍（每核一个线程）的时间。文件都在页缓存里；--cold 在计时之前把它们移出页缓存，
 由磁盘读起，如同第一次载入。
 """
 
@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 # 在各份代码自己的进程里：载入，量时间与内存，算出全部权重（与量化状态）的摘要
 PROGRAM = """
-import hashlib, json, sys, threading, time
+import hashlib, json, os, sys, threading, time
 from pathlib import Path
 import torch
-path, quantization = sys.argv[1], sys.argv[2] or None
+path, quantization, is_cold = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "cold"
 try:
     from finetune.checkpoint.base_model import load_base_model, load_config
     from finetune.checkpoint.run_record import hashing_base
@@ -62,6 +62,9 @@ def watch():
 watcher = threading.Thread(target=watch)
 config = load_config(path)
 watcher.start()
+for file in Path(path).glob("*.bin") if is_cold else ():
+    with file.open("rb") as stream:
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 wall, cpu = time.perf_counter(), time.process_time()
 model, hashes = run(config)
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -89,15 +92,7 @@ def make(directory: Path, layers: int, vocab_size: int) -> Path:
     return build_tiny_model("baichuan2-7b", directory, dtype="bfloat16", format="bin", max_shard_size="500MB", **sizes)
 
 
-def forget(directory: Path):
-    """把权重文件移出页缓存。"""
-    for path in directory.glob("*.bin"):
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_files(directory: Path, num_threads: int) -> float:
+def read_files(directory: Path, num_threads: int, is_cold: bool) -> float:
     """只把权重文件读一遍的秒数。"""
 
     def read(path: Path) -> None:
@@ -106,16 +101,19 @@ def read_files(directory: Path, num_threads: int) -> float:
             while stream.readinto(buffer):
                 pass
 
+    for path in directory.glob("*.bin") if is_cold else ():
+        with path.open("rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.perf_counter()
     with ThreadPoolExecutor(num_threads) as pool:
         list(pool.map(read, directory.glob("*.bin")))
     return time.perf_counter() - start
 
 
-def load(tree: Path, directory: Path, quantization: str) -> dict:
+def load(tree: Path, directory: Path, quantization: str, is_cold: bool) -> dict:
     """用 tree 的代码载入一次。"""
     env = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(directory), quantization]
+    command = [sys.executable, "-c", PROGRAM, str(directory), quantization, "cold" if is_cold else ""]
     output = subprocess.run(command, cwd=tree, env=env, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -141,6 +139,7 @@ def main() -> int:
     names = {commit.stdout.strip(): args.old.resolve(), "现在": ROOT}
     args.work_dir.mkdir(parents=True, exist_ok=True)
     directory = make(args.work_dir / "checkpoint", args.layers, args.vocab_size)
+    os.sync()  # 还没有写到磁盘的，移不出页缓存
     num_bytes = sum(path.stat().st_size for path in directory.glob("*.bin"))
     num_cores = len(os.sched_getaffinity(0))
     rows, groups, all_same = [], [], True
@@ -149,13 +148,9 @@ def main() -> int:
         reading = []
         for _ in range(args.repeats):
             for name, tree in names.items():
-                if args.cold:
-                    forget(directory)
-                runs[name].append({"load": os.getloadavg()[0], **load(tree, directory, quantization)})
+                runs[name].append({"load": os.getloadavg()[0], **load(tree, directory, quantization, args.cold)})
                 print(quantization or "普通", name, runs[name][-1], flush=True)
-            if args.cold:
-                forget(directory)
-            reading.append(read_files(directory, num_cores))
+            reading.append(read_files(directory, num_cores, args.cold))
         is_same = len({run["sha256"] for found in runs.values() for run in found}) == 1
         all_same &= is_same
         before, now = runs.values()
