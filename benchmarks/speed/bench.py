@@ -131,10 +131,10 @@ class Bench:
         return [python, str(here / "peers.py"), json.dumps(spec)]
 
     def programs(self, stage: str) -> list[Program]:
-        """这一组的程序；有 --old 时另有那份代码的。"""
-        old = [old_program(stage)] if self.args.old else []
+        """这一组里要量的程序；有 --old 时另有那份代码的。"""
         wanted = self.args.programs
-        return [program for program in [*GROUPS[stage], *old] if not wanted or program.name in wanted]
+        old = [old_program(stage)] if self.args.old else []
+        return [program for program in GROUPS[stage] if not wanted or program.name in wanted] + old
 
     def batches(self, stage: str, vocab: int) -> list[list[str]]:
         """这一组要量的程序；内存装不下全部时分成几批，每批都有第一个程序，各自交替、各自成表。"""

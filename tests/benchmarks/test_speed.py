@@ -1,10 +1,11 @@
-"""scripts/bench.py 与同名开头的各模块：公式、选样、结论的算法，以及极小模型上的一次真的比较。"""
+"""benchmarks/speed/bench.py 与它的各模块：公式、选样、结论的算法，以及极小模型上的一次真的比较。"""
 
 import json
 import re
 
 import pytest
 import torch
+from paths import ROOT
 
 from benchmarks.speed import bench
 from benchmarks.speed import gpu as bench_gpu
@@ -178,7 +179,7 @@ def test_every_program_starts_from_the_same_lora():
 
 def test_targets_name_existing_programs():
     for target in TARGETS:
-        names = {program.name for program in GROUPS[target.group]}
+        names = {program.name for program in GROUPS[target.group]} | {"old"}
         assert {target.ours, *target.against} <= names, target
     for programs in GROUPS.values():
         assert len({program.name for program in programs}) == len(programs)
@@ -283,6 +284,17 @@ def test_big_vocabulary_is_measured_in_two_batches(tmp_path, monkeypatch):
         assert {name for names in batches for name in names} == {program.name for program in GROUPS["lora"]}
 
 
+def test_another_tree_is_one_more_program(tmp_path, capsys):
+    words = ["--stage", "freeze", "--precision", "fp32", "--programs", "ours_freeze"]
+    args = bench.parse_args([*words, "--old", str(ROOT)])
+    *_, old = programs = bench.Bench(args, tmp_path).programs("freeze")
+    assert [program.name for program in programs] == ["ours_freeze", "old"]
+    assert (old.kind, old.method, old.same_function) == ("ours", "freeze", True)
+    with pytest.raises(SystemExit):
+        bench.parse_args(["--stage", "lora", "--old", str(tmp_path)])
+    assert f"--old({tmp_path}) 里没有 benchmarks/speed/ours.py 与 scripts/bench_ours.py" in capsys.readouterr().err
+
+
 def test_gpu_cases_have_real_lengths():
     rows, per_step, max_len = bench_gpu.case_rows({}, 1000, 2, toy=False)
     assert (len(rows), per_step, max_len) == (128, 64, 1024)
@@ -300,10 +312,12 @@ def test_one_comparison_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = ["--toy", "--stage", "lora", "--vocab_size", "8000", "--rounds", "1", "--no-retry", "--threads", "1"]
     arguments += ["--programs", "ours", "hf_bs8", "hf_flat", "trl_bs8", "--output_dir", str(tmp_path), "--tag", "toy"]
+    arguments += ["--old", str(ROOT)]
     assert bench.main(arguments) == 0
     (group,) = json.loads((tmp_path / "toy.json").read_text(encoding="utf-8"))["groups"]
     programs = {program["name"]: program for program in group["programs"]}
-    assert list(programs) == ["ours", "hf_bs8", "hf_flat", "trl_bs8"]
+    assert list(programs) == ["ours", "hf_bs8", "hf_flat", "trl_bs8", "old"]
+    assert programs["old"]["summary"]["mean_loss"] == programs["ours"]["summary"]["mean_loss"]
     assert programs["trl_bs8"]["reason"].startswith("没有给出它的 python")
-    assert all(check["passed"] for check in group["loss_checks"]) and len(group["loss_checks"]) == 4
+    assert all(check["passed"] for check in group["loss_checks"]) and len(group["loss_checks"]) == 6
     assert re.search(r"轮  0 ours +负载 \d+\.\d\d 别的进程 \d+%", capsys.readouterr().out)
