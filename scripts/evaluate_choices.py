@@ -63,9 +63,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     if args.output_path is not None and not args.output_path.resolve().parent.is_dir():
         raise ValueError(f"--output_path 的目录 {args.output_path.resolve().parent} 不存在，请先建好")
-    unknown = sorted(set(re.findall(r"\{\w+\}", args.description)) - {"{subject}"})
+    unknown = re.search(r"\{[^{}]*\}?|\}", args.description.replace("{subject}", ""))
     if unknown:
-        raise ValueError(f"--description 里的 {'、'.join(unknown)} 没有意义，只认得 {{subject}}（科目）")
+        raise ValueError(f"--description 里的 {unknown[0]} 没有意义，花括号里只能是 {{subject}}（科目）")
     subjects, names = read_questions(args.questions), subject_names(args.questions)
     dev = args.dev or examples_beside(args.questions)
     shots = {} if dev is None else read_questions(dev)

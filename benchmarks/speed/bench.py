@@ -35,6 +35,8 @@ NEEDED_MEMORY_GB = 3.0
 ALL_AT_ONCE_GB = 40
 # 一回两步：第一步不计，第二步计时
 STEPS_PER_TURN = 2
+# 另一份代码的工人在哪里；后一处是早先的
+OLD_WORKERS = ("benchmarks/speed/ours.py", "scripts/bench_ours.py")
 ROWS_SHAPE = bench_work.Shape(4, 256, 688, 4, 8000)
 
 
@@ -56,16 +58,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def old_worker(tree: Path) -> Path:
-    """另一份代码里的工人；早先它在 scripts/ 里。
-
-    Raises:
-        ValueError: 两处都没有。
-    """
-    for place in ("benchmarks/speed/ours.py", "scripts/bench_ours.py"):
-        if (tree / place).is_file():
-            return tree / place
-    raise ValueError(f"--old({tree}) 里没有 benchmarks/speed/ours.py 与 scripts/bench_ours.py：请给本项目的一份代码")
+def old_worker(tree: Path) -> Path | None:
+    """另一份代码里的工人；没有时为 None。"""
+    return next((tree / place for place in OLD_WORKERS if (tree / place).is_file()), None)
 
 
 def idle_share(seconds: float = 3.0) -> float:
@@ -133,7 +128,7 @@ class Bench:
     def programs(self, stage: str) -> list[Program]:
         """这一组里要量的程序；有 --old 时另有那份代码的。"""
         wanted = self.args.programs
-        old = [old_program(stage)] if self.args.old else []
+        old = [old_program(stage, self.args.old)] if self.args.old else []
         return [program for program in GROUPS[stage] if not wanted or program.name in wanted] + old
 
     def batches(self, stage: str, vocab: int) -> list[list[str]]:
@@ -324,17 +319,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_minutes", type=float, default=8.0, help="GPU 各组的时限，分钟（缺省 %(default)s）")
     add("--cases", nargs="+", help="GPU 各组只跑这些情形（缺省全部）")
     args = parser.parse_args(argv)
-    if args.old:
-        try:
-            old_worker(args.old)
-        except ValueError as error:
-            parser.error(str(error))
+    known = {program.name for stage in args.stage for program in GROUPS.get(stage, ())}
+    if unknown := sorted(set(args.programs or ()) - known):
+        parser.error(f"--programs 里的 {'、'.join(unknown)} 不在这几组里，有的是 {'、'.join(sorted(known))}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
     """命令行入口；有损失不一致时返回 1。"""
     args = parse_args(argv)
+    if args.old and old_worker(args.old) is None:
+        places = " 与 ".join(OLD_WORKERS)
+        print(f"错误：--old({args.old}) 里没有 {places}：请给本项目的一份代码", file=sys.stderr)
+        return 2
     kind = "gpu" if args.stage[0] in GPU_STAGES else "cpu"
     tag = args.tag or "-".join([kind, *args.stage])
     result = {

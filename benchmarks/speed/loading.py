@@ -11,10 +11,10 @@
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +31,7 @@ import hashlib, json, os, sys, threading, time
 from pathlib import Path
 import torch
 path, quantization, is_cold = sys.argv[1], sys.argv[2] or None, sys.argv[3] == "cold"
-try:
+if Path("finetune").is_dir():
     from finetune.checkpoint.base_model import load_base_model, load_config
     from finetune.checkpoint.run_record import hashing_base
     def run(config):
@@ -39,7 +39,7 @@ try:
         with hashing_base(record):
             model = load_base_model(path, config, torch.bfloat16, torch.device("cpu"), quantization=quantization)
         return model, record["base_model"]["hashes"]
-except ImportError:
+else:  # 没有 finetune/ 的旧代码；装成可编辑的那一份不能顶替它
     from concurrent.futures import ThreadPoolExecutor
     from checkpoint import file_sha256
     from model_factory import load_base_model, load_config as load
@@ -114,8 +114,10 @@ def load(tree: Path, directory: Path, quantization: str, is_cold: bool) -> dict:
     """用 tree 的代码载入一次。"""
     env = {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PROGRAM, str(directory), quantization, "cold" if is_cold else ""]
-    output = subprocess.run(command, cwd=tree, env=env, check=True, capture_output=True, text=True).stdout
-    return json.loads(output.splitlines()[-1])
+    run = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{tree} 的代码没有载入成：\n{run.stderr[-2000:]}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -125,20 +127,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=3, help="（缺省 %(default)s）")
     parser.add_argument("--vocab_size", type=int, default=2000, help="（缺省 %(default)s）")
     parser.add_argument(
-        "--quantization", nargs="+", default=["4bit", ""], help="4bit、8bit，空的是普通（缺省 4bit 与普通）"
-    )
+        "--quantization", nargs="+", choices=["4bit", "8bit", ""], default=["4bit", ""],
+        help="4bit、8bit，空的是普通（缺省 4bit 与普通）",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=3, help="交替几遍（缺省 %(default)s）")
     parser.add_argument("--cold", action="store_true", help="每次都由磁盘读起")
     parser.add_argument("--name", default="loading", help="结果的名字（缺省 %(default)s）")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats({args.repeats}) 必须至少为 1")
+    return args
 
 
 def main() -> int:
     args = parse_args()
+    if not (args.old / "train.py").is_file():
+        print(f"错误：--old({args.old}) 里没有 train.py：请给本项目的一份代码", file=sys.stderr)
+        return 2
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=args.old, capture_output=True, text=True)
     names = {commit.stdout.strip(): args.old.resolve(), "现在": ROOT}
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    directory = make(args.work_dir / "checkpoint", args.layers, args.vocab_size)
+    with tempfile.TemporaryDirectory(dir=args.work_dir) as scratch:
+        return measure(args, names, make(Path(scratch) / "checkpoint", args.layers, args.vocab_size))
+
+
+def measure(args: argparse.Namespace, names: dict[str, Path], directory: Path) -> int:
+    """交替地载入 directory，写出结果；names 是 {名字: 代码的目录}。"""
     os.sync()  # 还没有写到磁盘的，移不出页缓存
     num_bytes = sum(path.stat().st_size for path in directory.glob("*.bin"))
     num_cores = len(os.sched_getaffinity(0))
@@ -167,7 +181,6 @@ def main() -> int:
         groups.append({"quantization": quantization, "runs": runs, "reading": reading, "ratios": ratios})
         groups[-1] |= {"is_same": is_same, "over_reading": over_reading}
         print(f"{quantization or '普通'}：现在的时间是只读文件的 {over_reading:.2f} 倍")
-    shutil.rmtree(directory)
     header = ["", "", "秒", "CPU 秒", "峰值，MB", "留下，MB", "各位相同"]
     print(format_table(header, rows))
     result = {"machine": machine(), "layers": args.layers, "vocab_size": args.vocab_size, "bytes": num_bytes}

@@ -1,5 +1,6 @@
 """bench 里有哪些程序、怎样分组、要达到什么：只有表，没有动作。"""
 
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,10 +139,11 @@ GROUPS = {
 }
 
 
-def old_program(stage: str) -> Program:
+def old_program(stage: str, tree: Path) -> Program:
     """另一份代码（bench.py --old）的一个程序，设置同这一组的第一个。"""
     first = GROUPS[stage][0]
-    return Program("old", "本项目的另一份代码", "ours", first.method, first.options)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=tree, capture_output=True, text=True)
+    return Program("old", f"本项目的另一份代码 {commit.stdout.strip()}", "ours", first.method, first.options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def write_report(directory: Path, font: Path | None = None):
               and (row["task"] not in known[0] or row["method"] not in known[1])}  # fmt: skip
     if strays:
         note(f"结果里的 {'、'.join(sorted(strays))} 不在计划里，报告不用")
-    note(f"由 {len(results)} 行结果写报告，要半分钟上下……")
+    note("写报告，要半分钟上下……")
     facts = read_facts(directory)
     base = find(results, stage="base")
     summary = summarize(plan, results, base)

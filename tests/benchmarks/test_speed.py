@@ -291,7 +291,9 @@ def test_another_tree_is_one_more_program(tmp_path, capsys):
     assert [program.name for program in programs] == ["ours_freeze", "old"]
     assert (old.kind, old.method, old.same_function) == ("ours", "freeze", True)
     with pytest.raises(SystemExit):
-        bench.parse_args(["--stage", "lora", "--old", str(tmp_path)])
+        bench.parse_args(["--stage", "lora", "--programs", "ours", "ourz"])
+    assert "--programs 里的 ourz 不在这几组里" in capsys.readouterr().err
+    assert bench.main(["--stage", "lora", "--old", str(tmp_path)]) == 2
     assert f"--old({tmp_path}) 里没有 benchmarks/speed/ours.py 与 scripts/bench_ours.py" in capsys.readouterr().err
 
 

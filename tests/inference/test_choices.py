@@ -150,8 +150,9 @@ def test_two_checkpoints_side_by_side(tiny_checkpoint, tmp_path, capsys):
     assert evaluate_choices.main(words) == 2
     assert f"--output_path 的目录 {tmp_path / 'none'} 不存在" in capsys.readouterr().err
     words[words.index("--output_path") + 1] = str(output)
-    assert evaluate_choices.main([*words, "--description", "{subject}：{topic}"]) == 2
-    assert "--description 里的 {topic} 没有意义" in capsys.readouterr().err
+    for given, told in (("{subject}：{topic}", "{topic}"), ("{subject", "{subject"), ("{{subject}}", "{}")):
+        assert evaluate_choices.main([*words, "--description", given]) == 2
+        assert f"--description 里的 {told} 没有意义" in capsys.readouterr().err
 
 
 @torch.no_grad()
