@@ -47,7 +47,7 @@ class Shape:
 SHAPES = {
     "7b": Shape("baichuan2-7b", 32, 4096, 11008, 32),
     "13b": Shape("baichuan2-13b", 40, 5120, 13696, 40),
-    "toy": Shape("baichuan2-7b", 32, 64, 172, 4, is_whole=False),
+    "toy": Shape("baichuan2-7b", 32, 64, 192, 4, is_whole=False),
 }
 # {last} 是最后一层的号码
 METHODS = {
